@@ -1,0 +1,163 @@
+"""losses.py - sequence log-probabilities and the objectives built on them.
+
+Everything MIPO trains on is a sum of token log-probs, so two functions carry the file:
+    token_logps   hidden states -> log-prob of each target token (Eq. 5's log pi), logits one chunk at a time
+    score         groups (prefix, responses) -> those log-probs with every prefix computed once
+The objectives are pure functions of small tensors, one entry a pair, with the paper's equation beside the line.
+What differs from the paper: nothing in the mathematics; Eq. 11's partition term cancels in the difference.
+
+Legend: T packed tokens, N response tokens, E hidden size, V vocabulary, B pairs.
+
+    python losses.py           DPO at the reference: loss ln 2, margin 0
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from run import main
+
+Group = tuple[list[int], list[list[int]]]  # (prefix ids, ids of each response that continues it)
+
+CHUNK = dict(cpu=2**24, cuda=2**29)  # logits held at a time: 64 MB in fp32 on a CPU, 2 GB on a GPU
+
+
+# ---------------------------------------------------------------------------------------------------- log-probs
+
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], forward and backward a chunk of rows at a time.
+
+    Forward keeps only the log-sum-exp of each row; backward makes the chunk's logits again. With upstream gradient g:
+        d logits = g * (onehot(target) - softmax)        d hidden = d logits @ W        d W = d logits.T @ hidden
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        w = weight.to(hidden.dtype)  # (V, E)
+        rows = max(1, CHUNK[hidden.device.type] // w.shape[0])
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logps, lses = [], []
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = F.linear(h, w).to(exact)  # (rows, V)
+            lses.append(logits.logsumexp(-1))  # (rows,)
+            logps.append(logits.gather(1, t[:, None]).squeeze(1) - lses[-1])  # (rows,)
+        ctx.rows = rows
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(lses))
+        return torch.cat(logps)  # (N,)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        w = weight.to(hidden.dtype)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            h, t, g = hidden[part], targets[part, None], grad[part, None]
+            d = F.linear(h, w).to(lse.dtype)  # (rows, V) logits, overwritten below: they are ours alone
+            d.sub_(lse[part, None]).exp_().mul_(-g)
+            d = d.scatter_add_(1, t, g.to(d.dtype)).to(h.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = d @ w  # (rows, E)
+            if d_weight is not None:
+                d_weight += d.T @ h  # (V, E)
+        return d_hidden, d_weight, None
+
+
+def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target token under softmax(hidden @ weight.T).
+
+    hidden (N, E) in the compute type, weight (V, E) of any float type, targets (N,) int64 -> (N,) fp32, or fp64 from
+    fp64. At most CHUNK logits exist at once, in both directions; the log-softmax runs in fp32.
+    """
+    return _TokenLogps.apply(hidden, weight, targets)
+
+
+def score(model, groups: list[Group]) -> list[list[Tensor]]:
+    """Per-token log-probs of every response after its group's prefix: one (R,) tensor a response, differentiable.
+
+    Equal, in value and gradient, to scoring each prefix + response alone. Only positions that predict a response
+    token reach the head, and a response's last token, which predicts nothing, is not fed at all.
+
+    With one group, prefix [5, 6] and responses [[7, 8], [9]], the packed tokens and what is read from them are
+        tokens     5  6  7
+        predicts      7  8
+                      9
+    """
+    ids, rows, targets, shapes = [], [], [], []
+    for prefix, responses in groups:
+        if not prefix or not all(responses):
+            raise ValueError("score: a prefix or response without tokens has no log-probability")
+        last = len(ids) + len(prefix) - 1  # the prefix token that predicts every response's first token
+        ids += prefix
+        for response in responses:
+            rows += [last, *range(len(ids), len(ids) + len(response) - 1)]
+            ids += response[:-1]
+            targets += response
+        shapes.append((len(prefix), [len(r) - 1 for r in responses]))
+    device = model.head.device
+    hidden = model(torch.tensor(ids, device=device), model.pack(shapes))  # (T, E)
+    logps = token_logps(hidden[torch.tensor(rows, device=device)], model.head, torch.tensor(targets, device=device))
+    flat = iter(logps.split([len(r) for _, responses in groups for r in responses]))
+    return [[next(flat) for _ in responses] for _, responses in groups]
+
+
+def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
+    """Indices of the groups in order, as many at a time as hold at most `tokens` tokens (one group at least)."""
+    batch, used = [], 0
+    for i, (prefix, responses) in enumerate(groups):
+        size = len(prefix) + sum(map(len, responses))
+        if batch and used + size > tokens:
+            yield batch
+            batch, used = [], 0
+        batch.append(i)
+        used += size
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def sequence_logps(model, groups: list[Group], tokens: int = 4096, bar=None) -> list[list[float]]:
+    """log pi(response | prefix), summed over tokens, of each response of each group; no gradient, `tokens` at a time."""
+    sums = []
+    for batch in batches(groups, tokens):
+        sums += [[lp.sum().item() for lp in group] for group in score(model, [groups[i] for i in batch])]
+        if bar is not None:
+            bar.update(len(batch))
+    return sums
+
+
+# ---------------------------------------------------------------------------------------------------- objectives
+
+def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+        beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Direct preference optimisation of summed log-probs: with MIPO's pairs its optimum is pointwise MI (Eqs. 9, 14).
+
+    All inputs (B,), log pi(y|x) summed over response tokens, end token included, never averaged over length.
+    Returns the loss of each pair (B,) and, detached, one value a pair (B,) of every metric. At pi = pi_ref the loss is
+    ln 2 and the margin 0.
+    """
+    reward_chosen = beta * (chosen - ref_chosen)  # Eq. 11, without the log Z(x) both sides share
+    reward_rejected = beta * (rejected - ref_rejected)
+    margin = reward_chosen - reward_rejected
+    loss = -F.logsigmoid(margin)  # Eq. 5 = Eq. 10: InfoNCE with one negative
+    metrics = dict(
+        loss=loss, margin=margin, accuracy=margin > 0,
+        reward_chosen=reward_chosen, reward_rejected=reward_rejected,
+        accuracy_chosen=reward_chosen > 0, accuracy_rejected=reward_rejected < 0,  # Fig. 2's two curves
+        logp_chosen=chosen, logp_rejected=rejected,
+    )  # fmt: skip
+    return loss, {key: value.detach().float() for key, value in metrics.items()}
+
+
+def demo() -> None:
+    lp = torch.tensor([-12.0, -30.0])
+    loss, metrics = dpo(lp, lp - 3, lp, lp - 3, beta=0.1)
+    print(f"loss {loss.mean():.6f} = ln 2 = {math.log(2):.6f}; margins {metrics['margin'].tolist()}")
+
+
+if __name__ == "__main__":
+    main(demo)

@@ -1,0 +1,423 @@
+"""model.py - Llama, Qwen2 and Qwen3 decoders in one file, loaded from and saved to Hugging Face folders.
+
+The decoder never sees a batch. It maps a flat list of T tokens to T hidden states, token by token; only attention
+mixes tokens, and who attends to whom is an argument, the *layout*:
+    Packed   groups of sequences laid end to end, each a prefix shared by its responses: scoring, training, prefill
+    Cache    one new token for each of S slots, whose past keys and values the cache holds: sampling
+Parameters carry Hugging Face names, so loading is a strict load_state_dict and every checkpoint opens elsewhere.
+Weights are kept in `dtype` (fp32 masters for training), cast to `compute` where they are used; norms, rotary tables
+and rotations run in fp32.
+
+Legend: T packed tokens, E hidden size, F feed-forward size, H query heads, G key/value heads, D head size, V vocabulary,
+        S cache slots, L cache length.
+
+    python model.py DIR        prints the configuration, the parameter count and checks that every weight loads
+"""
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from run import UserError, main, read_json, write_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "chat_template.jinja", "vocab.json", "merges.txt")
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
+               "model.safetensors.index.json", *TOKENIZER_FILES)
+
+
+# ---------------------------------------------------------------------------------------------------- config
+
+@dataclass(frozen=True)
+class Config:
+    """The parts of a Hugging Face config.json that shape the computation; `raw` is the file itself, kept for saving."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_llama3: dict | None  # factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    max_position_embeddings: int
+    raw: dict
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str = "config.json") -> "Config":
+        """Read both spellings in use (rope_scaling / rope_parameters); name whatever is not supported.
+
+        Raises UserError for another model_type, rope type or activation, for quantised weights, and for a sliding
+        window that is switched on.
+        """
+
+        def unsupported(what: str) -> UserError:
+            return UserError(f"{where}: {what} is not supported (see the docstring of model.py)")
+
+        kind = raw.get("model_type")
+        if kind not in ("llama", "qwen2", "qwen3"):
+            raise unsupported(f"model_type {kind!r} (llama, qwen2 and qwen3 are)")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise unsupported(f"hidden_act {raw['hidden_act']!r} (silu is)")
+        if raw.get("quantization_config"):
+            raise unsupported("quantization_config")
+        layer_types = raw.get("layer_types") or []
+        if (raw.get("use_sliding_window") and raw.get("sliding_window")) or "sliding_attention" in layer_types:
+            raise unsupported(f"a sliding window in use (sliding_window {raw.get('sliding_window')})")
+
+        # transformers 5 writes {"rope_parameters": {"rope_type", "rope_theta", ...}}; before, the scaling stood in
+        # rope_scaling (null for none, its kind under "rope_type" or "type") and rope_theta beside it.
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise unsupported(f"rope type {rope_type!r} (default and llama3 are)")
+        if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise unsupported("partial_rotary_factor")
+        try:
+            heads = raw["num_attention_heads"]
+            return cls(
+                model_type=kind,
+                vocab_size=raw["vocab_size"],
+                hidden_size=raw["hidden_size"],
+                intermediate_size=raw["intermediate_size"],
+                num_hidden_layers=raw["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                rms_norm_eps=raw["rms_norm_eps"],
+                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+                rope_llama3={k: rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
+                                                  "original_max_position_embeddings")}
+                if rope_type == "llama3" else None,
+                tie_word_embeddings=raw.get("tie_word_embeddings", False),
+                qkv_bias=kind == "qwen2" or raw.get("attention_bias", False),  # Qwen2's is fixed by the architecture
+                o_bias=kind != "qwen2" and raw.get("attention_bias", False),
+                mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
+                qk_norm=kind == "qwen3",
+                max_position_embeddings=raw.get("max_position_embeddings", 2048),
+                raw=raw,
+            )
+        except KeyError as e:
+            raise UserError(f"{where}: {e.args[0]!r} is missing") from None
+
+
+# ---------------------------------------------------------------------------------------------------- rotary
+
+def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Angle per position of each pair of channels, (D/2,) fp32; llama3 scaling slows the long wavelengths down."""
+    exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
+    frequency = config.rope_theta ** -exponent  # (D/2,)
+    if config.rope_llama3 is None:
+        return frequency
+    factor, low, high, original = config.rope_llama3.values()
+    # turns over the original context: few (below `low`) are divided by factor, many (above `high`) kept, between mixed
+    turns = original * frequency / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding in the rotate-half layout: channel i pairs with i + D/2. x (T, heads, D)."""
+    a, b = x.chunk(2, dim=-1)  # (T, heads, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- layouts
+
+class Packed:
+    """Groups laid end to end: a prefix of P tokens, then n responses of R_1..R_n tokens that all continue it.
+
+    The prefix attends to itself, each response to the prefix and to itself, both causally: exactly what every
+    prefix + response alone would see, with the prefix computed once. A plain sequence is a group without responses.
+
+    With shapes [(2, [2, 1])] the five tokens have positions 0 1 2 3 2 and see (x)
+
+        prefix      x . . . .
+                    x x . . .
+        response 1  x x x . .
+                    x x x x .
+        response 2  x x . . x
+    """
+
+    def __init__(self, shapes: list[tuple[int, list[int]]], device: torch.device | str = "cpu",
+                 cache: "Cache | None" = None, slots: list[list[int]] = ()):
+        """shapes: (P, [R_1..R_n]) a group. cache, slots: where each group's keys and values are also written."""
+        self.cache, self.slots = cache, slots
+        self.lengths = [prefix + sum(responses) for prefix, responses in shapes]
+        positions, self.masks = [], []
+        for prefix, responses in shapes:
+            parts = [torch.arange(prefix)] + [torch.arange(prefix, prefix + r) for r in responses]
+            positions.append(torch.cat(parts))  # (P + sum R,)
+            if len(responses) < 2:
+                self.masks.append(None)  # one sequence: plain causal attention, no mask to build
+                continue
+            owner = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(p) for p in parts]))
+            sees = (owner[:, None] == owner) | (owner == 0)
+            self.masks.append(sees.tril_().to(device))  # (P + sum R, P + sum R)
+        self.positions = torch.cat(positions).to(device)  # (T,)
+
+    def begin(self) -> Tensor:
+        """Positions of the tokens, (T,)."""
+        return self.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
+        groups = zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), self.masks, strict=True)
+        out = []
+        for i, (qi, ki, vi, mask) in enumerate(groups):
+            qi, ki, vi = qi.transpose(0, 1), ki.transpose(0, 1), vi.transpose(0, 1)  # (H or G, n, D)
+            if self.cache is not None:
+                self.cache.write(layer, self.slots[i], ki, vi)
+            oi = F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=mask, is_causal=mask is None,
+                                                enable_gqa=True)[0]
+            out.append(oi.transpose(0, 1))  # (n, H, D)
+        return torch.cat(out)  # (T, H, D)
+
+
+class Cache:
+    """Static keys and values of S slots, at most L tokens each; as a layout, one new token a slot.
+
+    `lengths` (S,) says how many tokens each slot holds: the new token lands there, sees 0..lengths, and the caller
+    adds one when it moves on. A slot is reused by writing over it: its mask follows its length.
+    """
+
+    def __init__(self, config: Config, slots: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, S, G, L, D)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)  # (layers, S, G, L, D)
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
+        self.visible = length  # how far attention looks; the caller may lower it to the longest slot in use
+        self.rows = torch.arange(slots, device=device)
+        self.columns = torch.arange(length, device=device)
+        self.mask: Tensor | None = None
+
+    def write(self, layer: int, slots: list[int], k: Tensor, v: Tensor) -> None:
+        """Store a prompt's keys and values, (G, n, D) each, at the start of every slot named."""
+        self.k[layer, slots, :, : k.shape[1]] = k
+        self.v[layer, slots, :, : v.shape[1]] = v
+
+    def begin(self) -> Tensor:
+        """Positions of the new tokens, (S,)."""
+        self.mask = (self.columns[: self.visible] <= self.lengths[:, None])[:, None, None]  # (S, 1, 1, L)
+        return self.lengths
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (S, H, D), k and v (S, G, D), the new token's -> (S, H, D)."""
+        self.k[layer, self.rows, :, self.lengths] = k
+        self.v[layer, self.rows, :, self.lengths] = v
+        # the H/G query heads that share a key/value head become its query rows: nothing is repeated
+        q = q.unflatten(1, (k.shape[1], -1))  # (S, G, H/G, D)
+        out = F.scaled_dot_product_attention(q, self.k[layer, :, :, : self.visible], self.v[layer, :, :, : self.visible],
+                                             attn_mask=self.mask)
+        return out.flatten(1, 2)  # (S, H, D)
+
+
+# ---------------------------------------------------------------------------------------------------- decoder
+
+def upcast(x: Tensor) -> Tensor:
+    """fp32, or fp64 where x already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Linear(nn.Linear):
+    """nn.Linear that computes in its input's type: fp32 master weights are cast here, their gradients come back fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = upcast(x)
+        return F.rms_norm(y, y.shape[-1:], self.weight.to(y.dtype), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        c = config
+        self.layer, self.head_dim = layer, c.head_dim
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.o_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Packed | Cache) -> Tensor:
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, D)
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, G, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, G, D)
+        out = layout.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (T, H, D)
+        return self.o_proj(out.flatten(1))  # (T, E)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c = config
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, E) via (T, F)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Packed | Cache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """ids -> hidden states; `head` is the matrix that turns them into logits."""
+
+    def __init__(self, config: Config, compute: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute = config, compute
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+        ))  # fmt: skip
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, E): the output matrix, which is the embedding itself where the two are tied."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    def pack(self, shapes: list[tuple[int, list[int]]]) -> Packed:
+        """The layout of groups of (prefix length, response lengths) on this model's device."""
+        return Packed(shapes, self.device)
+
+    def forward(self, ids: Tensor, layout: Packed | Cache) -> Tensor:
+        """ids (T,) -> final hidden states (T, E) in the compute type."""
+        angle = layout.begin()[:, None] * rotary_frequencies(self.config, ids.device)  # (T, D/2)
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, D/2), fp32
+        x = self.model.embed_tokens(ids).to(self.compute)  # (T, E)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin, layout)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, E) -> (N, V), fp32: for sampling. Training never builds these (losses.token_logps)."""
+        return upcast(F.linear(hidden, self.head.to(hidden.dtype)))
+
+
+# ---------------------------------------------------------------------------------------------------- load, save
+
+def find(name: str | Path) -> Path:
+    """A local folder as it is, or a hub id ("owner/name") downloaded: only the files a model needs."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    parts = str(name).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.exists():
+        raise UserError(f"model {str(name)!r} is neither a folder nor a hub id (owner/name)")
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(MODEL_FILES)))
+    except GatedRepoError:
+        raise UserError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"model {str(name)!r} is neither a folder here nor a repository on the hub") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise UserError(f"{name} is not a folder here, and the hub cannot be reached ({type(e).__name__})") from None
+
+
+def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None,
+         device: torch.device | str = "cpu") -> Decoder:
+    """A decoder from a Hugging Face folder or hub id, weights in `dtype`, arithmetic in `compute` (default: dtype).
+
+    Strict: a missing, superfluous or wrongly shaped tensor is a UserError that names it and its file.
+    """
+    folder = find(name)
+    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    with torch.device("meta"):
+        model = Decoder(config, compute or dtype)
+    expected = {key: tuple(p.shape) for key, p in model.state_dict().items()}
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    weights: dict[str, Tensor] = {}
+    for file in (folder / n for n in names):
+        try:
+            with safe_open(file, framework="pt") as f:
+                for key in f.keys():  # noqa: SIM118 - safe_open is no mapping
+                    if key.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and key == "lm_head.weight"):
+                        continue  # a table older files store, and the tied head some store twice
+                    shape = tuple(f.get_slice(key).get_shape())
+                    if expected.get(key, shape) != shape:
+                        raise UserError(f"{file}: {key} has shape {shape}, config.json asks for {expected[key]}")
+                    weights[key] = f.get_tensor(key).to(device=device, dtype=dtype)
+        except FileNotFoundError:
+            raise UserError(f"{file} does not exist (weights are read from safetensors only)") from None
+        except SafetensorError as e:
+            raise UserError(f"{file} is not a whole safetensors file: {e}") from None
+    for what, keys in (("lacks", expected.keys() - weights.keys()), ("holds unknown", weights.keys() - expected.keys())):
+        if keys:
+            raise UserError(f"{folder} {what} {len(keys)} of the model's tensors, for example {min(keys)}")
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model
+
+
+def save(model: Decoder, folder: Path, source: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write a folder that transformers opens: weights in `dtype`, config, and the tokenizer files of `source`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: p.detach().to("cpu", dtype).contiguous() for key, p in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    spelling = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
+    write_json(folder / "config.json", {**model.config.raw, spelling: str(dtype).removeprefix("torch.")})
+    for name in ("generation_config.json", *TOKENIZER_FILES):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def show() -> None:
+    if len(sys.argv) != 2:
+        raise UserError("usage: python model.py DIR")
+    model = load(sys.argv[1])
+    shown = {k: v for k, v in vars(model.config).items() if k != "raw"}
+    print(json.dumps(shown, indent=1))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, every tensor of config.json found")
+
+
+if __name__ == "__main__":
+    main(show)

@@ -1,0 +1,328 @@
+"""sample.py - text to token ids by the model's own chat template, and batched sampling with a KV cache.
+
+The only way from text to ids is `Tokenizer.chat`; the only way from ids to new ids is `generate`. Sampled ids are kept
+as they are: nothing is decoded and tokenised again. Temperature, top-p and top-k are what the caller says and nothing
+is inherited from generation_config.json except the ids that stop a response.
+What differs from the paper (its sampling settings come from the authors' scripts): every draw depends on
+(seed, row, sample) alone, so the text does not change with the batch, its order or its size (exactly in fp32; in bf16 up
+to the rounding of differently shaped products).
+
+Legend: S slots, V vocabulary, E hidden size, T tokens of a packed prefill.
+
+    python sample.py --model DIR "What is inflation?"
+"""
+
+import datetime
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import tokenizers
+import torch
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from torch import Tensor
+
+from model import Cache, Decoder, Packed, find, load
+from run import UserError, default_device, derive, main, option, parse, read_json
+
+TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print today's date: pinned, or prompts would change every day
+SPLIT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+class Tokenizer:
+    """A Hugging Face tokenizer.json with the model's chat template and stop ids."""
+
+    def __init__(self, folder: str | Path, date: str = TEMPLATE_DATE):
+        """folder: a model folder or hub id. date: ISO date that templates which print one are given."""
+        folder = find(folder)
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise UserError(f"{folder} has no tokenizer.json")
+        self.folder = folder
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.added = {str(t.content): i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
+        config = read_json(folder / "tokenizer_config.json")
+        self.template = self._template(folder, config)
+        try:
+            day = datetime.date.fromisoformat(date)
+        except ValueError:
+            raise UserError(f"date {date!r} is not of the form 2024-07-26") from None
+
+        def token(name: str) -> str | None:  # older files store {"content": ..., ...}
+            value = config.get(name)
+            return value["content"] if isinstance(value, dict) else value
+
+        self.variables = dict(
+            bos_token=token("bos_token"), eos_token=token("eos_token"), tools=None, documents=None,
+            date_string=day.strftime("%d %b %Y"), strftime_now=day.strftime,
+        )  # fmt: skip
+        self.end_token = self._end_of_turn()
+        self.stop_ids = self._stop_ids()
+
+    @staticmethod
+    def _template(folder: Path, config: dict) -> jinja2.Template:
+        """chat_template.jinja, else the chat_template of tokenizer_config.json, compiled in jinja's sandbox."""
+        path, source = folder / "chat_template.jinja", config.get("chat_template")
+        if path.exists():
+            source = path.read_text(encoding="utf-8")
+        elif isinstance(source, list):  # several named templates
+            source = next((t["template"] for t in source if t["name"] == "default"), None)
+        if not source:
+            raise UserError(f"{folder} has no chat template: MIPO needs an instruct model")
+
+        def raise_exception(message: str):
+            raise UserError(f"the chat template of {folder} refuses these messages: {message}")
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = raise_exception
+        try:
+            return environment.from_string(source)
+        except jinja2.TemplateError as e:
+            raise UserError(f"the chat template of {folder} is not valid jinja: {e}") from None
+
+    def render(self, messages: list[dict], prompt: bool = True) -> str:
+        """Messages ({"role", "content"}) as the template writes them; prompt: open the assistant's turn."""
+        return self.template.render(messages=messages, add_generation_prompt=prompt, **self.variables)
+
+    def chat(self, user: str, system: str | None = None) -> list[int]:
+        """One user turn (and system prompt) -> prompt ids, ready for the assistant's answer.
+
+        Special tokens come from the template alone: a literal "<|im_end|>" in the text is cut after its first
+        character before rendering and the pieces are encoded apart, so that it stays text.
+        """
+        messages = [dict(role="user", content=self._harmless(user))]
+        if system is not None:
+            messages.insert(0, dict(role="system", content=self._harmless(system)))
+        pieces = self.render(messages).split(SPLIT)
+        return [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def _harmless(self, text: str) -> str:
+        text = text.replace(SPLIT, "").encode("utf-8", "replace").decode()  # and no lone surrogates
+        for name in sorted(self.added, key=len, reverse=True):
+            if len(name) > 1:
+                text = text.replace(name, name[0] + SPLIT + name[1:])
+        return text
+
+    def response(self, text: str) -> list[int]:
+        """A response given as text (not sampled) -> ids, the end token included."""
+        pieces = self._harmless(text).split(SPLIT)
+        ids = [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
+        return [*ids, self.end_token]
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text for people, special tokens left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _end_of_turn(self) -> int:
+        """The id that ends an assistant's turn: what the template writes straight after its content."""
+        mark = "mipo-answer"
+        messages = [dict(role="user", content="question"), dict(role="assistant", content=mark)]
+        rest = self.render(messages, prompt=False).split(mark)[-1]
+        ids = self.tokenizer.encode(rest, add_special_tokens=False).ids
+        if not ids or ids[0] not in self.added.values():
+            raise UserError(f"the chat template of {self.folder} ends an assistant's turn without a special token")
+        return ids[0]
+
+    def _stop_ids(self) -> frozenset[int]:
+        """All of generation_config.json's (else config.json's) eos ids and the end-of-turn token."""
+        stop = {self.end_token}
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            eos = read_json(path).get("eos_token_id") if path.exists() else None
+            if eos is not None:
+                return frozenset(stop | set(eos if isinstance(eos, list) else [eos]))
+        return frozenset(stop)
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw: temperature 0 is greedy, top_p 1 and top_k 0 switch the filters off."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    top_k: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.top_k < 0:
+            raise UserError(f"sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1: {self}")
+
+
+@dataclass
+class Sample:
+    """One response: ids with the end token if the model emitted it, and log pi of each under the untempered model."""
+
+    ids: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+def filtered_probs(logits: Tensor, s: Sampling) -> Tensor:
+    """Logits (S, V) -> the tempered, top-k and top-p filtered probabilities, not normalised again. (S, V)
+
+    The nucleus is the smallest set of most likely tokens whose mass reaches top_p. Its least probability is found
+    by bisection over the threshold, without sorting V numbers a row: fp32 floats of one sign order as their bits do.
+    Tokens exactly as likely as the least one are all kept.
+    """
+    probs = torch.softmax(logits / s.temperature, dim=-1)  # (S, V)
+    if s.top_k:
+        least = probs.topk(min(s.top_k, probs.shape[-1])).values[:, -1:]  # (S, 1)
+        probs = torch.where(probs >= least, probs, 0)
+    if s.top_p < 1:
+        mass = s.top_p * probs.sum(-1, keepdim=True)  # (S, 1)
+        low = torch.zeros_like(mass, dtype=torch.int32)  # keeps at least `mass`
+        high = probs.amax(-1, keepdim=True).view(torch.int32) + 1  # keeps nothing
+        for _ in range(31):
+            middle = low + (high - low) // 2
+            enough = torch.where(probs >= middle.view(torch.float32), probs, 0).sum(-1, keepdim=True) >= mass
+            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        probs = torch.where(probs >= low.view(torch.float32), probs, 0)
+    return probs
+
+
+def pick(logits: Tensor, uniform: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the cumulative distribution at `uniform` in [0, 1).
+
+    logits (S, V) fp32, uniform (S,) -> ids (S,), log-probs of those ids under softmax(logits) itself (S,).
+    """
+    if s.temperature == 0:
+        ids = logits.argmax(-1)  # (S,)
+    else:
+        cumulative = filtered_probs(logits, s).cumsum(-1)  # (S, V)
+        target = uniform[:, None] * cumulative[:, -1:]
+        ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first that exceeds it: p > 0
+        ids = ids.clamp_(max=logits.shape[-1] - 1)
+    return ids, logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
+
+
+def uniforms(seed: int, row: int, sample: int, count: int) -> Tensor:
+    """The `count` uniform numbers of one response: a stream of its own, whatever else is sampled beside it. (count,)"""
+    return torch.rand(count, generator=torch.Generator().manual_seed(derive(seed, row, sample)))
+
+
+@torch.inference_mode()
+def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_ids: frozenset[int], seed: int,
+             keys: list[tuple[int, int]] | None = None, slots: int = 64, bar=None) -> list[Sample]:
+    """Sample one response for every prompt.
+
+    keys: (row, sample index) of each prompt, which with `seed` decide its randomness; default (i, 0). slots: how many
+    are decoded together; a slot whose response has ended takes the next prompt. Prompts are taken longest first, equal
+    ones side by side, so that each is computed once and all slots that wait for it share the result.
+    """
+    model.eval()
+    device = model.device
+    keys = keys or [(i, 0) for i in range(len(prompts))]
+    results = [Sample() for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # taken from the end
+    slots = min(slots, len(prompts))
+    if not slots:
+        return []
+    longest = len(prompts[waiting[-1]]) + sampling.max_new_tokens
+    if longest > model.config.max_position_embeddings:
+        raise UserError(f"a prompt of {len(prompts[waiting[-1]])} tokens and {sampling.max_new_tokens} new ones exceed "
+                        f"the model's {model.config.max_position_embeddings} positions")
+    cache = Cache(model.config, slots, longest, model.compute, device)
+    owner: list[int | None] = [None] * slots  # which prompt each slot works on
+    drawn = [0] * slots  # tokens drawn so far, on the host: positions need no round trip to the device
+    noise = torch.zeros(slots, sampling.max_new_tokens, device=device)  # (S, max_new_tokens)
+    next_ids = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
+
+    def record(slot_list: list[int], ids: Tensor, logps: Tensor) -> None:
+        """Append one drawn token to each slot's response; free the slots whose response has ended."""
+        for slot, token, logp in zip(slot_list, ids.tolist(), logps.tolist(), strict=True):
+            if owner[slot] is None:
+                continue
+            result = results[owner[slot]]
+            result.ids.append(token)
+            result.logps.append(logp)
+            drawn[slot] += 1
+            result.finished = token in stop_ids
+            if result.finished or drawn[slot] == sampling.max_new_tokens:
+                owner[slot] = None
+                if bar is not None:
+                    bar.update(1)
+
+    def admit(free: list[int]) -> None:
+        """Prefill waiting prompts into the free slots, each distinct prompt once, and draw their first tokens."""
+        taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
+        for slot in free:
+            if not waiting:
+                break
+            owner[slot], drawn[slot] = (i := waiting.pop()), 0
+            noise[slot] = uniforms(seed, *keys[i], sampling.max_new_tokens).to(device)
+            taken.setdefault(tuple(prompts[i]), []).append(slot)
+        ids = torch.tensor([t for prompt in taken for t in prompt], device=device)  # (T,)
+        layout = Packed([(len(p), []) for p in taken], device, cache, list(taken.values()))
+        ends = torch.tensor([len(p) for p in taken], device=device).cumsum(0) - 1  # each prompt's last token
+        logits = model.logits(model(ids, layout)[ends])  # (distinct prompts, V)
+        slot_list = [slot for group in taken.values() for slot in group]
+        which = torch.tensor([g for g, group in enumerate(taken.values()) for _ in group], device=device)
+        at = torch.tensor(slot_list, device=device)
+        cache.lengths[at] = torch.tensor([len(p) for p in taken], device=device)[which]
+        next_ids[at], logps = pick(logits[which], noise[at, 0], sampling)
+        record(slot_list, next_ids[at], logps)
+
+    everyone = list(range(slots))
+    while True:
+        while waiting and (free := [s for s in everyone if owner[s] is None]):
+            admit(free)
+        busy = [s for s in everyone if owner[s] is not None]
+        if not busy:
+            return results
+        cache.visible = min(longest, max(len(prompts[owner[s]]) + drawn[s] for s in busy))
+        step = torch.tensor([min(d, sampling.max_new_tokens - 1) for d in drawn], device=device)
+        cache.lengths.clamp_(max=cache.visible - 1)  # idle slots compute too; what they write is never read
+        logits = model.logits(model(next_ids, cache))  # (S, V)
+        next_ids, logps = pick(logits, noise.gather(1, step[:, None]).squeeze(1), sampling)
+        cache.lengths += 1
+        record(everyone, next_ids, logps)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+@dataclass
+class Args:
+    prompt: str = option("", "the user's message")
+    model: str = option("", "Hugging Face folder or hub id")
+    system: str | None = option(None, "system prompt, instead of the template's own")
+    temperature: float = option(1.0, "0 is greedy", "sampling")
+    top_p: float = option(1.0, "nucleus mass", "sampling")
+    top_k: int = option(0, "keep the k most likely tokens, 0 for all", "sampling")
+    max_new_tokens: int = option(256, "longest response, in tokens", "sampling")
+    samples: int = option(1, "responses to draw", "sampling")
+    seed: int = option(0, "with row and sample index, decides every draw", "sampling")
+    date: str = option(TEMPLATE_DATE, "date for chat templates that print one", "sampling")
+    dtype: str = option("bfloat16", "arithmetic", "sampling", ("bfloat16", "float32"))
+
+
+def program() -> None:
+    args = parse(Args, usage=__doc__)
+    if not args.prompt or not args.model:
+        raise UserError('usage: python sample.py --model DIR "prompt"')
+    tokenizer = Tokenizer(args.model, args.date)
+    model = load(args.model, getattr(torch, args.dtype), device=default_device())
+    ids = tokenizer.chat(args.prompt, args.system)
+    sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)
+    start = time.perf_counter()
+    samples = generate(model, [ids] * args.samples, sampling, tokenizer.stop_ids, args.seed,
+                       keys=[(0, j) for j in range(args.samples)])
+    seconds = time.perf_counter() - start
+    for sample in samples:
+        print(tokenizer.decode(sample.ids) + ("" if sample.finished else " [unfinished]"))
+    count = sum(len(s.ids) for s in samples)
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s, prompt of {len(ids)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(program)
