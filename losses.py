@@ -3,8 +3,9 @@
 Everything MIPO trains on is a sum of token log-probs, so two functions carry the file:
     token_logps   hidden states -> log-prob of each target token (Eq. 5's log pi), logits one chunk at a time
     score         groups (prefix, responses) -> those log-probs with every prefix computed once
-The objectives are pure functions of small tensors, one entry a pair, with the paper's equation beside the line.
-What differs from the paper: nothing in the mathematics; Eq. 11's partition term cancels in the difference.
+The objectives are pure functions of small tensors, one entry a pair, with the paper's equation beside the
+line. What differs from the paper: nothing in the mathematics; Eq. 11's partition term cancels in the
+difference.
 
 Legend: T packed tokens, N response tokens, E hidden size, V vocabulary, B pairs.
 
@@ -25,13 +26,15 @@ Group = tuple[list[int], list[list[int]]]  # (prefix ids, ids of each response t
 CHUNK = dict(cpu=2**24, cuda=2**29)  # logits held at a time: 64 MB in fp32 on a CPU, 2 GB on a GPU
 
 
-# ---------------------------------------------------------------------------------------------------- log-probs
+# -------------------------------------------------------------------------------- log-probs
 
 class _TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target], forward and backward a chunk of rows at a time.
 
-    Forward keeps only the log-sum-exp of each row; backward makes the chunk's logits again. With upstream gradient g:
-        d logits = g * (onehot(target) - softmax)        d hidden = d logits @ W        d W = d logits.T @ hidden
+    Forward keeps only the log-sum-exp of each row; backward makes the chunk's logits again. With upstream
+    gradient g:
+        d logits = g * (onehot(target) - softmax)        d hidden = d logits @ W        d W = d logits.T @
+        hidden
     """
 
     @staticmethod
@@ -70,19 +73,21 @@ class _TokenLogps(torch.autograd.Function):
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of each target token under softmax(hidden @ weight.T).
 
-    hidden (N, E) in the compute type, weight (V, E) of any float type, targets (N,) int64 -> (N,) fp32, or fp64 from
-    fp64. At most CHUNK logits exist at once, in both directions; the log-softmax runs in fp32.
+    hidden (N, E) in the compute type, weight (V, E) of any float type, targets (N,) int64 -> (N,) fp32, or
+    fp64 from fp64. At most CHUNK logits exist at once, in both directions; the log-softmax runs in fp32.
     """
     return _TokenLogps.apply(hidden, weight, targets)
 
 
 def score(model, groups: list[Group]) -> list[list[Tensor]]:
-    """Per-token log-probs of every response after its group's prefix: one (R,) tensor a response, differentiable.
+    """Per-token log-probs of every response after its group's prefix: one (R,) tensor a response,
+    differentiable.
 
-    Equal, in value and gradient, to scoring each prefix + response alone. Only positions that predict a response
-    token reach the head, and a response's last token, which predicts nothing, is not fed at all.
+    Equal, in value and gradient, to scoring each prefix + response alone. Only positions that predict a
+    response token reach the head, and a response's last token, which predicts nothing, is not fed at all.
 
-    With one group, prefix [5, 6] and responses [[7, 8], [9]], the packed tokens and what is read from them are
+    With one group, prefix [5, 6] and responses [[7, 8], [9]], the packed tokens and what is read from them
+    are
         tokens     5  6  7
         predicts      7  8
                       9
@@ -98,15 +103,16 @@ def score(model, groups: list[Group]) -> list[list[Tensor]]:
             ids += response[:-1]
             targets += response
         shapes.append((len(prefix), [len(r) - 1 for r in responses]))
-    device = model.head.device
-    hidden = model(torch.tensor(ids, device=device), model.pack(shapes))  # (T, E)
-    logps = token_logps(hidden[torch.tensor(rows, device=device)], model.head, torch.tensor(targets, device=device))
+    ids, rows, targets = (torch.tensor(x, device=model.head.device) for x in (ids, rows, targets))
+    hidden = model(ids, model.pack(shapes))[rows]  # (N, E) of (T, E)
+    logps = token_logps(hidden, model.head, targets)  # (N,)
     flat = iter(logps.split([len(r) for _, responses in groups for r in responses]))
     return [[next(flat) for _ in responses] for _, responses in groups]
 
 
 def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
-    """Indices of the groups in order, as many at a time as hold at most `tokens` tokens (one group at least)."""
+    """Indices of the groups in order, as many at a time as hold at most `tokens` tokens (one group at least).
+    """
     batch, used = [], 0
     for i, (prefix, responses) in enumerate(groups):
         size = len(prefix) + sum(map(len, responses))
@@ -121,7 +127,9 @@ def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def sequence_logps(model, groups: list[Group], tokens: int = 4096, bar=None) -> list[list[float]]:
-    """log pi(response | prefix), summed over tokens, of each response of each group; no gradient, `tokens` at a time."""
+    """log pi(response | prefix), summed over tokens, of each response of each group; no gradient, `tokens` at
+    a time.
+    """
     sums = []
     for batch in batches(groups, tokens):
         sums += [[lp.sum().item() for lp in group] for group in score(model, [groups[i] for i in batch])]
@@ -130,15 +138,16 @@ def sequence_logps(model, groups: list[Group], tokens: int = 4096, bar=None) -> 
     return sums
 
 
-# ---------------------------------------------------------------------------------------------------- objectives
+# -------------------------------------------------------------------------------- objectives
 
 def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
         beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation of summed log-probs: with MIPO's pairs its optimum is pointwise MI (Eqs. 9, 14).
+    """Direct preference optimisation of summed log-probs: with MIPO's pairs its optimum is pointwise MI (Eqs.
+    9, 14).
 
     All inputs (B,), log pi(y|x) summed over response tokens, end token included, never averaged over length.
-    Returns the loss of each pair (B,) and, detached, one value a pair (B,) of every metric. At pi = pi_ref the loss is
-    ln 2 and the margin 0.
+    Returns the loss of each pair (B,) and, detached, one value a pair (B,) of every metric. At pi = pi_ref
+    the loss is ln 2 and the margin 0.
     """
     reward_chosen = beta * (chosen - ref_chosen)  # Eq. 11, without the log Z(x) both sides share
     reward_rejected = beta * (rejected - ref_rejected)

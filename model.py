@@ -1,17 +1,20 @@
 """model.py - Llama, Qwen2 and Qwen3 decoders in one file, loaded from and saved to Hugging Face folders.
 
-The decoder never sees a batch. It maps a flat list of T tokens to T hidden states, token by token; only attention
-mixes tokens, and who attends to whom is an argument, the *layout*:
-    Packed   groups of sequences laid end to end, each a prefix shared by its responses: scoring, training, prefill
+The decoder never sees a batch. It maps a flat list of T tokens to T hidden states, token by token; only
+attention mixes tokens, and who attends to whom is an argument, the *layout*:
+    Packed   groups of sequences laid end to end, each a prefix shared by its responses: scoring, training,
+             prefill
     Cache    one new token for each of S slots, whose past keys and values the cache holds: sampling
-Parameters carry Hugging Face names, so loading is a strict load_state_dict and every checkpoint opens elsewhere.
-Weights are kept in `dtype` (fp32 masters for training), cast to `compute` where they are used; norms, rotary tables
-and rotations run in fp32.
+Parameters carry Hugging Face names, so loading is a strict load_state_dict and every checkpoint opens
+elsewhere. Weights are kept in `dtype` (fp32 masters for training), cast to `compute` where they are used;
+norms, rotary tables and rotations run in fp32.
 
-Legend: T packed tokens, E hidden size, F feed-forward size, H query heads, G key/value heads, D head size, V vocabulary,
+Legend: T packed tokens, E hidden size, F feed-forward size, H query heads, G key/value heads, D head size, V
+vocabulary,
         S cache slots, L cache length.
 
-    python model.py DIR        prints the configuration, the parameter count and checks that every weight loads
+    python model.py DIR        prints the configuration, the parameter count and checks that every weight
+    loads
 """
 
 import json
@@ -24,7 +27,8 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
+                                    RepositoryNotFoundError)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,11 +41,13 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "mo
                "model.safetensors.index.json", *TOKENIZER_FILES)
 
 
-# ---------------------------------------------------------------------------------------------------- config
+# -------------------------------------------------------------------------------- config
 
 @dataclass(frozen=True)
 class Config:
-    """The parts of a Hugging Face config.json that shape the computation; `raw` is the file itself, kept for saving."""
+    """The parts of a Hugging Face config.json that shape the computation; `raw` is the file itself, kept for
+    saving.
+    """
 
     model_type: str
     vocab_size: int
@@ -66,8 +72,8 @@ class Config:
     def from_dict(cls, raw: dict, where: str = "config.json") -> "Config":
         """Read both spellings in use (rope_scaling / rope_parameters); name whatever is not supported.
 
-        Raises UserError for another model_type, rope type or activation, for quantised weights, and for a sliding
-        window that is switched on.
+        Raises UserError for another model_type, rope type or activation, for quantised weights, and for a
+        sliding window that is switched on.
         """
 
         def unsupported(what: str) -> UserError:
@@ -81,11 +87,13 @@ class Config:
         if raw.get("quantization_config"):
             raise unsupported("quantization_config")
         layer_types = raw.get("layer_types") or []
-        if (raw.get("use_sliding_window") and raw.get("sliding_window")) or "sliding_attention" in layer_types:
-            raise unsupported(f"a sliding window in use (sliding_window {raw.get('sliding_window')})")
+        window = raw.get("sliding_window")
+        if (raw.get("use_sliding_window") and window) or "sliding_attention" in layer_types:
+            raise unsupported(f"a sliding window in use (sliding_window {window})")
 
-        # transformers 5 writes {"rope_parameters": {"rope_type", "rope_theta", ...}}; before, the scaling stood in
-        # rope_scaling (null for none, its kind under "rope_type" or "type") and rope_theta beside it.
+        # transformers 5 writes {"rope_parameters": {"rope_type", "rope_theta", ...}}; before, the scaling
+        # stood in rope_scaling (null for none, its kind under "rope_type" or "type") and rope_theta beside
+        # it.
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
@@ -109,7 +117,7 @@ class Config:
                                                   "original_max_position_embeddings")}
                 if rope_type == "llama3" else None,
                 tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                qkv_bias=kind == "qwen2" or raw.get("attention_bias", False),  # Qwen2's is fixed by the architecture
+                qkv_bias=kind == "qwen2" or raw.get("attention_bias", False),  # Qwen2: always
                 o_bias=kind != "qwen2" and raw.get("attention_bias", False),
                 mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
                 qk_norm=kind == "qwen3",
@@ -120,16 +128,19 @@ class Config:
             raise UserError(f"{where}: {e.args[0]!r} is missing") from None
 
 
-# ---------------------------------------------------------------------------------------------------- rotary
+# -------------------------------------------------------------------------------- rotary
 
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Angle per position of each pair of channels, (D/2,) fp32; llama3 scaling slows the long wavelengths down."""
+    """Angle per position of each pair of channels, (D/2,) fp32; llama3 scaling slows the long wavelengths
+    down.
+    """
     exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequency = config.rope_theta ** -exponent  # (D/2,)
     if config.rope_llama3 is None:
         return frequency
     factor, low, high, original = config.rope_llama3.values()
-    # turns over the original context: few (below `low`) are divided by factor, many (above `high`) kept, between mixed
+    # turns over the original context: few (below `low`) are divided by factor, many (above `high`) kept,
+    # between mixed
     turns = original * frequency / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequency + (1 - keep) * frequency / factor
@@ -141,13 +152,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- layouts
+# -------------------------------------------------------------------------------- layouts
 
 class Packed:
     """Groups laid end to end: a prefix of P tokens, then n responses of R_1..R_n tokens that all continue it.
 
     The prefix attends to itself, each response to the prefix and to itself, both causally: exactly what every
-    prefix + response alone would see, with the prefix computed once. A plain sequence is a group without responses.
+    prefix + response alone would see, with the prefix computed once. A plain sequence is a group without
+    responses.
 
     With shapes [(2, [2, 1])] the five tokens have positions 0 1 2 3 2 and see (x)
 
@@ -160,7 +172,8 @@ class Packed:
 
     def __init__(self, shapes: list[tuple[int, list[int]]], device: torch.device | str = "cpu",
                  cache: "Cache | None" = None, slots: list[list[int]] = ()):
-        """shapes: (P, [R_1..R_n]) a group. cache, slots: where each group's keys and values are also written."""
+        """shapes: (P, [R_1..R_n]) a group. cache, slots: where each group's keys and values are also written.
+        """
         self.cache, self.slots = cache, slots
         self.lengths = [prefix + sum(responses) for prefix, responses in shapes]
         positions, self.masks = [], []
@@ -181,14 +194,14 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
-        groups = zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), self.masks, strict=True)
         out = []
-        for i, (qi, ki, vi, mask) in enumerate(groups):
-            qi, ki, vi = qi.transpose(0, 1), ki.transpose(0, 1), vi.transpose(0, 1)  # (H or G, n, D)
+        parts = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))  # (H or G, n, D) a group
+        for i, (qi, ki, vi) in enumerate(zip(*parts, strict=True)):
             if self.cache is not None:
                 self.cache.write(layer, self.slots[i], ki, vi)
-            oi = F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=mask, is_causal=mask is None,
-                                                enable_gqa=True)[0]
+            mask = self.masks[i]
+            oi = F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=mask,
+                                                is_causal=mask is None, enable_gqa=True)[0]  # (H, n, D)
             out.append(oi.transpose(0, 1))  # (n, H, D)
         return torch.cat(out)  # (T, H, D)
 
@@ -196,11 +209,12 @@ class Packed:
 class Cache:
     """Static keys and values of S slots, at most L tokens each; as a layout, one new token a slot.
 
-    `lengths` (S,) says how many tokens each slot holds: the new token lands there, sees 0..lengths, and the caller
-    adds one when it moves on. A slot is reused by writing over it: its mask follows its length.
+    `lengths` (S,) says how many tokens each slot holds: the new token lands there, sees 0..lengths, and the
+    caller adds one when it moves on. A slot is reused by writing over it: its mask follows its length.
     """
 
-    def __init__(self, config: Config, slots: int, length: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+    def __init__(self, config: Config, slots: int, length: int, dtype: torch.dtype,
+                 device: torch.device | str = "cpu"):
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, S, G, L, D)
         self.v = torch.zeros(shape, dtype=dtype, device=device)  # (layers, S, G, L, D)
@@ -226,12 +240,12 @@ class Cache:
         self.v[layer, self.rows, :, self.lengths] = v
         # the H/G query heads that share a key/value head become its query rows: nothing is repeated
         q = q.unflatten(1, (k.shape[1], -1))  # (S, G, H/G, D)
-        out = F.scaled_dot_product_attention(q, self.k[layer, :, :, : self.visible], self.v[layer, :, :, : self.visible],
-                                             attn_mask=self.mask)
+        past_k, past_v = (x[layer, :, :, : self.visible] for x in (self.k, self.v))  # (S, G, L, D)
+        out = F.scaled_dot_product_attention(q, past_k, past_v, attn_mask=self.mask)  # (S, G, H/G, D)
         return out.flatten(1, 2)  # (S, H, D)
 
 
-# ---------------------------------------------------------------------------------------------------- decoder
+# -------------------------------------------------------------------------------- decoder
 
 def upcast(x: Tensor) -> Tensor:
     """fp32, or fp64 where x already is."""
@@ -239,7 +253,9 @@ def upcast(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's type: fp32 master weights are cast here, their gradients come back fp32."""
+    """nn.Linear that computes in its input's type: fp32 master weights are cast here, their gradients come
+    back fp32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -343,7 +359,7 @@ class Decoder(nn.Module):
         return upcast(F.linear(hidden, self.head.to(hidden.dtype)))
 
 
-# ---------------------------------------------------------------------------------------------------- load, save
+# -------------------------------------------------------------------------------- load, save
 
 def find(name: str | Path) -> Path:
     """A local folder as it is, or a hub id ("owner/name") downloaded: only the files a model needs."""
@@ -360,12 +376,14 @@ def find(name: str | Path) -> Path:
     except RepositoryNotFoundError:
         raise UserError(f"model {str(name)!r} is neither a folder here nor a repository on the hub") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        raise UserError(f"{name} is not a folder here, and the hub cannot be reached ({type(e).__name__})") from None
+        reason = f"the hub cannot be reached ({type(e).__name__})"
+        raise UserError(f"{name} is not a folder here, and {reason}") from None
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None,
          device: torch.device | str = "cpu") -> Decoder:
-    """A decoder from a Hugging Face folder or hub id, weights in `dtype`, arithmetic in `compute` (default: dtype).
+    """A decoder from a Hugging Face folder or hub id, weights in `dtype`, arithmetic in `compute` (default:
+    dtype).
 
     Strict: a missing, superfluous or wrongly shaped tensor is a UserError that names it and its file.
     """
@@ -381,25 +399,30 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dt
         try:
             with safe_open(file, framework="pt") as f:
                 for key in f.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if key.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and key == "lm_head.weight"):
-                        continue  # a table older files store, and the tied head some store twice
+                    if key.endswith("rotary_emb.inv_freq"):
+                        continue  # a table that older files store
+                    if config.tie_word_embeddings and key == "lm_head.weight":
+                        continue  # the tied head, which some store twice
                     shape = tuple(f.get_slice(key).get_shape())
                     if expected.get(key, shape) != shape:
-                        raise UserError(f"{file}: {key} has shape {shape}, config.json asks for {expected[key]}")
+                        raise UserError(f"{file}: {key} is {shape}, config.json asks for {expected[key]}")
                     weights[key] = f.get_tensor(key).to(device=device, dtype=dtype)
         except FileNotFoundError:
             raise UserError(f"{file} does not exist (weights are read from safetensors only)") from None
         except SafetensorError as e:
             raise UserError(f"{file} is not a whole safetensors file: {e}") from None
-    for what, keys in (("lacks", expected.keys() - weights.keys()), ("holds unknown", weights.keys() - expected.keys())):
-        if keys:
-            raise UserError(f"{folder} {what} {len(keys)} of the model's tensors, for example {min(keys)}")
+    if missing := expected.keys() - weights.keys():
+        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors, for example {min(missing)}")
+    if unknown := weights.keys() - expected.keys():
+        raise UserError(f"{folder} holds {len(unknown)} unknown tensors, for example {min(unknown)}")
     model.load_state_dict(weights, strict=True, assign=True)
     return model
 
 
 def save(model: Decoder, folder: Path, source: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a folder that transformers opens: weights in `dtype`, config, and the tokenizer files of `source`."""
+    """Write a folder that transformers opens: weights in `dtype`, config, and the tokenizer files of
+    `source`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: p.detach().to("cpu", dtype).contiguous() for key, p in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -2,13 +2,15 @@
 
     chosen    y_c ~ pi_ref(.|x, c)      x the prompt, c the user's context
     rejected  y_r ~ pi_ref(.|x)         --neg missing
-              y_r ~ pi_ref(.|x, c')     --neg random, c' of another row (without contexts: pi_ref(.|x'), another prompt)
-Both are then trained under the same right prompt (x, c). Each pair also keeps the prompt its rejected response really
-came from, and its *context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward MIPO maximises (Eq. 14).
-What differs from the paper: sampling settings, which it does not give, are those of SAMPLING below; identical pairs and
-empty responses are dropped and counted.
+              y_r ~ pi_ref(.|x, c')     --neg random, c' of another row (without contexts: pi_ref(.|x'),
+              another prompt)
+Both are then trained under the same right prompt (x, c). Each pair also keeps the prompt its rejected
+response really came from, and its *context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward MIPO
+maximises (Eq. 14). What differs from the paper: sampling settings, which it does not give, are those of
+SAMPLING below; identical pairs and empty responses are dropped and counted.
 
-    python pairs.py --data demo --neg missing --model DIR --out FOLDER        writes FOLDER/pairs.jsonl and pairs.json
+    python pairs.py --data demo --neg missing --model DIR --out FOLDER        writes FOLDER/pairs.jsonl and
+    pairs.json
 """
 
 import dataclasses
@@ -25,8 +27,8 @@ import torch
 
 from losses import sequence_logps
 from model import Decoder, find, load
-from run import (UserError, default_device, derive, environment, main, option, parse, progress, read_json, read_jsonl,
-                 write_json, write_jsonl)
+from run import (UserError, default_device, derive, environment, main, option, parse, progress, read_json,
+                 read_jsonl, write_json, write_jsonl)
 from sample import TEMPLATE_DATE, Sampling, Tokenizer, generate
 
 ASSETS = Path(__file__).parent / "assets"
@@ -36,7 +38,7 @@ DEMO_CONTEXTS = 5  # contexts drawn for every demo training prompt: 600 pairs
 REQUEST = "{x} Please respect the following requirements made by the user: {c}"  # appendix D.2's user turn
 
 
-# ---------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------- data
 
 @dataclass
 class Example:
@@ -78,7 +80,8 @@ def load_demo(seed: int) -> list[Example]:
     """Everyday prompts and checkable contexts, split by prompt and by context (assets/demo, data of our own).
 
     train: every training prompt with DEMO_CONTEXTS of the seen contexts, each context as often as any other;
-    validation: its prompts x seen contexts; test: its prompts x all contexts, so that unseen ones are measured too.
+    validation: its prompts x seen contexts; test: its prompts x all contexts, so that unseen ones are
+    measured too.
     """
     prompts = [row for _, row in read_jsonl(ASSETS / "demo" / "prompts.jsonl")]
     contexts = [row for _, row in read_jsonl(ASSETS / "demo" / "contexts.jsonl")]
@@ -91,8 +94,11 @@ def load_demo(seed: int) -> list[Example]:
             turn += DEMO_CONTEXTS
         else:
             used = contexts if p["split"] == "test" else seen
-        examples += [Example(id=f"{p['id']}-{c['id']}", prompt=p["prompt"], split=p["split"], context=c["context"],
-                             context_id=c["id"], group=c["split"], check=c["check"]) for c in used]
+        examples += [
+            Example(id=f"{p['id']}-{c['id']}", prompt=p["prompt"], split=p["split"], context=c["context"],
+                    context_id=c["id"], group=c["split"], check=c["check"])
+            for c in used
+        ]  # fmt: skip
     return examples
 
 
@@ -101,11 +107,12 @@ COLUMNS = dict(prompt=str, context=(str, list), reference=str, answer=str, user=
 
 
 def load_jsonl(path: Path, seed: int) -> list[Example]:
-    """Own data, one object a line: "prompt", and if there is one "context" (a string or a list of them), "reference",
-    "answer", "user", "id", "split"; or ready pairs with "chosen" and "rejected" too.
+    """Own data, one object a line: "prompt", and if there is one "context" (a string or a list of them),
+    "reference", "answer", "user", "id", "split"; or ready pairs with "chosen" and "rejected" too.
 
-    Without "split" a row's part (train/validation/test 80/10/10) follows from a hash of its prompt and the seed, so
-    rows that share a prompt stay together. A mistake is a UserError with file:line; other columns are named, unused.
+    Without "split" a row's part (train/validation/test 80/10/10) follows from a hash of its prompt and the
+    seed, so rows that share a prompt stay together. A mistake is a UserError with file:line; other columns
+    are named, unused.
     """
     examples, ids, unused = [], {}, set()
     for number, row in read_jsonl(path):
@@ -145,7 +152,7 @@ def load_jsonl(path: Path, seed: int) -> list[Example]:
     return examples
 
 
-# ---------------------------------------------------------------------------------------------------- demo checks
+# -------------------------------------------------------------------------------- demo checks
 
 def starts_with(text: str, phrase: str) -> bool:
     """The first words are the phrase; its case, and any spaces or marks before it, are ignored."""
@@ -216,11 +223,13 @@ def honours(check: list, response: str) -> bool:
     return bool(response.strip()) and CHECKS[name](response, *args)
 
 
-# ---------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------- pairs
 
 @dataclass
 class Pair:
-    """A chosen response and N rejected ones, all trained under `prompt_ids`. Ids are as sampled, end token included."""
+    """A chosen response and N rejected ones, all trained under `prompt_ids`. Ids are as sampled, end token
+    included.
+    """
 
     id: str
     prompt: str
@@ -237,10 +246,12 @@ class Pair:
 
 
 def other_rows(examples: list[Example], seed: int) -> list[Example]:
-    """For each row another one, by seed, whose context (or, in data without contexts, prompt) is not the same text."""
+    """For each row another one, by seed, whose context (or, in data without contexts, prompt) is not the same
+    text.
+    """
     key = (lambda e: e.context) if any(e.context for e in examples) else (lambda e: e.prompt)
     if len({key(e) for e in examples}) < 2:
-        raise UserError("--neg random needs at least two different contexts (or prompts, in data without contexts)")
+        raise UserError("--neg random needs at least two different contexts (without contexts: two prompts)")
     others = []
     for i, example in enumerate(examples):
         draw = random.Random(derive("random", seed, i))
@@ -257,15 +268,15 @@ def negative_turns(examples: list[Example], neg: str, seed: int) -> list[str]:
     if neg == "missing":
         if not has_contexts:
             raise UserError("--neg missing needs a context in every row; --neg random works without")
-        return [e.turn(None) for e in examples]  # (i) y_r ~ pi_ref(.|x)
+        return [e.turn(None) for e in examples]  # (i) pi_ref(.|x)
     others = other_rows(examples, seed)
     if has_contexts:
-        return [e.turn(o.context) for e, o in zip(examples, others, strict=True)]  # (ii) y_r ~ pi_ref(.|x, c')
-    return [o.turn(o.context) for o in others]  # without contexts: y_r ~ pi_ref(.|x')
+        return [e.turn(o.context) for e, o in zip(examples, others, strict=True)]  # (ii) pi_ref(.|x, c')
+    return [o.turn(o.context) for o in others]  # no contexts: pi_ref(.|x')
 
 
-def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], neg: str, sampling: Sampling, seed: int,
-               slots: int = 128) -> tuple[list[Pair], dict]:
+def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], neg: str, sampling: Sampling,
+               seed: int, slots: int = 128) -> tuple[list[Pair], dict]:
     """Sample (or take ready) both responses of every example, drop useless pairs, measure context gains.
 
     Returns the pairs and their statistics: counts, unfinished share, seconds, context gain, checker rates.
@@ -296,27 +307,27 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
             dropped["identical"] += 1
         else:
             kept.append(e)
-            pairs.append(Pair(e.id, e.prompt, e.context, chosen, [rejected], prompts[i], chosen_ids, [rejected_ids],
-                              [sources[i]], [done, rejected_done]))
+            pairs.append(Pair(e.id, e.prompt, e.context, chosen, [rejected], prompts[i], chosen_ids,
+                              [rejected_ids], [sources[i]], [done, rejected_done]))
     if not pairs:
-        raise UserError(f"no pair is left of {n} examples ({dropped['empty']} empty, {dropped['identical']} identical)")
+        raise UserError(f"no pair is left of {n} examples: {dropped}")
     sampled = time.perf_counter() - start
     gains = context_gain(model, tokenizer, kept, pairs)
     tokens = sum(len(ids) for ids, _ in responses)
-    stats = dict(examples=n, pairs=len(pairs), dropped_empty=dropped["empty"], dropped_identical=dropped["identical"],
+    stats = dict(examples=n, pairs=len(pairs), dropped=dropped,
                  unfinished=sum(not done for _, done in responses) / (2 * n), response_tokens=tokens,
-                 seconds_sampling=round(sampled, 1), seconds_gain=round(time.perf_counter() - start - sampled, 1),
-                 gain=gains)
+                 seconds_sampling=sampled, seconds_gain=time.perf_counter() - start - sampled, gain=gains)
     if any(e.check for e in examples):
         stats["checks"] = check_rates(kept, pairs, neg)
     return pairs, stats
 
 
-def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], pairs: list[Pair]) -> dict | None:
+def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], pairs: list[Pair]) -> dict:
     """Fill in each pair's context gain and return its means, per response and per token, of both sides.
 
-    log pi_ref(y|x,c) - log pi_ref(y|x): for `missing` its mean over chosen responses is I(Y;C|X) plus a KL, an upper
-    bound of the mutual information. Without contexts the second prompt is the one the rejected response came from.
+    log pi_ref(y|x,c) - log pi_ref(y|x): for `missing` its mean over chosen responses is I(Y;C|X) plus a KL,
+    an upper bound of the mutual information. Without contexts the second prompt is the one the rejected
+    response came from.
     """
     right = [(p.prompt_ids, [p.chosen_ids, *p.rejected_ids]) for p in pairs]
     bare = [(tokenizer.chat(e.turn(None)) if e.context else p.source_ids[0], [p.chosen_ids, *p.rejected_ids])
@@ -326,22 +337,23 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     bar.close()
     for p, a, b in zip(pairs, with_context, without, strict=True):
         p.gain_chosen, *p.gain_rejected = (x - y for x, y in zip(a, b, strict=True))
-    chosen = torch.tensor([p.gain_chosen for p in pairs])
-    rejected = torch.tensor([g for p in pairs for g in p.gain_rejected])
+    chosen, rejected = [p.gain_chosen for p in pairs], [g for p in pairs for g in p.gain_rejected]
     return dict(
-        chosen=chosen.mean().item(), chosen_per_token=chosen.sum().item() / sum(len(p.chosen_ids) for p in pairs),
-        rejected=rejected.mean().item(),
-        rejected_per_token=rejected.sum().item() / sum(len(r) for p in pairs for r in p.rejected_ids),
-        chosen_standard_error=chosen.std().item() / len(chosen) ** 0.5 if len(chosen) > 1 else None,
+        chosen=sum(chosen) / len(chosen),
+        chosen_per_token=sum(chosen) / sum(len(p.chosen_ids) for p in pairs),
+        rejected=sum(rejected) / len(rejected),
+        rejected_per_token=sum(rejected) / sum(len(r) for p in pairs for r in p.rejected_ids),
     )  # fmt: skip
 
 
 def check_rates(examples: list[Example], pairs: list[Pair], neg: str) -> list[dict]:
-    """Per demo context: how often chosen responses honour it, and how often context-free ones do by chance."""
+    """Per demo context: how often chosen responses honour it, and how often context-free ones do by chance.
+    """
     free = [r for p in pairs for r in p.rejected] if neg == "missing" else []
     rates = []
+    rows = list(zip(examples, pairs, strict=True))
     for context_id, check in sorted({(e.context_id, tuple(e.check)) for e in examples}):
-        own = [honours(check, p.chosen) for e, p in zip(examples, pairs, strict=True) if e.context_id == context_id]
+        own = [honours(check, p.chosen) for e, p in rows if e.context_id == context_id]
         rates.append(dict(context=context_id, check=list(check), chosen=sum(own) / len(own), n=len(own),
                           context_free=sum(honours(check, r) for r in free) / len(free) if free else None))
     return rates
@@ -350,18 +362,18 @@ def check_rates(examples: list[Example], pairs: list[Pair], neg: str) -> list[di
 def report(stats: dict) -> None:
     """Print what a user should know before an hour of training."""
     s, g = stats, stats["gain"]
-    print(f"{s['pairs']} pairs of {s['examples']} examples ({s['dropped_empty']} with an empty response and "
-          f"{s['dropped_identical']} identical ones dropped), {s['unfinished']:.0%} of responses unfinished, "
-          f"{s['response_tokens']} tokens in {s['seconds_sampling']} s")
+    print(f"{s['pairs']} pairs of {s['examples']} examples (dropped: {s['dropped']['empty']} empty, "
+          f"{s['dropped']['identical']} identical), {s['unfinished']:.0%} of responses unfinished, "
+          f"{s['response_tokens']} tokens in {s['seconds_sampling']:.0f} s")
     print(f"context gain, nats: chosen {g['chosen']:+.2f} a response, {g['chosen_per_token']:+.3f} a token; "
           f"rejected {g['rejected']:+.2f}, {g['rejected_per_token']:+.3f}")
     if g["chosen"] < 1:
-        print("warning: the context gain of chosen responses is near zero: the model's answers hardly depend on the "
+        print("warning: the context gain of chosen responses is near zero: answers hardly depend on the "
               "context, so there is little for MIPO to learn (limitation iii of the paper)")
     for r in stats.get("checks", []):
         free = "" if r["context_free"] is None else f", {r['context_free']:4.0%} of context-free"
-        print(f"  {r['context']} {' '.join(map(str, r['check'])):40.40} honoured by {r['chosen']:4.0%} of {r['n']} "
-              f"chosen responses{free}")
+        print(f"  {r['context']} {' '.join(map(str, r['check'])):40.40} honoured by {r['chosen']:4.0%} of "
+              f"{r['n']} chosen responses{free}")
 
 
 def save_pairs(folder: Path, pairs: list[Pair], meta: dict) -> None:
@@ -372,7 +384,8 @@ def save_pairs(folder: Path, pairs: list[Pair], meta: dict) -> None:
 
 
 def load_pairs(folder: Path, settings: dict | None = None) -> list[Pair]:
-    """Read pairs.jsonl back; with `settings`, refuse pairs that were made with others, naming the difference."""
+    """Read pairs.jsonl back; with `settings`, refuse pairs that were made with others, naming the difference.
+    """
     made = read_json(folder / "pairs.json")["settings"]
     for key, value in (settings or {}).items():
         if made.get(key) != value:
@@ -384,7 +397,7 @@ def load_pairs(folder: Path, settings: dict | None = None) -> list[Pair]:
         raise UserError(f"{folder / 'pairs.jsonl'} does not hold pairs: {e}") from None
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------- command line
 
 @dataclass
 class DataArgs:
@@ -397,10 +410,10 @@ class DataArgs:
     temperature: float | None = option(None, "default: the data set's", "sampling")
     top_p: float | None = option(None, "default: the data set's", "sampling")
     top_k: int = option(0, "0 for all", "sampling")
-    max_new_tokens: int | None = option(None, "longest response, in tokens; default: the data set's", "sampling")
+    max_new_tokens: int | None = option(None, "longest response; default: the data set's", "sampling")
     date: str = option(TEMPLATE_DATE, "date for chat templates that print one", "sampling")
     slots: int = option(128, "responses sampled together", "sampling")
-    dtype: str = option("bfloat16", "arithmetic; master weights are float32", "sampling", ("bfloat16", "float32"))
+    dtype: str = option("bfloat16", "arithmetic; masters are float32", "sampling", ("bfloat16", "float32"))
 
 
 @dataclass
@@ -429,12 +442,15 @@ def pair_settings(args: PairArgs, examples: list[Example]) -> dict:
     """All that decides what the pairs are: stored beside them, and compared before they are used again."""
     rows = [dataclasses.asdict(e) for e in examples]
     data = hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
-    return dict(data=args.data, data_fingerprint=data, examples=len(examples), model=args.model, neg=args.neg,
-                seed=args.seed, sampling=dataclasses.asdict(sampling_for(args)), date=args.date, dtype=args.dtype)
+    return dict(data=args.data, data_fingerprint=data, examples=len(examples), model=args.model,
+                neg=args.neg, seed=args.seed, sampling=dataclasses.asdict(sampling_for(args)), date=args.date,
+                dtype=args.dtype)
 
 
 def pairs_for(args: PairArgs, split: str, folder: Path) -> list[Pair]:
-    """The pairs of a split: those in `folder` if the same settings made them, else sampled, saved and reported."""
+    """The pairs of a split: those in `folder` if the same settings made them, else sampled, saved and
+    reported.
+    """
     examples = examples_for(args, split)
     settings = pair_settings(args, examples)
     if (folder / "pairs.json").exists():

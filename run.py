@@ -1,9 +1,10 @@
-"""run.py - what is about running a program rather than about MIPO: arguments, run folders, atomic files, metrics.
+"""run.py - what is about running a program rather than about MIPO: arguments, run folders, atomic files,
+metrics.
 
-Arguments are one dataclass a script: `option(default, help, group)` declares a field, `parse` turns the class into a
-command line whose unknown flags are errors that name the nearest known one. A run folder is `runs/<name>/`: the
-resolved arguments in args.json, one JSON object a step in metrics.jsonl. A file appears whole or not at all.
-`python -m doctest run.py` runs the examples below.
+Arguments are one dataclass a script: `option(default, help, group)` declares a field, `parse` turns the class
+into a command line whose unknown flags are errors that name the nearest known one. A run folder is
+`runs/<name>/`: the resolved arguments in args.json, one JSON object a step in metrics.jsonl. A file appears
+whole or not at all. `python -m doctest run.py` runs the examples below.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import ctypes
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
 import os
 import platform
@@ -28,7 +30,7 @@ class UserError(Exception):
     """A mistake the user can mend: `main` prints its one line and leaves with exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
+# -------------------------------------------------------------------------------- arguments
 
 def option(default, help: str, group: str = "options", choices: tuple | None = None):
     """A dataclass field that is also a command-line flag, with its help line and its `--help` group."""
@@ -70,14 +72,17 @@ def parse(cls: type, argv: list[str] | None = None, usage: str = ""):
         raise UserError(f"{e}; --help lists all arguments") from None
     if unknown:
         flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag, [s for a in parser._actions for s in a.option_strings], n=1, cutoff=0.5)
+        known = [s for action in parser._actions for s in action.option_strings]
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown argument {flag}{hint}; --help lists them all")
     return cls(**vars(args))
 
 
 def main(program) -> typing.NoReturn:
-    """Run `program()` as a script: a UserError, an interrupt or a full disk ends in one line, never in a traceback."""
+    """Run `program()` as a script: a UserError, an interrupt or a full disk ends in one line, never in a
+    traceback.
+    """
     tune_allocator()
     name = Path(sys.argv[0]).name
     try:
@@ -99,8 +104,8 @@ def main(program) -> typing.NoReturn:
 def tune_allocator() -> None:
     """Keep freed memory in the process (glibc only).
 
-    By default every tensor above 32 MB is a fresh mmap, and the kernel zeroes its pages at each step again: on a CPU
-    that costs more than the arithmetic of an elementwise operation on them.
+    By default every tensor above 32 MB is a fresh mmap, and the kernel zeroes its pages at each step again:
+    on a CPU that costs more than the arithmetic of an elementwise operation on them.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -108,7 +113,7 @@ def tune_allocator() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: hardly ever give back
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------- files
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all: temporary file, fsync, rename."""
@@ -168,7 +173,7 @@ def derive(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-# ---------------------------------------------------------------------------------------------------- run folder
+# -------------------------------------------------------------------------------- run folder
 
 def environment() -> dict:
     """Versions, git revision, device and threads: what a reader needs to repeat a number."""
@@ -190,7 +195,8 @@ def default_device() -> torch.device:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a step, appended and flushed, so that a killed run keeps what it logged."""
+    """metrics.jsonl: one JSON object a step, appended and flushed, so that a killed run keeps what it logged.
+    """
 
     def __init__(self, path: Path):
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
@@ -201,7 +207,8 @@ class Metrics:
 
 
 def progress(total: int, unit: str, label: str) -> tqdm:
-    """A progress bar with rate and ETA on a terminal; a plain line about every tenth of the work elsewhere."""
+    """A progress bar with rate and ETA on a terminal; a plain line about every tenth of the work elsewhere.
+    """
     if sys.stderr.isatty():
         return tqdm(total=total, unit=unit, desc=label, dynamic_ncols=True)
     return Lines(total=total, unit=unit, desc=label)
@@ -211,7 +218,7 @@ class Lines(tqdm):
     """tqdm without a terminal: the same figures as whole lines, at most about ten of them."""
 
     def __init__(self, **options):
-        super().__init__(**options, file=open(os.devnull, "w"), mininterval=0)  # noqa: SIM115 - tqdm writes there
+        super().__init__(**options, file=io.StringIO(), mininterval=1e9)  # its own bar goes nowhere
         self.shown, self.status = 0.0, ""
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
@@ -224,5 +231,5 @@ class Lines(tqdm):
             self.shown = share
             elapsed = self.format_dict["elapsed"]
             left = elapsed / max(self.n, 1) * (self.total - self.n)
-            print(f"{self.desc}: {self.n}/{self.total} {self.unit}, {elapsed:.0f} s, {left:.0f} s left {self.status}",
-                  flush=True)
+            print(f"{self.desc}: {self.n}/{self.total} {self.unit}, {elapsed:.0f} s, "
+                  f"{left:.0f} s left {self.status}", flush=True)

@@ -1,10 +1,10 @@
 """sample.py - text to token ids by the model's own chat template, and batched sampling with a KV cache.
 
-The only way from text to ids is `Tokenizer.chat`; the only way from ids to new ids is `generate`. Sampled ids are kept
-as they are: nothing is decoded and tokenised again. Temperature, top-p and top-k are what the caller says and nothing
-is inherited from generation_config.json except the ids that stop a response.
-What differs from the paper (its sampling settings come from the authors' scripts): every draw depends on
-(seed, row, sample) alone, so the text does not change with the batch, its order or its size (exactly in fp32; in bf16 up
+The only way from text to ids is `Tokenizer.chat`; the only way from ids to new ids is `generate`. Sampled ids
+are kept as they are: nothing is decoded and tokenised again. Temperature, top-p and top-k are what the caller
+says and nothing is inherited from generation_config.json except the ids that stop a response. What differs
+from the paper (its sampling settings come from the authors' scripts): every draw depends on (seed, row,
+sample) alone, so the text does not change with the batch, its order or its size (exactly in fp32; in bf16 up
 to the rounding of differently shaped products).
 
 Legend: S slots, V vocabulary, E hidden size, T tokens of a packed prefill.
@@ -13,6 +13,7 @@ Legend: S slots, V vocabulary, E hidden size, T tokens of a packed prefill.
 """
 
 import datetime
+import functools
 import json
 import sys
 import time
@@ -28,11 +29,11 @@ from torch import Tensor
 from model import Cache, Decoder, Packed, find, load
 from run import UserError, default_device, derive, main, option, parse, read_json
 
-TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print today's date: pinned, or prompts would change every day
+TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
 SPLIT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
 
 
-# ---------------------------------------------------------------------------------------------------- tokenizer
+# -------------------------------------------------------------------------------- tokenizer
 
 class Tokenizer:
     """A Hugging Face tokenizer.json with the model's chat template and stop ids."""
@@ -68,7 +69,8 @@ class Tokenizer:
 
     @staticmethod
     def _template(folder: Path, config: dict) -> jinja2.Template:
-        """chat_template.jinja, else the chat_template of tokenizer_config.json, compiled in jinja's sandbox."""
+        """chat_template.jinja, else the chat_template of tokenizer_config.json, compiled in jinja's sandbox.
+        """
         path, source = folder / "chat_template.jinja", config.get("chat_template")
         if path.exists():
             source = path.read_text(encoding="utf-8")
@@ -82,7 +84,7 @@ class Tokenizer:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = raise_exception
         try:
             return environment.from_string(source)
@@ -129,7 +131,7 @@ class Tokenizer:
         rest = self.render(messages, prompt=False).split(mark)[-1]
         ids = self.tokenizer.encode(rest, add_special_tokens=False).ids
         if not ids or ids[0] not in self.added.values():
-            raise UserError(f"the chat template of {self.folder} ends an assistant's turn without a special token")
+            raise UserError(f"the chat template of {self.folder} ends an answer without a special token")
         return ids[0]
 
     def _stop_ids(self) -> frozenset[int]:
@@ -143,7 +145,7 @@ class Tokenizer:
         return frozenset(stop)
 
 
-# ---------------------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------- sampling
 
 @dataclass(frozen=True)
 class Sampling:
@@ -156,12 +158,14 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.top_k < 0:
-            raise UserError(f"sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0, max_new_tokens >= 1: {self}")
+            raise UserError(f"temperature, top_k must be >= 0, top_p in (0, 1], max_new_tokens >= 1: {self}")
 
 
 @dataclass
 class Sample:
-    """One response: ids with the end token if the model emitted it, and log pi of each under the untempered model."""
+    """One response: ids with the end token if the model emitted it, and log pi of each under the untempered
+    model.
+    """
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -171,9 +175,9 @@ class Sample:
 def filtered_probs(logits: Tensor, s: Sampling) -> Tensor:
     """Logits (S, V) -> the tempered, top-k and top-p filtered probabilities, not normalised again. (S, V)
 
-    The nucleus is the smallest set of most likely tokens whose mass reaches top_p. Its least probability is found
-    by bisection over the threshold, without sorting V numbers a row: fp32 floats of one sign order as their bits do.
-    Tokens exactly as likely as the least one are all kept.
+    The nucleus is the smallest set of most likely tokens whose mass reaches top_p. Its least probability is
+    found by bisection over the threshold, without sorting V numbers a row: fp32 floats of one sign order as
+    their bits do. Tokens exactly as likely as the least one are all kept.
     """
     probs = torch.softmax(logits / s.temperature, dim=-1)  # (S, V)
     if s.top_k:
@@ -201,24 +205,27 @@ def pick(logits: Tensor, uniform: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     else:
         cumulative = filtered_probs(logits, s).cumsum(-1)  # (S, V)
         target = uniform[:, None] * cumulative[:, -1:]
-        ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first that exceeds it: p > 0
+        ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first above: p > 0
         ids = ids.clamp_(max=logits.shape[-1] - 1)
     return ids, logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
 
 
 def uniforms(seed: int, row: int, sample: int, count: int) -> Tensor:
-    """The `count` uniform numbers of one response: a stream of its own, whatever else is sampled beside it. (count,)"""
+    """The `count` uniform numbers of one response: a stream of its own, whatever else is sampled beside it.
+    (count,)
+    """
     return torch.rand(count, generator=torch.Generator().manual_seed(derive(seed, row, sample)))
 
 
 @torch.inference_mode()
-def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_ids: frozenset[int], seed: int,
-             keys: list[tuple[int, int]] | None = None, slots: int = 64, bar=None) -> list[Sample]:
+def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_ids: frozenset[int],
+             seed: int, keys: list[tuple[int, int]] | None = None, slots: int = 64, bar=None) -> list[Sample]:
     """Sample one response for every prompt.
 
-    keys: (row, sample index) of each prompt, which with `seed` decide its randomness; default (i, 0). slots: how many
-    are decoded together; a slot whose response has ended takes the next prompt. Prompts are taken longest first, equal
-    ones side by side, so that each is computed once and all slots that wait for it share the result.
+    keys: (row, sample index) of each prompt, which with `seed` decide its randomness; default (i, 0). slots:
+    how many are decoded together; a slot whose response has ended takes the next prompt. Prompts are taken
+    longest first, equal ones side by side, so that each is computed once and all slots that wait for it share
+    the result.
     """
     model.eval()
     device = model.device
@@ -230,8 +237,8 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         return []
     longest = len(prompts[waiting[-1]]) + sampling.max_new_tokens
     if longest > model.config.max_position_embeddings:
-        raise UserError(f"a prompt of {len(prompts[waiting[-1]])} tokens and {sampling.max_new_tokens} new ones exceed "
-                        f"the model's {model.config.max_position_embeddings} positions")
+        raise UserError(f"the longest prompt and {sampling.max_new_tokens} new tokens take {longest} places, "
+                        f"the model has {model.config.max_position_embeddings}")
     cache = Cache(model.config, slots, longest, model.compute, device)
     owner: list[int | None] = [None] * slots  # which prompt each slot works on
     drawn = [0] * slots  # tokens drawn so far, on the host: positions need no round trip to the device
@@ -254,7 +261,9 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
                     bar.update(1)
 
     def admit(free: list[int]) -> None:
-        """Prefill waiting prompts into the free slots, each distinct prompt once, and draw their first tokens."""
+        """Prefill waiting prompts into the free slots, each distinct prompt once, and draw their first
+        tokens.
+        """
         taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
         for slot in free:
             if not waiting:
@@ -289,7 +298,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         record(everyone, next_ids, logps)
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------- command line
 
 @dataclass
 class Args:
@@ -321,7 +330,7 @@ def program() -> None:
     for sample in samples:
         print(tokenizer.decode(sample.ids) + ("" if sample.finished else " [unfinished]"))
     count = sum(len(s.ids) for s in samples)
-    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s, prompt of {len(ids)}", file=sys.stderr)
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Fixtures: a tiny random instruct model made on the spot, and SmolLM2-135M-Instruct where it can be built.
 
-The tiny one needs nothing but the project's own packages. The real one comes from MIPO_SMOLLM2 (a folder), or is built
-once by ../shared/tools/make_smollm2.py where that script is at hand; tests that ask for it are skipped elsewhere.
+The tiny one needs nothing but the project's own packages. The real one comes from MIPO_SMOLLM2 (a folder), or
+is built once by ../shared/tools/make_smollm2.py where that script is at hand; tests that ask for it are
+skipped elsewhere.
 """
 
 import json
@@ -20,13 +21,15 @@ from model import Config, Decoder
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CONFIG = dict(
     model_type="llama", vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=10000.0,
-    tie_word_embeddings=True, max_position_embeddings=2048, hidden_act="silu", bos_token_id=None, eos_token_id=1,
+    tie_word_embeddings=True, max_position_embeddings=2048, hidden_act="silu", eos_token_id=1,
     architectures=["LlamaForCausalLM"], torch_dtype="float32",
 )  # fmt: skip
 
@@ -46,14 +49,16 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(["the user asks and the assistant answers, in a word or in a few sentences. " * 3],
-                                  trainer)
+    specials, alphabet = ["<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=alphabet)
+    text = "the user asks and the assistant answers, in a word or in a few sentences. "
+    tokenizer.train_from_iterator([text * 3], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
-        bos_token=None, eos_token="<|im_end|>", chat_template=TEMPLATE, tokenizer_class="PreTrainedTokenizerFast")))
-    (folder / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[1], temperature=0.7, top_k=3)))
+    config = dict(eos_token="<|im_end|>", chat_template=TEMPLATE, tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    defaults = dict(eos_token_id=[1], temperature=0.7, top_k=3)
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
 
 
 def write_model(folder: Path, **changes) -> Path:

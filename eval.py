@@ -1,0 +1,339 @@
+"""eval.py - held-out prompts under default prompting, personalised prompting and the trained model, compared.
+
+    default    y ~ pi_ref(.|x)         the base model without the context
+    prompted   y ~ pi_ref(.|x, c)      the base model with it: the baseline that MIPO has to beat (section
+               5.1)
+    trained    y ~ pi_theta(.|x, c)    the trained model
+Win rate: the share of responses that honour the context by its own program (demo data). Every number has a
+95% interval, by a bootstrap over prompts; differences are paired, row by row. A gain must not come from
+degenerate text, so beside it stand length, distinct-2, self-BLEU-4, the base model's negative log-likelihood,
+the unfinished share, the win rate among responses of matched length, and `elsewhere`: how often a response
+honours contexts it was not given. The context gain log pi_ref(y|x,c) - log pi_ref(y|x) (Eq. 14) is measured
+under the base model, where it can't be gamed. What differs from the paper: data with checks needs no judge;
+intervals, pairing and the quality columns are added.
+
+    python eval.py --model RUN --data demo        RUN of train.py; a bare model folder has only the first two
+    systems
+Writes responses.jsonl and eval.json to the run folder (or --out) and prints one table.
+"""
+
+import dataclasses
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from losses import sequence_logps
+from model import Decoder, find, load
+from pairs import SPLITS, DataArgs, Example, examples_for, honours, sampling_for
+from run import (UserError, default_device, derive, environment, main, option, parse, progress, read_json,
+                 write_json, write_jsonl)
+from sample import Sample, Tokenizer, generate
+
+SYSTEMS = ("default", "prompted", "trained")
+TEMPERATURE, TOP_P = 0.1, 0.9  # evaluation draws, the authors' scripts; length as for pairs
+
+
+# -------------------------------------------------------------------------------- statistics
+
+def bootstrap(values: np.ndarray, clusters: list[str], draws: int = 10_000, seed: int = 0) -> dict:
+    """Mean of `values` and its 95% percentile interval, resampling whole clusters (prompts). NaN entries are
+    left out.
+
+    Rows that share a prompt are not independent: resampling rows would make the interval too narrow.
+    """
+    keep = ~np.isnan(values)
+    if not keep.any():
+        return dict(mean=None, low=None, high=None, n=0)
+    names, index = np.unique(np.asarray(clusters)[keep], return_inverse=True)
+    sums = np.bincount(index, weights=values[keep], minlength=len(names))  # (clusters,)
+    counts = np.bincount(index, minlength=len(names))  # (clusters,)
+    share = np.full(len(names), 1 / len(names))
+    weights = np.random.default_rng(seed).multinomial(len(names), share, size=draws)  # (draws, clusters)
+    low, high = np.percentile(weights @ sums / (weights @ counts), [2.5, 97.5])
+    return dict(mean=float(values[keep].mean()), low=float(low), high=float(high), n=int(keep.sum()))
+
+
+# -------------------------------------------------------------------------------- text quality
+
+def words(text: str) -> list[str]:
+    """Lower-cased words and single punctuation marks: the tokens of distinct-2 and self-BLEU."""
+    return re.findall(r"\w+|[^\w\s]", text.lower())
+
+
+def ngrams(tokens: list[str], n: int) -> Counter:
+    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+
+
+def distinct(texts: list[list[str]], n: int = 2) -> float:
+    """Different n-grams over all n-grams, of all texts together."""
+    counts = sum((ngrams(t, n) for t in texts), Counter())
+    return len(counts) / max(1, counts.total())
+
+
+def self_bleu(texts: list[list[str]]) -> float:
+    """Mean BLEU-4 of each text against all others as references (Zhu et al., 2018); higher is less diverse.
+
+    Precisions of n > 1 are smoothed by adding one to both counts (Lin and Och, 2004), so that a text without
+    a common 4-gram is not 0 whatever else it shares; brevity penalty against the reference closest in length.
+    """
+    precision = np.zeros((len(texts), 4))
+    for n in range(1, 5):
+        counts = [ngrams(t, n) for t in texts]
+        best: dict[tuple, tuple[int, int, int]] = {}  # n-gram -> highest count, whose, highest elsewhere
+        for i, count in enumerate(counts):
+            for gram, c in count.items():
+                first, who, second = best.get(gram, (0, -1, 0))
+                best[gram] = (c, i, first) if c > first else (first, who, max(second, c))
+        for i, count in enumerate(counts):
+            clipped = sum(min(c, best[g][2] if best[g][1] == i else best[g][0]) for g, c in count.items())
+            add = int(n > 1)
+            precision[i, n - 1] = (clipped + add) / max(1, count.total() + add)
+    lengths = [len(t) for t in texts]
+    scores = []
+    for i, p in enumerate(precision):
+        others = lengths[:i] + lengths[i + 1 :]
+        closest = min(others, key=lambda r: (abs(r - lengths[i]), r))
+        penalty = min(1.0, exp(1 - closest / max(1, lengths[i])))
+        scores.append(penalty * exp(sum(map(log, p)) / 4) if p.all() else 0.0)
+    return float(np.mean(scores))
+
+
+def diversity(texts: list[str], prompts: list[str], draws: int = 5) -> dict:
+    """distinct-2 and self-BLEU-4 of one response a prompt, mean over `draws` seeded choices of the rows.
+
+    The choices are the same for every system, and no two responses answer one prompt, so all systems compare.
+    """
+    rows: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(i)
+    if len(rows) < 2:
+        return dict(distinct_2=None, self_bleu_4=None)
+    tokens = [words(t) for t in texts]
+    values = []
+    for draw in range(draws):
+        generator = np.random.default_rng(derive("diversity", draw))
+        subset = [tokens[generator.choice(r)] for r in rows.values()]
+        values.append((distinct(subset), self_bleu(subset)))
+    d, b = np.mean(values, axis=0)
+    return dict(distinct_2=float(d), self_bleu_4=float(b))
+
+
+# -------------------------------------------------------------------------------- responses
+
+@dataclass
+class Response:
+    """One system's answer to one example, with what the base model says of it (summed over its tokens)."""
+
+    text: str
+    ids: list[int]
+    finished: bool
+    logp: float  # log pi_ref(y | the prompt it answered)
+    gain: float  # log pi_ref(y|x,c) - log pi_ref(y|x); NaN without context or for `default`
+
+
+def answer(model: Decoder, tokenizer: Tokenizer, turns: list[str], args: DataArgs, name: str) -> list[Sample]:
+    """One response to every user turn. Row i draws from (seed, i, 0), the same numbers for every system."""
+    bar = progress(len(turns), "responses", name)
+    samples = generate(model, [tokenizer.chat(t) for t in turns], sampling_for(args), tokenizer.stop_ids,
+                       args.seed, slots=args.slots, bar=bar)
+    bar.close()
+    return samples
+
+
+def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
+            args: DataArgs) -> dict[str, list[Response]]:
+    """Every system's responses to every example, scored by the base model. `default` answers each prompt
+    once.
+    """
+    prompts = list(dict.fromkeys(e.prompt for e in examples))
+    once = dict(zip(prompts, answer(base, tokenizer, prompts, args, "default"), strict=True))
+    samples = {"default": [once[e.prompt] for e in examples]}
+    turns = [e.turn(e.context) for e in examples]
+    samples["prompted"] = answer(base, tokenizer, turns, args, "prompted")
+    if trained is not None:
+        samples["trained"] = answer(trained, tokenizer, turns, args, "trained")
+
+    # Two prompts score every response of the prompted and trained systems, (x, c) and x; `default` has only
+    # x.
+    with_context = [(tokenizer.chat(t), [samples[s][i].ids for s in samples if s != "default"])
+                    for i, t in enumerate(turns)]
+    bare = [(tokenizer.chat(e.prompt), [s[i].ids for s in samples.values()]) for i, e in enumerate(examples)]
+    bar = progress(2 * len(examples), "passes", "scoring under the base model")
+    right, alone = (sequence_logps(base, groups, bar=bar) for groups in (with_context, bare))
+    bar.close()
+    responses = {}
+    for column, (system, drawn) in enumerate(samples.items()):
+        responses[system] = []
+        for i, (sample, e) in enumerate(zip(drawn, examples, strict=True)):
+            logp = alone[i][0] if system == "default" else right[i][column - 1]
+            gain = float("nan") if system == "default" or not e.context else logp - alone[i][column]
+            text = tokenizer.decode(sample.ids)
+            responses[system].append(Response(text, sample.ids, sample.finished, logp, gain))
+    return responses
+
+
+# -------------------------------------------------------------------------------- tables
+
+def wins(examples: list[Example], responses: list[Response]) -> np.ndarray:
+    """1 where a response honours its example's context, 0 where not, NaN where the data have no check.
+    (rows,)
+    """
+    return np.array([float(honours(e.check, r.text)) if e.check else np.nan
+                     for e, r in zip(examples, responses, strict=True)])
+
+
+def elsewhere(examples: list[Example], responses: list[Response]) -> float | None:
+    """The share of the other contexts' checks that a response passes by accident: no gain if this rises as
+    much.
+    """
+    checks = {e.context_id: e.check for e in examples if e.check}
+    hits = [honours(check, r.text) for e, r in zip(examples, responses, strict=True)
+            for context_id, check in checks.items() if context_id != e.context_id]
+    return float(np.mean(hits)) if hits else None
+
+
+def system_row(examples: list[Example], responses: list[Response]) -> dict:
+    """Win rate and quality columns of one system."""
+    prompts = [e.prompt for e in examples]
+    tokens = np.array([len(r.ids) for r in responses])
+    return dict(
+        win_rate=bootstrap(wins(examples, responses), prompts), elsewhere=elsewhere(examples, responses),
+        tokens=float(tokens.mean()), unfinished=float(np.mean([not r.finished for r in responses])),
+        nll_per_token=float(-sum(r.logp for r in responses) / tokens.sum()),
+        context_gain=bootstrap(np.array([r.gain for r in responses]), prompts),
+        **diversity([r.text for r in responses], prompts),
+    )  # fmt: skip
+
+
+def compare(examples: list[Example], ours: list[Response], theirs: list[Response]) -> dict:
+    """Paired differences, ours - theirs: win rate, in all and among rows of matched length, and context gain.
+    """
+    prompts = [e.prompt for e in examples]
+    difference = wins(examples, ours) - wins(examples, theirs)
+    a, b = (np.array([len(r.ids) for r in system]) for system in (ours, theirs))
+    matched = np.minimum(a, b) >= 0.8 * np.maximum(a, b)  # lengths within 20% of each other
+    gain_a, gain_b = (np.array([r.gain for r in system]) for system in (ours, theirs))
+    return dict(win_rate=bootstrap(difference, prompts),
+                win_rate_length_matched=bootstrap(np.where(matched, difference, np.nan), prompts),
+                context_gain=bootstrap(gain_a - gain_b, prompts),
+                context_gain_per_token=bootstrap(gain_a / a - gain_b / b, prompts))
+
+
+def evaluate(examples: list[Example], responses: dict[str, list[Response]]) -> dict:
+    """All numbers of eval.json: per part of the data (all, seen, unseen contexts) its systems and
+    differences.
+    """
+    parts = {"all": range(len(examples))}
+    for group in sorted({e.group for e in examples if e.group}):
+        parts[group] = [i for i, e in enumerate(examples) if e.group == group]
+    result: dict = dict(parts={}, contexts=[])
+    for part, rows in parts.items():
+        some = [examples[i] for i in rows]
+        chosen = {system: [r[i] for i in rows] for system, r in responses.items()}
+        result["parts"][part] = dict(systems={s: system_row(some, r) for s, r in chosen.items()})
+        versus = [("prompted", "default")] + [("trained", "prompted")] * ("trained" in chosen)
+        result["parts"][part]["differences"] = {
+            f"{a} - {b}": compare(some, chosen[a], chosen[b]) for a, b in versus}
+    for context in dict.fromkeys(e.context_id for e in examples if e.check):
+        rows = [i for i, e in enumerate(examples) if e.context_id == context]
+        first, some = examples[rows[0]], [examples[i] for i in rows]
+        rates = {s: float(wins(some, [r[i] for i in rows]).mean()) for s, r in responses.items()}
+        result["contexts"].append(dict(context_id=context, group=first.group, check=first.check, n=len(rows),
+                                       context=first.context, **rates))
+    return result
+
+
+def shown(v: dict, form: str, scale: float = 1) -> str:
+    """63.1 [58.0, 68.2]: a mean with its interval; - where there is none."""
+    if v["mean"] is None:
+        return "-"
+    mean, low, high = (format(scale * v[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+QUALITY = (  # heading, key, format
+    ("elsewhere", "elsewhere", ".1%"), ("tokens", "tokens", ".1f"), ("unfinished", "unfinished", ".0%"),
+    ("base nll", "nll_per_token", ".3f"), ("distinct-2", "distinct_2", ".3f"),
+    ("self-BLEU-4", "self_bleu_4", ".3f"),
+)
+
+
+def table(result: dict) -> str:
+    """The printed summary: one block of systems a part, its differences, then every context."""
+    lines = []
+    for part, block in result["parts"].items():
+        title = "all contexts" if part == "all" else f"{part} contexts"
+        lines += ["", f"{title:12} {'win rate %':>19} {'context gain, nats':>22} "
+                  + " ".join(f"{name:>11}" for name, _, _ in QUALITY)]
+        for system, s in block["systems"].items():
+            quality = ["-" if s[key] is None else format(s[key], form) for _, key, form in QUALITY]
+            rate, gain = shown(s["win_rate"], ".1f", 100), shown(s["context_gain"], ".2f")
+            lines.append(f"{system:12} {rate:>19} {gain:>22} " + " ".join(f"{v:>11}" for v in quality))
+        for name, d in block["differences"].items():
+            matched = d["win_rate_length_matched"]
+            rate, even = (shown(v, "+.1f", 100) for v in (d["win_rate"], matched))
+            gain, per_token = shown(d["context_gain"], "+.2f"), shown(d["context_gain_per_token"], "+.3f")
+            lines.append(f"{name}: win rate {rate}, at matched length {even} (n = {matched['n']}); "
+                         f"context gain {gain}, per token {per_token}")
+    if result["contexts"]:
+        lines += ["", "each context, share honoured"]
+    for c in result["contexts"]:
+        rates = "  ".join(f"{s} {c[s]:4.0%}" for s in SYSTEMS if s in c)
+        lines.append(f"  {c['context_id']} {c['group']:6} {rates}  {c['context'][:90]}")
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------- command line
+
+@dataclass
+class Args(DataArgs):
+    split: str = option("test", "which part to evaluate on; choose settings on validation", "data", SPLITS)
+    out: str = option("", "folder for responses.jsonl and eval.json (default: the run folder)", "data")
+
+
+def program() -> None:
+    args = parse(Args, usage=__doc__)
+    run = Path(args.model)
+    if (run / "args.json").exists():
+        if not (run / "model").is_dir():
+            raise UserError(f"{run} is a run without a trained model: it has not finished")
+        base_name, trained_name = read_json(run / "args.json")["arguments"]["model"], run / "model"
+        out = Path(args.out or run)
+    else:
+        find(args.model)
+        base_name, trained_name = args.model, None
+        if not args.out:
+            raise UserError(f"{run} is a bare model, not a run: say where results go with --out FOLDER")
+        out = Path(args.out)
+    args.temperature = TEMPERATURE if args.temperature is None else args.temperature
+    args.top_p = TOP_P if args.top_p is None else args.top_p
+    examples = examples_for(args, args.split)
+    start = time.perf_counter()
+    tokenizer = Tokenizer(base_name, args.date)
+    dtype, device = getattr(torch, args.dtype), default_device()
+    base = load(base_name, dtype, device=device)
+    trained = load(trained_name, dtype, device=device) if trained_name else None
+    print(f"{len(examples)} {args.split} examples, {sampling_for(args)}")
+    responses = respond(base, trained, tokenizer, examples, args)
+    result = evaluate(examples, responses)
+    result["arguments"] = dataclasses.asdict(args)
+    result["environment"] = environment()
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    name = "" if args.split == "test" else f"-{args.split}"
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / f"responses{name}.jsonl", (
+        dict(id=e.id, prompt=e.prompt, context=e.context, response=r.text, system=system)
+        for system, drawn in responses.items() for e, r in zip(examples, drawn, strict=True)))
+    write_json(out / f"eval{name}.json", result)
+    print(table(result))
+    print(f"\n{result['seconds']:.0f} s; written: eval{name}.json and responses{name}.jsonl in {out}")
+
+
+if __name__ == "__main__":
+    main(program)
