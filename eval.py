@@ -1,28 +1,27 @@
 """eval.py - held-out prompts under default prompting, personalised prompting and the trained model, compared.
 
     default    y ~ pi_ref(.|x)         the base model without the context
-    prompted   y ~ pi_ref(.|x, c)      the base model with it: the baseline that MIPO has to beat (section
-               5.1)
+    prompted   y ~ pi_ref(.|x, c)      the base model with it: the baseline MIPO has to beat (section 5.1)
     trained    y ~ pi_theta(.|x, c)    the trained model
-Win rate: the share of responses that honour the context by its own program (demo data). Every number has a
-95% interval, by a bootstrap over prompts; differences are paired, row by row. A gain must not come from
-degenerate text, so beside it stand length, distinct-2, self-BLEU-4, the base model's negative log-likelihood,
-the unfinished share, the win rate among responses of matched length, and `elsewhere`: how often a response
-honours contexts it was not given. The context gain log pi_ref(y|x,c) - log pi_ref(y|x) (Eq. 14) is measured
-under the base model, where it can't be gamed. What differs from the paper: data with checks needs no judge;
-intervals, pairing and the quality columns are added.
+Win rate: the share of responses that honour the context by its own program (demo data). Win rates and gains
+have 95% intervals, by a bootstrap over prompts; differences are paired, row by row. A gain must not come from
+degenerate text, so beside it stand: mean length, the unfinished share, distinct-2, self-BLEU-4, the base
+model's negative log-likelihood, the win rate where lengths match, `elsewhere` (how often a response honours
+contexts it was not given) and `prompt gain` (how much the response still depends on the question). Context
+gain, Eq. 14's log pi_ref(y|x,c) - log pi_ref(y|x), is taken under the base model, where it can't be gamed.
+What differs from the paper: data with checks needs no judge; intervals, pairs and quality columns are added.
 
-    python eval.py --model RUN --data demo        RUN of train.py; a bare model folder has only the first two
-    systems
+    python eval.py --model RUN --data demo        a bare model folder has only the first two systems
+
 Writes responses.jsonl and eval.json to the run folder (or --out) and prints one table.
 """
 
 import dataclasses
+import math
 import re
 import time
 from collections import Counter
 from dataclasses import dataclass
-from math import exp, log
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +41,7 @@ TEMPERATURE, TOP_P = 0.1, 0.9  # evaluation draws, the authors' scripts; length 
 # -------------------------------------------------------------------------------- statistics
 
 def bootstrap(values: np.ndarray, clusters: list[str], draws: int = 10_000, seed: int = 0) -> dict:
-    """Mean of `values` and its 95% percentile interval, resampling whole clusters (prompts). NaN entries are
-    left out.
+    """Mean of `values` and its 95% percentile interval, resampling whole clusters (prompts); NaN is left out.
 
     Rows that share a prompt are not independent: resampling rows would make the interval too narrow.
     """
@@ -99,8 +97,8 @@ def self_bleu(texts: list[list[str]]) -> float:
     for i, p in enumerate(precision):
         others = lengths[:i] + lengths[i + 1 :]
         closest = min(others, key=lambda r: (abs(r - lengths[i]), r))
-        penalty = min(1.0, exp(1 - closest / max(1, lengths[i])))
-        scores.append(penalty * exp(sum(map(log, p)) / 4) if p.all() else 0.0)
+        penalty = min(1.0, math.exp(1 - closest / max(1, lengths[i])))
+        scores.append(penalty * math.exp(sum(map(math.log, p)) / 4) if p.all() else 0.0)
     return float(np.mean(scores))
 
 
@@ -135,6 +133,7 @@ class Response:
     finished: bool
     logp: float  # log pi_ref(y | the prompt it answered)
     gain: float  # log pi_ref(y|x,c) - log pi_ref(y|x); NaN without context or for `default`
+    prompt_gain: float = math.nan  # log pi_ref(y|x,c) - log pi_ref(y|x',c), x' another prompt
 
 
 def answer(model: Decoder, tokenizer: Tokenizer, turns: list[str], args: DataArgs, name: str) -> list[Sample]:
@@ -148,9 +147,7 @@ def answer(model: Decoder, tokenizer: Tokenizer, turns: list[str], args: DataArg
 
 def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
             args: DataArgs) -> dict[str, list[Response]]:
-    """Every system's responses to every example, scored by the base model. `default` answers each prompt
-    once.
-    """
+    """Every system's responses to every example, scored by the base model; `default`: one a prompt."""
     prompts = list(dict.fromkeys(e.prompt for e in examples))
     once = dict(zip(prompts, answer(base, tokenizer, prompts, args, "default"), strict=True))
     samples = {"default": [once[e.prompt] for e in examples]}
@@ -159,39 +156,44 @@ def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, exampl
     if trained is not None:
         samples["trained"] = answer(trained, tokenizer, turns, args, "trained")
 
-    # Two prompts score every response of the prompted and trained systems, (x, c) and x; `default` has only
-    # x.
-    with_context = [(tokenizer.chat(t), [samples[s][i].ids for s in samples if s != "default"])
-                    for i, t in enumerate(turns)]
-    bare = [(tokenizer.chat(e.prompt), [s[i].ids for s in samples.values()]) for i, e in enumerate(examples)]
-    bar = progress(2 * len(examples), "passes", "scoring under the base model")
-    right, alone = (sequence_logps(base, groups, bar=bar) for groups in (with_context, bare))
+    # Scored by the base model after the right prompt, after x without c, and after another x with c.
+    # `default`, which has no c, is scored once a prompt.
+    elsewhere = dict(zip(prompts, prompts[1:] + prompts[:1], strict=True))
+    swapped = [dataclasses.replace(e, prompt=elsewhere[e.prompt]).turn(e.context) for e in examples]
+    others = [system for system in samples if system != "default"]
+    drawn = [[samples[system][i].ids for system in others] for i in range(len(examples))]
+    answers = [[once[p].ids] for p in prompts]
+    passes = [(turns, drawn), ([e.prompt for e in examples], drawn), (swapped, drawn),
+              (prompts, answers), (elsewhere.values(), answers)]
+    groups = [[(tokenizer.chat(t), r) for t, r in zip(*pair, strict=True)] for pair in passes]
+    bar = progress(sum(map(len, groups)), "passes", "scoring under the base model")
+    right, without, wrong, plain, plain_wrong = (np.array(sequence_logps(base, g, bar=bar)) for g in groups)
     bar.close()
-    responses = {}
-    for column, (system, drawn) in enumerate(samples.items()):
-        responses[system] = []
-        for i, (sample, e) in enumerate(zip(drawn, examples, strict=True)):
-            logp = alone[i][0] if system == "default" else right[i][column - 1]
-            gain = float("nan") if system == "default" or not e.context else logp - alone[i][column]
-            text = tokenizer.decode(sample.ids)
-            responses[system].append(Response(text, sample.ids, sample.finished, logp, gain))
+
+    def scored(sample: Sample, logp: float, gain: float, prompt_gain: float) -> Response:
+        text = tokenizer.decode(sample.ids)
+        return Response(text, sample.ids, sample.finished, float(logp), float(gain), float(prompt_gain))
+
+    alone = {p: scored(once[p], plain[i, 0], math.nan, plain[i, 0] - plain_wrong[i, 0])
+             for i, p in enumerate(prompts)}
+    gains = np.where([[bool(e.context)] for e in examples], right - without, np.nan)  # (rows, other systems)
+    responses = {"default": [alone[e.prompt] for e in examples]}
+    for column, system in enumerate(others):
+        columns = (samples[system], right[:, column], gains[:, column], (right - wrong)[:, column])
+        responses[system] = [scored(*row) for row in zip(*columns, strict=True)]
     return responses
 
 
 # -------------------------------------------------------------------------------- tables
 
 def wins(examples: list[Example], responses: list[Response]) -> np.ndarray:
-    """1 where a response honours its example's context, 0 where not, NaN where the data have no check.
-    (rows,)
-    """
+    """1 where a response honours its example's context, 0 where not, NaN where there is no check. (rows,)"""
     return np.array([float(honours(e.check, r.text)) if e.check else np.nan
                      for e, r in zip(examples, responses, strict=True)])
 
 
 def elsewhere(examples: list[Example], responses: list[Response]) -> float | None:
-    """The share of the other contexts' checks that a response passes by accident: no gain if this rises as
-    much.
-    """
+    """The share of the other contexts' checks that a response passes: no gain if this rises as much."""
     checks = {e.context_id: e.check for e in examples if e.check}
     hits = [honours(check, r.text) for e, r in zip(examples, responses, strict=True)
             for context_id, check in checks.items() if context_id != e.context_id]
@@ -207,6 +209,7 @@ def system_row(examples: list[Example], responses: list[Response]) -> dict:
         tokens=float(tokens.mean()), unfinished=float(np.mean([not r.finished for r in responses])),
         nll_per_token=float(-sum(r.logp for r in responses) / tokens.sum()),
         context_gain=bootstrap(np.array([r.gain for r in responses]), prompts),
+        prompt_gain=float(np.mean([r.prompt_gain for r in responses])),
         **diversity([r.text for r in responses], prompts),
     )  # fmt: skip
 
@@ -226,9 +229,7 @@ def compare(examples: list[Example], ours: list[Response], theirs: list[Response
 
 
 def evaluate(examples: list[Example], responses: dict[str, list[Response]]) -> dict:
-    """All numbers of eval.json: per part of the data (all, seen, unseen contexts) its systems and
-    differences.
-    """
+    """All numbers of eval.json: systems and differences of each part (all, seen, unseen), each context."""
     parts = {"all": range(len(examples))}
     for group in sorted({e.group for e in examples if e.group}):
         parts[group] = [i for i, e in enumerate(examples) if e.group == group]
@@ -260,7 +261,7 @@ def shown(v: dict, form: str, scale: float = 1) -> str:
 QUALITY = (  # heading, key, format
     ("elsewhere", "elsewhere", ".1%"), ("tokens", "tokens", ".1f"), ("unfinished", "unfinished", ".0%"),
     ("base nll", "nll_per_token", ".3f"), ("distinct-2", "distinct_2", ".3f"),
-    ("self-BLEU-4", "self_bleu_4", ".3f"),
+    ("self-BLEU-4", "self_bleu_4", ".3f"), ("prompt gain", "prompt_gain", ".1f"),
 )
 
 

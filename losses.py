@@ -3,9 +3,8 @@
 Everything MIPO trains on is a sum of token log-probs, so two functions carry the file:
     token_logps   hidden states -> log-prob of each target token (Eq. 5's log pi), logits one chunk at a time
     score         groups (prefix, responses) -> those log-probs with every prefix computed once
-The objectives are pure functions of small tensors, one entry a pair, with the paper's equation beside the
-line. What differs from the paper: nothing in the mathematics; Eq. 11's partition term cancels in the
-difference.
+The objectives are pure functions of small tensors, one entry a pair, the paper's equation beside the line.
+What differs from the paper: nothing in the mathematics; Eq. 11's partition term cancels in the difference.
 
 Legend: T packed tokens, N response tokens, E hidden size, V vocabulary, B pairs.
 
@@ -23,7 +22,7 @@ from run import main
 
 Group = tuple[list[int], list[list[int]]]  # (prefix ids, ids of each response that continues it)
 
-CHUNK = dict(cpu=2**24, cuda=2**29)  # logits held at a time: 64 MB in fp32 on a CPU, 2 GB on a GPU
+CHUNK = dict(cpu=2**25, cuda=2**29)  # logits held at a time: 128 MB in fp32 on a CPU, 2 GB on a GPU
 
 
 # -------------------------------------------------------------------------------- log-probs
@@ -33,8 +32,7 @@ class _TokenLogps(torch.autograd.Function):
 
     Forward keeps only the log-sum-exp of each row; backward makes the chunk's logits again. With upstream
     gradient g:
-        d logits = g * (onehot(target) - softmax)        d hidden = d logits @ W        d W = d logits.T @
-        hidden
+        d logits = g * (onehot(target) - softmax)    d hidden = d logits @ W    d W = d logits.T @ hidden
     """
 
     @staticmethod
@@ -56,7 +54,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, targets, lse = ctx.saved_tensors
         w = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        d_weight = None
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             h, t, g = hidden[part], targets[part, None], grad[part, None]
@@ -65,8 +63,9 @@ class _TokenLogps(torch.autograd.Function):
             d = d.scatter_add_(1, t, g.to(d.dtype)).to(h.dtype)
             if d_hidden is not None:
                 d_hidden[part] = d @ w  # (rows, E)
-            if d_weight is not None:
-                d_weight += d.T @ h  # (V, E)
+            if ctx.needs_input_grad[1]:
+                part_weight = d.T @ h  # (V, E)
+                d_weight = part_weight.to(weight.dtype) if d_weight is None else d_weight.add_(part_weight)
         return d_hidden, d_weight, None
 
 
@@ -86,8 +85,7 @@ def score(model, groups: list[Group]) -> list[list[Tensor]]:
     Equal, in value and gradient, to scoring each prefix + response alone. Only positions that predict a
     response token reach the head, and a response's last token, which predicts nothing, is not fed at all.
 
-    With one group, prefix [5, 6] and responses [[7, 8], [9]], the packed tokens and what is read from them
-    are
+    With one group, prefix [5, 6] and responses [[7, 8], [9]], what is fed and what is read from it are
         tokens     5  6  7
         predicts      7  8
                       9
@@ -127,8 +125,9 @@ def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def sequence_logps(model, groups: list[Group], tokens: int = 4096, bar=None) -> list[list[float]]:
-    """log pi(response | prefix), summed over tokens, of each response of each group; no gradient, `tokens` at
-    a time.
+    """log pi(response | prefix) of each response of each group, summed over tokens, without gradient.
+
+    `tokens`: how many tokens one pass may hold; a pass has at least one group.
     """
     sums = []
     for batch in batches(groups, tokens):

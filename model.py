@@ -2,19 +2,16 @@
 
 The decoder never sees a batch. It maps a flat list of T tokens to T hidden states, token by token; only
 attention mixes tokens, and who attends to whom is an argument, the *layout*:
-    Packed   groups of sequences laid end to end, each a prefix shared by its responses: scoring, training,
-             prefill
+    Packed   groups laid end to end, each a prefix and the responses that share it: scoring, training, prefill
     Cache    one new token for each of S slots, whose past keys and values the cache holds: sampling
 Parameters carry Hugging Face names, so loading is a strict load_state_dict and every checkpoint opens
 elsewhere. Weights are kept in `dtype` (fp32 masters for training), cast to `compute` where they are used;
 norms, rotary tables and rotations run in fp32.
 
-Legend: T packed tokens, E hidden size, F feed-forward size, H query heads, G key/value heads, D head size, V
-vocabulary,
-        S cache slots, L cache length.
+Legend: T packed tokens, E hidden size, F feed-forward size, H query heads, G key/value heads, D head size,
+        V vocabulary, S cache slots, L cache length.
 
-    python model.py DIR        prints the configuration, the parameter count and checks that every weight
-    loads
+    python model.py DIR        prints the configuration and the parameter count, once every weight has loaded
 """
 
 import json
@@ -45,9 +42,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "mo
 
 @dataclass(frozen=True)
 class Config:
-    """The parts of a Hugging Face config.json that shape the computation; `raw` is the file itself, kept for
-    saving.
-    """
+    """The parts of a Hugging Face config.json that shape the computation; `raw` is the file, for saving."""
 
     model_type: str
     vocab_size: int
@@ -130,10 +125,13 @@ class Config:
 
 # -------------------------------------------------------------------------------- rotary
 
+def upcast(x: Tensor) -> Tensor:
+    """fp32, or fp64 where x already is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Angle per position of each pair of channels, (D/2,) fp32; llama3 scaling slows the long wavelengths
-    down.
-    """
+    """Angle per position of each pair of channels, (D/2,) fp32; llama3 scaling slows long waves down."""
     exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim
     frequency = config.rope_theta ** -exponent  # (D/2,)
     if config.rope_llama3 is None:
@@ -147,12 +145,34 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding in the rotate-half layout: channel i pairs with i + D/2. x (T, heads, D)."""
-    a, b = x.chunk(2, dim=-1)  # (T, heads, D/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Rotary position embedding, channel i paired with i + D/2: (a, b) -> (a cos - b sin, b cos + a sin).
+
+    x (T, heads, D); cos and sin (T, 1, D), the first half of sin negated.
+    """
+    y = upcast(x)
+    a, b = y.chunk(2, dim=-1)  # (T, heads, D/2) each
+    return (y * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
 # -------------------------------------------------------------------------------- layouts
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention of one group: q (H, n, D), k and v (G, n, D) -> (H, n, D).
+
+    mask (n, n) is True where a row may look; None is causal.
+    """
+    groups, n, size = k.shape
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and n <= 1024:
+        # Spelled out, the products run as bf16 matrix products: 2.5 times as fast as the CPU's flash kernel,
+        # forward and backward. Beyond 1,024 tokens the (n, n) scores would cost too much memory.
+        mask = torch.ones(n, n, dtype=torch.bool).tril() if mask is None else mask
+        q = q.reshape(groups, -1, size) * size**-0.5  # (G, H/G * n, D): heads that share a key become rows
+        scores = (q @ k.transpose(1, 2)).view(-1, n, n).masked_fill(~mask, -math.inf)  # (H, n, n)
+        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype).view(groups, -1, n)  # (G, H/G * n, n)
+        return (probs @ v).view(-1, n, size)  # (H, n, D)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=True)[0]  # (H, n, D)
+
 
 class Packed:
     """Groups laid end to end: a prefix of P tokens, then n responses of R_1..R_n tokens that all continue it.
@@ -199,10 +219,7 @@ class Packed:
         for i, (qi, ki, vi) in enumerate(zip(*parts, strict=True)):
             if self.cache is not None:
                 self.cache.write(layer, self.slots[i], ki, vi)
-            mask = self.masks[i]
-            oi = F.scaled_dot_product_attention(qi[None], ki[None], vi[None], attn_mask=mask,
-                                                is_causal=mask is None, enable_gqa=True)[0]  # (H, n, D)
-            out.append(oi.transpose(0, 1))  # (n, H, D)
+            out.append(attention(qi, ki, vi, self.masks[i]).transpose(0, 1))  # (n, H, D)
         return torch.cat(out)  # (T, H, D)
 
 
@@ -247,15 +264,8 @@ class Cache:
 
 # -------------------------------------------------------------------------------- decoder
 
-def upcast(x: Tensor) -> Tensor:
-    """fp32, or fp64 where x already is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's type: fp32 master weights are cast here, their gradients come
-    back fp32.
-    """
+    """nn.Linear that computes in its input's type; fp32 masters are cast here, gradients come back fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -347,8 +357,9 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, layout: Packed | Cache) -> Tensor:
         """ids (T,) -> final hidden states (T, E) in the compute type."""
-        angle = layout.begin()[:, None] * rotary_frequencies(self.config, ids.device)  # (T, D/2)
-        cos, sin = angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, D/2), fp32
+        angle = layout.begin()[:, None, None] * rotary_frequencies(self.config, ids.device)  # (T, 1, D/2)
+        cos = torch.cat((angle.cos(), angle.cos()), dim=-1)  # (T, 1, D)
+        sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)  # (T, 1, D)
         x = self.model.embed_tokens(ids).to(self.compute)  # (T, E)
         for layer in self.model.layers:
             x = layer(x, cos, sin, layout)
@@ -420,9 +431,7 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dt
 
 
 def save(model: Decoder, folder: Path, source: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a folder that transformers opens: weights in `dtype`, config, and the tokenizer files of
-    `source`.
-    """
+    """Write a folder that transformers opens: weights in `dtype`, config, `source`'s tokenizer files."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: p.detach().to("cpu", dtype).contiguous() for key, p in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

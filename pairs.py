@@ -2,15 +2,18 @@
 
     chosen    y_c ~ pi_ref(.|x, c)      x the prompt, c the user's context
     rejected  y_r ~ pi_ref(.|x)         --neg missing
-              y_r ~ pi_ref(.|x, c')     --neg random, c' of another row (without contexts: pi_ref(.|x'),
-              another prompt)
+              y_r ~ pi_ref(.|x, c')     --neg random: c' of another row
+              y_r ~ pi_ref(.|x')        --neg random in data without contexts: another prompt
+
 Both are then trained under the same right prompt (x, c). Each pair also keeps the prompt its rejected
 response really came from, and its *context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward MIPO
-maximises (Eq. 14). What differs from the paper: sampling settings, which it does not give, are those of
-SAMPLING below; identical pairs and empty responses are dropped and counted.
+maximises (Eq. 14).
+What differs from the paper: the sampling settings, which it does not give, are those of SAMPLING below;
+identical pairs and empty responses are dropped and counted.
 
-    python pairs.py --data demo --neg missing --model DIR --out FOLDER        writes FOLDER/pairs.jsonl and
-    pairs.json
+    python pairs.py --data demo --neg missing --model DIR --out FOLDER
+
+writes FOLDER/pairs.jsonl, one pair a line, and FOLDER/pairs.json, how they were made and what they are like.
 """
 
 import dataclasses
@@ -227,9 +230,7 @@ def honours(check: list, response: str) -> bool:
 
 @dataclass
 class Pair:
-    """A chosen response and N rejected ones, all trained under `prompt_ids`. Ids are as sampled, end token
-    included.
-    """
+    """A chosen and N rejected responses, all trained under `prompt_ids`; ids are those that were sampled."""
 
     id: str
     prompt: str
@@ -246,9 +247,7 @@ class Pair:
 
 
 def other_rows(examples: list[Example], seed: int) -> list[Example]:
-    """For each row another one, by seed, whose context (or, in data without contexts, prompt) is not the same
-    text.
-    """
+    """For each row another one, by seed, with another context (in data without contexts: another prompt)."""
     key = (lambda e: e.context) if any(e.context for e in examples) else (lambda e: e.prompt)
     if len({key(e) for e in examples}) < 2:
         raise UserError("--neg random needs at least two different contexts (without contexts: two prompts)")
@@ -448,9 +447,7 @@ def pair_settings(args: PairArgs, examples: list[Example]) -> dict:
 
 
 def pairs_for(args: PairArgs, split: str, folder: Path) -> list[Pair]:
-    """The pairs of a split: those in `folder` if the same settings made them, else sampled, saved and
-    reported.
-    """
+    """The pairs of a split: those in `folder` if the same settings made them, else sampled into it."""
     examples = examples_for(args, split)
     settings = pair_settings(args, examples)
     if (folder / "pairs.json").exists():

@@ -1,10 +1,11 @@
-"""run.py - what is about running a program rather than about MIPO: arguments, run folders, atomic files,
-metrics.
+"""run.py - what is about running, not about MIPO: arguments, run folders, atomic files, metrics, progress.
 
 Arguments are one dataclass a script: `option(default, help, group)` declares a field, `parse` turns the class
 into a command line whose unknown flags are errors that name the nearest known one. A run folder is
-`runs/<name>/`: the resolved arguments in args.json, one JSON object a step in metrics.jsonl. A file appears
-whole or not at all. `python -m doctest run.py` runs the examples below.
+runs/<name>/: the resolved arguments in args.json, one JSON object a step in metrics.jsonl. A file appears
+whole or not at all.
+
+    python -m doctest run.py           runs the examples below
 """
 
 import argparse
@@ -80,9 +81,7 @@ def parse(cls: type, argv: list[str] | None = None, usage: str = ""):
 
 
 def main(program) -> typing.NoReturn:
-    """Run `program()` as a script: a UserError, an interrupt or a full disk ends in one line, never in a
-    traceback.
-    """
+    """Run `program()` as a script: a user's mistake, an interrupt or a full disk ends in one clear line."""
     tune_allocator()
     name = Path(sys.argv[0]).name
     try:

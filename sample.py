@@ -2,10 +2,9 @@
 
 The only way from text to ids is `Tokenizer.chat`; the only way from ids to new ids is `generate`. Sampled ids
 are kept as they are: nothing is decoded and tokenised again. Temperature, top-p and top-k are what the caller
-says and nothing is inherited from generation_config.json except the ids that stop a response. What differs
-from the paper (its sampling settings come from the authors' scripts): every draw depends on (seed, row,
-sample) alone, so the text does not change with the batch, its order or its size (exactly in fp32; in bf16 up
-to the rounding of differently shaped products).
+says; nothing is inherited from generation_config.json except the ids that stop a response.
+What differs from the paper: every draw depends on (seed, row, sample) alone, so the text does not change with
+the batch, its order or its size: exactly in fp32, in bf16 up to the rounding of differently shaped products.
 
 Legend: S slots, V vocabulary, E hidden size, T tokens of a packed prefill.
 
@@ -163,9 +162,7 @@ class Sampling:
 
 @dataclass
 class Sample:
-    """One response: ids with the end token if the model emitted it, and log pi of each under the untempered
-    model.
-    """
+    """One response: ids, with the end token if the model emitted it, and their untempered log-probs."""
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -175,23 +172,22 @@ class Sample:
 def filtered_probs(logits: Tensor, s: Sampling) -> Tensor:
     """Logits (S, V) -> the tempered, top-k and top-p filtered probabilities, not normalised again. (S, V)
 
-    The nucleus is the smallest set of most likely tokens whose mass reaches top_p. Its least probability is
-    found by bisection over the threshold, without sorting V numbers a row: fp32 floats of one sign order as
-    their bits do. Tokens exactly as likely as the least one are all kept.
+    The nucleus is the smallest set of most likely tokens whose mass reaches top_p; tokens as likely as
+    its least one are all kept. It mostly lies within the 256 most likely, so whole rows are seldom sorted.
     """
     probs = torch.softmax(logits / s.temperature, dim=-1)  # (S, V)
+    vocabulary = probs.shape[-1]
     if s.top_k:
-        least = probs.topk(min(s.top_k, probs.shape[-1])).values[:, -1:]  # (S, 1)
+        least = probs.topk(min(s.top_k, vocabulary)).values[:, -1:]  # (S, 1)
         probs = torch.where(probs >= least, probs, 0)
     if s.top_p < 1:
         mass = s.top_p * probs.sum(-1, keepdim=True)  # (S, 1)
-        low = torch.zeros_like(mass, dtype=torch.int32)  # keeps at least `mass`
-        high = probs.amax(-1, keepdim=True).view(torch.int32) + 1  # keeps nothing
-        for _ in range(31):
-            middle = low + (high - low) // 2
-            enough = torch.where(probs >= middle.view(torch.float32), probs, 0).sum(-1, keepdim=True) >= mass
-            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        probs = torch.where(probs >= low.view(torch.float32), probs, 0)
+        likely = probs.topk(min(256, vocabulary)).values  # (S, 256), falling
+        if (likely.sum(-1, keepdim=True) < mass).any():
+            likely = probs.sort(descending=True).values  # (S, V)
+        before = likely.cumsum(-1) < mass  # the tokens that alone do not reach the mass
+        least = likely.gather(1, before.sum(-1, keepdim=True).clamp(max=likely.shape[1] - 1))  # (S, 1)
+        probs = torch.where(probs >= least, probs, 0)
     return probs
 
 
@@ -227,7 +223,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     longest first, equal ones side by side, so that each is computed once and all slots that wait for it share
     the result.
     """
-    model.eval()
+    start = time.perf_counter()
     device = model.device
     keys = keys or [(i, 0) for i in range(len(prompts))]
     results = [Sample() for _ in prompts]
@@ -258,12 +254,12 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             if result.finished or drawn[slot] == sampling.max_new_tokens:
                 owner[slot] = None
                 if bar is not None:
+                    rate = sum(len(r.ids) for r in results) / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                     bar.update(1)
 
     def admit(free: list[int]) -> None:
-        """Prefill waiting prompts into the free slots, each distinct prompt once, and draw their first
-        tokens.
-        """
+        """Prefill waiting prompts into the free slots, each distinct one once; draw their first tokens."""
         taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
         for slot in free:
             if not waiting:

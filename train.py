@@ -1,17 +1,16 @@
-"""train.py - MIPO end to end: model -> contrastive pairs -> reference log-probs -> DPO -> a Hugging Face
-folder.
+"""train.py - MIPO end to end: model -> contrastive pairs -> reference log-probs -> DPO -> model folder.
 
-    loss = -log sigmoid(beta * ((log pi(y_c|x,c) - log pi_ref(y_c|x,c)) - (log pi(y_r|x,c) - log
-    pi_ref(y_r|x,c))))
-                                                                                                    Eq. 5,
-                                                                                                    section 4
+    loss = -log sigmoid(beta * ((log pi - log pi_ref)(y_c|x,c) - (log pi - log pi_ref)(y_r|x,c)))      Eq. 5
+
 Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
 master weights with bf16 arithmetic, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient
-norm clipped at 1. What differs from the paper: the learning rate is chosen on validation prompts, never on
-test ones, and depends on the model's size: 1e-7 to 1e-6 suits 1B and more, a model of 135M needs more.
+norm clipped at 1.
+What differs from the paper: the learning rate is chosen on validation prompts, never on test ones, and goes
+with the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
 
     torchrun train.py --data demo --neg missing --model DIR          or plain python train.py ...
-The run folder then holds args.json, pairs.jsonl, metrics.jsonl and model/; eval.py reads it.
+
+The run folder then holds args.json, pairs.jsonl, metrics.jsonl, summary.json and model/; eval.py reads it.
 """
 
 import dataclasses
@@ -75,42 +74,43 @@ def pair_logps(model: Decoder, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
             torch.stack([rejected.sum() for _, rejected in scored]))  # (B,)
 
 
-def passes(pairs: list[Pair], batch: list[int], tokens: int) -> list[list[int]]:
-    """A batch of pair indices cut into forward passes of at most `tokens` tokens."""
-    return [[batch[i] for i in part] for part in batches([pair_group(pairs[i]) for i in batch], tokens)]
+def schedule(pairs: list[Pair], args: Args) -> list[list[list[list[int]]]]:
+    """Epoch -> step -> pass -> pair indices: `batch` pairs a step, at most `pass_tokens` tokens a pass."""
+
+    def passes(step: list[int]) -> list[list[int]]:
+        groups = [pair_group(pairs[i]) for i in step]
+        return [[step[i] for i in part] for part in batches(groups, args.pass_tokens)]
+
+    orders = [epoch_order(len(pairs), args.seed, epoch) for epoch in range(args.epochs)]
+    return [[passes(order[i : i + args.batch]) for i in range(0, len(order), args.batch)] for order in orders]
 
 
 @torch.no_grad()
-def reference_logps(model: Decoder, pairs: list[Pair], plan: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """The start model's log-probs of every pair, (pairs,) each, by the same passes as the first epoch's
-    training:
-    then the first step's margins are exactly 0 in any arithmetic."""
-    chosen, rejected = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+def reference_logps(model: Decoder, pairs: list[Pair], epoch: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
+    """The start model's log-probs of every pair, (pairs,) each, by the passes of the first epoch's training:
+    then the first step's margins are exactly 0 in any arithmetic.
+
+    The model may be held in the compute type alone: that is what training casts its fp32 masters to.
+    """
+    chosen, rejected = torch.zeros(2, len(pairs), device=model.device)  # (pairs,) each
     bar = progress(len(pairs), "pairs", "reference")
-    for part in plan:
-        c, r = pair_logps(model, [pairs[i] for i in part])
-        chosen[part], rejected[part] = c.cpu(), r.cpu()
-        bar.update(len(part))
+    for step in epoch:
+        for part in step:
+            chosen[part], rejected[part] = pair_logps(model, [pairs[i] for i in part])
+        bar.update(sum(map(len, step)))
     bar.close()
     return chosen, rejected
 
 
-def train(model: Decoder, pairs: list[Pair], args: Args, metrics: Metrics) -> dict:
-    """One DPO run over the pairs, in place. Returns its summary; every step is a line of metrics.jsonl."""
-    epochs = [epoch_order(len(pairs), args.seed, epoch) for epoch in range(args.epochs)]
-    cuts = range(0, len(pairs), args.batch)
-    plan = [[passes(pairs, order[i : i + args.batch], args.pass_tokens) for i in cuts] for order in epochs]
-    # plan: epoch -> step -> pass -> pair indices
-    start = time.perf_counter()
-    ref_chosen, ref_rejected = (t.to(model.device) for t in
-                                reference_logps(model, pairs, [part for step in plan[0] for part in step]))
-    reference_seconds = time.perf_counter() - start
-
+def train(model: Decoder, pairs: list[Pair], reference: tuple[Tensor, Tensor], args: Args,
+          metrics: Metrics) -> dict:
+    """DPO over the pairs, in place. Returns the run's summary; every step is a line of metrics.jsonl."""
+    ref_chosen, ref_rejected = reference  # (pairs,) each
+    epochs = schedule(pairs, args)
+    steps = [step for epoch in epochs for step in epoch]
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), 1e-8, 0.0, fused=True)
-    steps = [step for epoch in plan for step in epoch]
-    bar = progress(sum(map(len, epochs)), "pairs", "training")
+    bar = progress(len(pairs) * args.epochs, "pairs", "training")
     start, seen_tokens, skipped, skipped_in_a_row = time.perf_counter(), 0, 0, 0
-    model.train()
     for number, step in enumerate(steps):
         step_start = time.perf_counter()
         size = sum(len(part) for part in step)
@@ -141,14 +141,14 @@ def train(model: Decoder, pairs: list[Pair], args: Args, metrics: Metrics) -> di
         optimizer.zero_grad()
         seconds = time.perf_counter() - step_start
         seen_tokens += tokens
-        metrics.log(step=number + 1, epoch=number // len(plan[0]), **means, grad_norm=norm, lr=lr, pairs=size,
-                    tokens=tokens, tokens_per_second=tokens / seconds, skipped=skipped)
+        metrics.log(step=number + 1, epoch=number // len(epochs[0]), **means, grad_norm=norm, lr=lr,
+                    pairs=size, tokens=tokens, tokens_per_second=tokens / seconds, skipped=skipped)
         bar.set_postfix_str(f"loss {means['loss']:.3f} margin {means['margin']:+.2f} "
                             f"{seen_tokens / (time.perf_counter() - start):.0f} tokens/s")
         bar.update(size)
     bar.close()
     return dict(steps=len(steps), pairs=len(pairs), skipped=skipped, tokens=seen_tokens,
-                seconds_reference=reference_seconds, seconds_training=time.perf_counter() - start)
+                seconds_training=time.perf_counter() - start)
 
 
 # -------------------------------------------------------------------------------- command line
@@ -174,12 +174,15 @@ def program() -> None:
     pairs = load_pairs(Path(args.pairs)) if args.pairs else pairs_for(args, "train", folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", dict(arguments=dataclasses.asdict(args), environment=environment()))
-    pairs_seconds = time.perf_counter() - start
-    model = load(source, torch.float32, getattr(torch, args.dtype), default_device())
-    print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {len(pairs)} pairs")
-    summary = train(model, pairs, args, Metrics(folder / "metrics.jsonl"))
+    seconds = dict(seconds_pairs=time.perf_counter() - start)
+    print(f"{folder}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
+    compute, device = getattr(torch, args.dtype), default_device()
+    reference = reference_logps(load(source, compute, device=device), pairs, schedule(pairs, args)[0])
+    seconds["seconds_reference"] = time.perf_counter() - start - seconds["seconds_pairs"]
+    model = load(source, torch.float32, compute, device)
+    summary = train(model, pairs, reference, args, Metrics(folder / "metrics.jsonl"))
     save(model, folder / "model", source)
-    s = {**summary, "seconds_pairs": pairs_seconds, "seconds": time.perf_counter() - start}
+    s = {**summary, **seconds, "seconds": time.perf_counter() - start}
     write_json(folder / "summary.json", s)
     print(f"{s['steps']} steps, {s['seconds']:.0f} s in all: pairs {s['seconds_pairs']:.0f}, "
           f"reference {s['seconds_reference']:.0f}, training {s['seconds_training']:.0f}; "
