@@ -11,7 +11,7 @@ contexts it was not given) and `prompt gain` (how much the response still depend
 gain, Eq. 14's log pi_ref(y|x,c) - log pi_ref(y|x), is taken under the base model, where it can't be gamed.
 What differs from the paper: data with checks needs no judge; intervals, pairs and quality columns are added.
 
-    python eval.py --model RUN --data demo        a bare model folder has only the first two systems
+    python eval.py --model RUN        a bare model folder has only the first two systems
 
 Writes responses.jsonl and eval.json to the run folder (or --out) and prints one table.
 """
@@ -29,10 +29,10 @@ import torch
 
 from losses import sequence_logps
 from model import Decoder, find, load
-from pairs import SPLITS, DataArgs, Example, examples_for, honours, sampling_for
+from pairs import SPLITS, DataArgs, Example, honours, load_examples, sampling_for
 from run import (UserError, default_device, derive, environment, main, option, parse, progress, read_json,
                  write_json, write_jsonl)
-from sample import Sample, Tokenizer, generate
+from sample import TEMPLATE_DATE, Sample, Tokenizer, generate
 
 SYSTEMS = ("default", "prompted", "trained")
 TEMPERATURE, TOP_P = 0.1, 0.9  # evaluation draws, the authors' scripts; length as for pairs
@@ -294,6 +294,8 @@ def table(result: dict) -> str:
 
 @dataclass
 class Args(DataArgs):
+    data: str | None = option(None, "demo, or a .jsonl file (default: what the run was trained on)", "data")
+    date: str | None = option(None, "for chat templates that print one (default: the run's)", "sampling")
     split: str = option("test", "which part to evaluate on; choose settings on validation", "data", SPLITS)
     out: str = option("", "folder for responses.jsonl and eval.json (default: the run folder)", "data")
 
@@ -304,17 +306,22 @@ def program() -> None:
     if (run / "args.json").exists():
         if not (run / "model").is_dir():
             raise UserError(f"{run} is a run without a trained model: it has not finished")
-        base_name, trained_name = read_json(run / "args.json")["arguments"]["model"], run / "model"
+        trained_with = read_json(run / "args.json")["arguments"]
+        base_name, trained_name = trained_with["model"], run / "model"
         out = Path(args.out or run)
     else:
         find(args.model)
-        base_name, trained_name = args.model, None
+        base_name, trained_name, trained_with = args.model, None, {}
         if not args.out:
             raise UserError(f"{run} is a bare model, not a run: say where results go with --out FOLDER")
         out = Path(args.out)
-    args.temperature = TEMPERATURE if args.temperature is None else args.temperature
-    args.top_p = TOP_P if args.top_p is None else args.top_p
-    examples = examples_for(args, args.split)
+    defaults = dict(data="demo", date=TEMPLATE_DATE, max_new_tokens=None) | trained_with
+    defaults.update(temperature=TEMPERATURE, top_p=TOP_P)
+    for key in ("data", "date", "max_new_tokens", "temperature", "top_p"):
+        if getattr(args, key) is None:
+            setattr(args, key, defaults[key])
+    # the run's seed made the split: another one would put training prompts into the test part
+    examples = load_examples(args.data, args.split, trained_with.get("seed", args.seed))[: args.limit or None]
     start = time.perf_counter()
     tokenizer = Tokenizer(base_name, args.date)
     dtype, device = getattr(torch, args.dtype), default_device()
@@ -323,8 +330,7 @@ def program() -> None:
     print(f"{len(examples)} {args.split} examples, {sampling_for(args)}")
     responses = respond(base, trained, tokenizer, examples, args)
     result = evaluate(examples, responses)
-    result["arguments"] = dataclasses.asdict(args)
-    result["environment"] = environment()
+    result.update(arguments=dataclasses.asdict(args), run=trained_with, environment=environment())
     result["seconds"] = round(time.perf_counter() - start, 1)
     name = "" if args.split == "test" else f"-{args.split}"
     out.mkdir(parents=True, exist_ok=True)

@@ -187,7 +187,7 @@ def program() -> None:
     print(f"{s['steps']} steps, {s['seconds']:.0f} s in all: pairs {s['seconds_pairs']:.0f}, "
           f"reference {s['seconds_reference']:.0f}, training {s['seconds_training']:.0f}; "
           f"model in {folder / 'model'}")
-    print(f"evaluate it with: python eval.py --model {folder} --data {args.data}")
+    print(f"evaluate it with: python eval.py --model {folder}")
 
 
 if __name__ == "__main__":
