@@ -62,7 +62,12 @@ class Example:
 
     def turn(self, context: str | None) -> str:
         """The user's turn with a context (this row's, another's or none)."""
-        return REQUEST.format(x=self.prompt, c=context) if context else self.prompt
+        return user_turn(self.prompt, context)
+
+
+def user_turn(prompt: str, context: str | None) -> str:
+    """What the user says: the prompt, and the request to respect the context where there is one."""
+    return REQUEST.format(x=prompt, c=context) if context else prompt
 
 
 def load_examples(data: str, split: str, seed: int = 0) -> list[Example]:

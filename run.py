@@ -74,7 +74,7 @@ def parse(cls: type, argv: list[str] | None = None, usage: str = ""):
     if unknown:
         flag = unknown[0].split("=")[0]
         known = [s for action in parser._actions for s in action.option_strings]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.65)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown argument {flag}{hint}; --help lists them all")
     return cls(**vars(args))

@@ -29,6 +29,7 @@ from model import Cache, Decoder, Packed, find, load
 from run import UserError, default_device, derive, main, option, parse, read_json
 
 TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
+PREFILL_TOKENS = 8192  # prompts are taken up in passes of about this many tokens
 SPLIT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
 
 
@@ -223,7 +224,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     longest first, equal ones side by side, so that each is computed once and all slots that wait for it share
     the result.
     """
-    start = time.perf_counter()
+    start, total = time.perf_counter(), 0
     device = model.device
     keys = keys or [(i, 0) for i in range(len(prompts))]
     results = [Sample() for _ in prompts]
@@ -243,6 +244,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
 
     def record(slot_list: list[int], ids: Tensor, logps: Tensor) -> None:
         """Append one drawn token to each slot's response; free the slots whose response has ended."""
+        nonlocal total
         for slot, token, logp in zip(slot_list, ids.tolist(), logps.tolist(), strict=True):
             if owner[slot] is None:
                 continue
@@ -250,11 +252,12 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             result.ids.append(token)
             result.logps.append(logp)
             drawn[slot] += 1
+            total += 1
             result.finished = token in stop_ids
             if result.finished or drawn[slot] == sampling.max_new_tokens:
                 owner[slot] = None
                 if bar is not None:
-                    rate = sum(len(r.ids) for r in results) / (time.perf_counter() - start)
+                    rate = total / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
                     bar.update(1)
 
@@ -262,7 +265,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         """Prefill waiting prompts into the free slots, each distinct one once; draw their first tokens."""
         taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
         for slot in free:
-            if not waiting:
+            if not waiting or sum(map(len, taken)) >= PREFILL_TOKENS:
                 break
             owner[slot], drawn[slot] = (i := waiting.pop()), 0
             noise[slot] = uniforms(seed, *keys[i], sampling.max_new_tokens).to(device)

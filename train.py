@@ -25,9 +25,10 @@ from torch import Tensor
 
 from losses import Group, batches, dpo, score
 from model import Decoder, find, load, save
-from pairs import Pair, PairArgs, load_pairs, pairs_for
+from pairs import Pair, PairArgs, load_pairs, pairs_for, user_turn
 from run import (Metrics, UserError, default_device, derive, environment, fingerprint, main, option, parse,
                  progress, write_json)
+from sample import Tokenizer
 
 
 @dataclass
@@ -171,7 +172,14 @@ def program() -> None:
     folder = run_folder(args)
     source = find(args.model)  # before the folder exists: a wrong name leaves nothing behind
     start = time.perf_counter()
-    pairs = load_pairs(Path(args.pairs)) if args.pairs else pairs_for(args, "train", folder)
+    if args.pairs:
+        pairs = load_pairs(Path(args.pairs))
+        first = pairs[0]
+        if Tokenizer(source, args.date).chat(user_turn(first.prompt, first.context)) != first.prompt_ids:
+            raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
+                            "its tokenizer, chat template or --date is another one")
+    else:
+        pairs = pairs_for(args, "train", folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "args.json", dict(arguments=dataclasses.asdict(args), environment=environment()))
     seconds = dict(seconds_pairs=time.perf_counter() - start)
