@@ -105,7 +105,7 @@ class Config:
                 num_hidden_layers=raw["num_hidden_layers"],
                 num_attention_heads=heads,
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+                head_dim=raw.get("head_dim") or (128 if kind == "qwen3" else raw["hidden_size"] // heads),
                 rms_norm_eps=raw["rms_norm_eps"],
                 rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
                 rope_llama3={k: rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
@@ -393,8 +393,7 @@ def find(name: str | Path) -> Path:
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None,
          device: torch.device | str = "cpu") -> Decoder:
-    """A decoder from a Hugging Face folder or hub id, weights in `dtype`, arithmetic in `compute` (default:
-    dtype).
+    """A decoder from a Hugging Face folder or hub id: matrices in `dtype`, arithmetic in `compute` (or dtype).
 
     Strict: a missing, superfluous or wrongly shaped tensor is a UserError that names it and its file.
     """
@@ -417,7 +416,9 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dt
                     shape = tuple(f.get_slice(key).get_shape())
                     if expected.get(key, shape) != shape:
                         raise UserError(f"{file}: {key} is {shape}, config.json asks for {expected[key]}")
-                    weights[key] = f.get_tensor(key).to(device=device, dtype=dtype)
+                    # norms (and biases) are computed in fp32, so they are kept in it whatever the type
+                    kept = dtype if len(shape) > 1 else torch.promote_types(dtype, torch.float32)
+                    weights[key] = f.get_tensor(key).to(device=device, dtype=kept)
         except FileNotFoundError:
             raise UserError(f"{file} does not exist (weights are read from safetensors only)") from None
         except SafetensorError as e:

@@ -419,6 +419,10 @@ class DataArgs:
     slots: int = option(128, "responses sampled together", "sampling")
     dtype: str = option("bfloat16", "arithmetic; masters are float32", "sampling", ("bfloat16", "float32"))
 
+    def __post_init__(self):
+        if self.slots < 1 or self.limit < 0:
+            raise UserError(f"--slots {self.slots} must be at least 1 and --limit {self.limit} at least 0")
+
 
 @dataclass
 class PairArgs(DataArgs):

@@ -154,7 +154,8 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            json.dumps(row, ensure_ascii=False).encode()  # JSON can hold half a surrogate pair, text cannot
+        except (json.JSONDecodeError, UnicodeError) as e:
             raise UserError(f"{path}:{number}: not a JSON object: {e}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: not a JSON object but a {type(row).__name__}")

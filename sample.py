@@ -60,10 +60,11 @@ class Tokenizer:
             value = config.get(name)
             return value["content"] if isinstance(value, dict) else value
 
-        self.variables = dict(
-            bos_token=token("bos_token"), eos_token=token("eos_token"), tools=None, documents=None,
-            date_string=day.strftime("%d %b %Y"), strftime_now=day.strftime,
-        )  # fmt: skip
+        self.variables = dict(tools=None, documents=None, date_string=day.strftime("%d %b %Y"),
+                              strftime_now=day.strftime)
+        for name in ("bos_token", "eos_token"):
+            if token(name) is not None:  # undefined, a template renders it as nothing
+                self.variables[name] = token(name)
         self.end_token = self._end_of_turn()
         self.stop_ids = self._stop_ids()
 
@@ -93,7 +94,10 @@ class Tokenizer:
 
     def render(self, messages: list[dict], prompt: bool = True) -> str:
         """Messages ({"role", "content"}) as the template writes them; prompt: open the assistant's turn."""
-        return self.template.render(messages=messages, add_generation_prompt=prompt, **self.variables)
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=prompt, **self.variables)
+        except jinja2.TemplateError as e:
+            raise UserError(f"the chat template of {self.folder} fails: {e}") from None
 
     def chat(self, user: str, system: str | None = None) -> list[int]:
         """One user turn (and system prompt) -> prompt ids, ready for the assistant's answer.
@@ -110,7 +114,7 @@ class Tokenizer:
     def _harmless(self, text: str) -> str:
         text = text.replace(SPLIT, "").encode("utf-8", "replace").decode()  # and no lone surrogates
         for name in sorted(self.added, key=len, reverse=True):
-            if len(name) > 1:
+            while len(name) > 1 and name in text:  # again: occurrences may overlap
                 text = text.replace(name, name[0] + SPLIT + name[1:])
         return text
 

@@ -3,7 +3,6 @@
 Oracles: brute force over the assets, single calls of generate, and transformers' full logits.
 """
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -347,13 +346,15 @@ def test_sampled_ids_are_kept_as_they_are(sampled, tiny):
     assert (pair.chosen, pair.rejected) == ("the answer", ["the answer"])
 
 
-def test_identical_pairs_and_empty_responses_are_dropped_and_counted(sampled, tiny):
-    """Four useless pairs of six; those left keep their examples."""
+def test_identical_pairs_and_empty_responses_are_dropped_and_counted(sampled, tiny, naive_logp):
+    """Four useless pairs of six; those left keep their examples, in their context gains too."""
     yes, no, blank = (letters(tiny, text) for text in ("yes", "no", " \n "))
     found, stats = sampled(([*yes, 1], [*no, 1]), ([*yes, 1], [*yes, 1]), ([1], yes), (no, [*blank, 1]),
                            ([1], [1]), (yes, [*yes, 1]))
     assert [p.id for p in found] == ["0", "5"]
     assert [p.context for p in found] == ["Context 0.", "Context 5."]
+    bare = naive_logp(chat_ids(tiny, "Question 5?"), yes)
+    assert found[1].gain_chosen == pytest.approx(naive_logp(found[1].prompt_ids, yes) - bare, abs=1e-4)
     assert stats["dropped"] == {"empty": 3, "identical": 1}
     assert (stats["examples"], stats["pairs"]) == (6, 2)
 
@@ -527,7 +528,6 @@ def test_negatives_that_cannot_be_leave_no_folder(call, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="IndexError and RuntimeError instead")
 @pytest.mark.parametrize(("flag", "value"), [("--slots", "0"), ("--slots", "-1"), ("--limit", "-4")])
 def test_impossible_numbers_are_refused(flag, value, call):
     """A UserError that names the flag."""
@@ -535,9 +535,9 @@ def test_impossible_numbers_are_refused(flag, value, call):
         call(flag, value)
 
 
-@pytest.mark.xfail(strict=True, reason="UnicodeEncodeError after the sampling, and pairs.jsonl.tmp stays")
-def test_half_a_surrogate_pair_in_a_prompt_is_no_crash(call, tmp_path):
-    """JSON may hold one as an escape: it is replaced, or refused as the data are read."""
+def test_half_a_surrogate_pair_is_a_mistake_in_the_data(call, tmp_path):
+    """JSON may hold one as an escape, a text file may not: a UserError with file:line, before sampling."""
     (tmp_path / "a.jsonl").write_text('{"prompt": "a \\ud800", "context": "c", "split": "train"}\n')
-    with contextlib.suppress(UserError):
+    with pytest.raises(UserError, match=r"a\.jsonl:1\b"):
         call()
+    assert not (tmp_path / "o").exists()

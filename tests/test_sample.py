@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
+import sample
 from losses import score
 from model import load
 from run import UserError
@@ -438,8 +439,8 @@ def test_logps_are_a_scoring_pass(tiny, s):
     model, prompts = load(tiny), tiny_prompts(9)
     samples = generate(model, prompts, s, frozenset(range(20)), seed=1, slots=4)
     scored = score(model, [(p, [x.ids]) for p, x in zip(prompts, samples, strict=True)])
-    for sample, (logps,) in zip(samples, scored, strict=True):
-        torch.testing.assert_close(torch.tensor(sample.logps), logps.detach(), rtol=0, atol=1e-5)
+    for x, (logps,) in zip(samples, scored, strict=True):
+        torch.testing.assert_close(torch.tensor(x.logps), logps.detach(), rtol=0, atol=1e-5)
 
 
 def test_a_sample_ends_at_the_first_stop_id_or_at_the_limit(tiny):
@@ -465,6 +466,15 @@ def test_slots_and_order_change_nothing(tiny, slots):
     mixed = generate(model, [prompts[i] for i in order], s, stop, 3, [keys[i] for i in order], slots)
     assert [x.ids for x in mixed] == [alone[i].ids for i in order]
     assert [x.finished for x in mixed] == [alone[i].finished for i in order]
+
+
+def test_prompts_taken_up_in_several_passes_change_nothing(tiny, monkeypatch):
+    """However few tokens one prefill may hold."""
+    model, prompts, s = load(tiny), tiny_prompts(16), Sampling(1.0, 1.0, 6)
+    at_once = generate(model, prompts + prompts, s, frozenset(range(40)), 0)
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 1)
+    assert [x.ids for x in generate(model, prompts + prompts, s, frozenset(range(40)), 0)] == [
+        x.ids for x in at_once]
 
 
 def test_default_keys_are_the_rows(tiny):
@@ -522,10 +532,10 @@ def test_smollm2_greedy_is_transformers(smollm2, smol, smol_tokenizer):
     ids = torch.tensor([[2] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     out = oracle.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=16)[:, width:]
-    for sample, row in zip(samples, out.tolist(), strict=True):
-        assert sample.ids == row[: len(sample.ids)]
-        assert sample.finished or len(sample.ids) == 16
-        assert sample.finished == (2 in row)
+    for x, row in zip(samples, out.tolist(), strict=True):
+        assert x.ids == row[: len(x.ids)]
+        assert x.finished or len(x.ids) == 16
+        assert x.finished == (2 in row)
 
 
 @pytest.fixture(scope="module")
