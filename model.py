@@ -393,7 +393,7 @@ def find(name: str | Path) -> Path:
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None,
          device: torch.device | str = "cpu") -> Decoder:
-    """A decoder from a Hugging Face folder or hub id: matrices in `dtype`, arithmetic in `compute` (or dtype).
+    """A decoder from a Hugging Face folder or hub id: matrices in `dtype`, arithmetic in `compute` or that.
 
     Strict: a missing, superfluous or wrongly shaped tensor is a UserError that names it and its file.
     """
