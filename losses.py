@@ -45,6 +45,7 @@ class _TokenLogps(torch.autograd.Function):
             logits = F.linear(h, w).to(exact)  # (rows, V)
             lses.append(logits.logsumexp(-1))  # (rows,)
             logps.append(logits.gather(1, t[:, None]).squeeze(1) - lses[-1])  # (rows,)
+            del logits  # before the next chunk's are made
         ctx.rows = rows
         ctx.save_for_backward(hidden, weight, targets, torch.cat(lses))
         return torch.cat(logps)  # (N,)
@@ -66,6 +67,7 @@ class _TokenLogps(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 part_weight = d.T @ h  # (V, E)
                 d_weight = part_weight.to(weight.dtype) if d_weight is None else d_weight.add_(part_weight)
+            del d
         return d_hidden, d_weight, None
 
 

@@ -82,7 +82,7 @@ class Config:
         if raw.get("quantization_config"):
             raise unsupported("quantization_config")
         layer_types = raw.get("layer_types") or []
-        window = raw.get("sliding_window")
+        window = raw.get("sliding_window", 4096)  # transformers' default where the key is absent
         if (raw.get("use_sliding_window") and window) or "sliding_attention" in layer_types:
             raise unsupported(f"a sliding window in use (sliding_window {window})")
 
@@ -375,7 +375,7 @@ class Decoder(nn.Module):
 def find(name: str | Path) -> Path:
     """A local folder as it is, or a hub id ("owner/name") downloaded: only the files a model needs."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if str(name) and path.is_dir():
         return path
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.exists():
@@ -393,9 +393,10 @@ def find(name: str | Path) -> Path:
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None,
          device: torch.device | str = "cpu") -> Decoder:
-    """A decoder from a Hugging Face folder or hub id: matrices in `dtype`, arithmetic in `compute` or that.
+    """A decoder from a Hugging Face folder or hub id.
 
-    Strict: a missing, superfluous or wrongly shaped tensor is a UserError that names it and its file.
+    dtype: what the matrices are kept in (norms and biases in fp32 at least); compute: what it computes in,
+    by default dtype. Strict: a missing, superfluous or wrongly shaped tensor is a UserError that names it.
     """
     folder = find(name)
     config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))

@@ -27,13 +27,13 @@ from losses import Group, batches, dpo, score
 from model import Decoder, find, load, save
 from pairs import Pair, PairArgs, load_pairs, pairs_for, user_turn
 from run import (Metrics, UserError, default_device, derive, environment, fingerprint, main, option, parse,
-                 progress, write_json)
+                 progress, read_json, write_json)
 from sample import Tokenizer
 
 
 @dataclass
 class Args(PairArgs):
-    pairs: str = option("", "folder with pairs.jsonl to train on, instead of sampling", "data")
+    pairs: str = option("", "folder of pairs to train on; data, negatives and seed are theirs", "data")
     out: str = option("", "run folder (default: runs/ and a name made of the arguments)", "data")
     beta: float = option(0.1, "strength of the pull towards the reference", "training")
     lr: float = option(1e-6, "peak learning rate", "training")
@@ -169,6 +169,10 @@ def program() -> None:
         raise UserError("several processes are not supported yet: torchrun with --nproc_per_node 1")
     if args.batch < 1 or args.epochs < 1 or args.lr <= 0 or args.beta <= 0 or args.pass_tokens < 1:
         raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
+    if args.pairs:  # eval.py goes by args.json: another seed would give it another split
+        made = read_json(Path(args.pairs) / "pairs.json")["settings"]
+        args.data, args.neg, args.seed, args.date = (made[key] for key in ("data", "neg", "seed", "date"))
+        args.max_new_tokens = made["sampling"]["max_new_tokens"]
     folder = run_folder(args)
     source = find(args.model)  # before the folder exists: a wrong name leaves nothing behind
     start = time.perf_counter()

@@ -469,12 +469,14 @@ def test_slots_and_order_change_nothing(tiny, slots):
 
 
 def test_prompts_taken_up_in_several_passes_change_nothing(tiny, monkeypatch):
-    """However few tokens one prefill may hold."""
-    model, prompts, s = load(tiny), tiny_prompts(16), Sampling(1.0, 1.0, 6)
-    at_once = generate(model, prompts + prompts, s, frozenset(range(40)), 0)
+    """A prefill stops at PREFILL_TOKENS: with 1, every prompt has a pass of its own."""
+    model, prompts, s, packs = load(tiny), tiny_prompts(16), Sampling(1.0, 1.0, 6), []
+    at_once = generate(model, prompts, s, frozenset(range(40)), 0)
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 1)
-    assert [x.ids for x in generate(model, prompts + prompts, s, frozenset(range(40)), 0)] == [
-        x.ids for x in at_once]
+    model.register_forward_hook(lambda _, args, hidden: packs.append(getattr(args[1], "lengths", None)))
+    one_by_one = generate(model, prompts, s, frozenset(range(40)), 0)
+    assert [x.ids for x in one_by_one] == [x.ids for x in at_once]
+    assert [len(p) for p in packs if isinstance(p, list)] == [1] * 16
 
 
 def test_default_keys_are_the_rows(tiny):
