@@ -29,9 +29,9 @@ import torch
 
 from losses import sequence_logps
 from model import Decoder, find, load
-from pairs import SPLITS, DataArgs, Example, honours, load_examples, sampling_for
-from run import (UserError, default_device, derive, environment, main, option, parse, progress, read_json,
-                 write_json, write_jsonl)
+from pairs import SPLITS, DataArgs, Example, examples_for, honours, sampling_for
+from run import (UserError, default_device, derive, environment, fingerprint, gather, main, mine, option,
+                 parse, progress, read_json, read_jsonl, write_json, write_jsonl)
 from sample import TEMPLATE_DATE, Sample, Tokenizer, generate
 
 SYSTEMS = ("default", "prompted", "trained")
@@ -129,7 +129,7 @@ class Response:
     """One system's answer to one example, with what the base model says of it (summed over its tokens)."""
 
     text: str
-    ids: list[int]
+    tokens: int
     finished: bool
     logp: float  # log pi_ref(y | the prompt it answered)
     gain: float  # log pi_ref(y|x,c) - log pi_ref(y|x); NaN without context or for `default`
@@ -138,50 +138,73 @@ class Response:
 
 def answer(model: Decoder, tokenizer: Tokenizer, turns: list[str], args: DataArgs, name: str) -> list[Sample]:
     """One response to every user turn. Row i draws from (seed, i, 0), the same numbers for every system."""
-    bar = progress(len(turns), "responses", name)
-    samples = generate(model, [tokenizer.chat(t) for t in turns], sampling_for(args), tokenizer.stop_ids,
-                       args.seed, slots=args.slots, bar=bar)
+    share = mine(list(enumerate(turns)))
+    bar = progress(len(share), "responses", name)
+    samples = generate(model, [tokenizer.chat(t) for _, t in share], sampling_for(args), tokenizer.stop_ids,
+                       args.seed, [(i, 0) for i, _ in share], args.slots, bar)
     bar.close()
-    return samples
+    return gather(samples)
 
 
 def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
-            args: DataArgs) -> dict[str, list[Response]]:
-    """Every system's responses to every example, scored by the base model; `default`: one a prompt."""
-    prompts = list(dict.fromkeys(e.prompt for e in examples))
-    once = dict(zip(prompts, answer(base, tokenizer, prompts, args, "default"), strict=True))
-    samples = {"default": [once[e.prompt] for e in examples]}
-    turns = [e.turn(e.context) for e in examples]
-    samples["prompted"] = answer(base, tokenizer, turns, args, "prompted")
-    if trained is not None:
-        samples["trained"] = answer(trained, tokenizer, turns, args, "trained")
+            args: DataArgs, known: dict[str, list[Response]]) -> dict[str, list[Response]]:
+    """Every system's responses to every example, scored by the base model; `default`: one a prompt.
 
-    # Scored by the base model after the right prompt, after x without c, and after another x with c.
-    # `default`, which has no c, is scored once a prompt.
+    known: the base model's responses, where an earlier evaluation has them.
+    """
+    prompts = list(dict.fromkeys(e.prompt for e in examples))
+    turns = [e.turn(e.context) for e in examples]
+    # Scored by the base model after the right prompt, after x without c, and after another x with c;
+    # `default`, which has no c, once a prompt.
     elsewhere = dict(zip(prompts, prompts[1:] + prompts[:1], strict=True))
     swapped = [dataclasses.replace(e, prompt=elsewhere[e.prompt]).turn(e.context) for e in examples]
+    samples, passes = {}, []
+    if not known:
+        samples["default"] = answer(base, tokenizer, prompts, args, "default")
+        answers = [[s.ids] for s in samples["default"]]
+        passes += [(prompts, answers), (elsewhere.values(), answers)]
+        samples["prompted"] = answer(base, tokenizer, turns, args, "prompted")
+    if trained is not None:
+        samples["trained"] = answer(trained, tokenizer, turns, args, "trained")
     others = [system for system in samples if system != "default"]
     drawn = [[samples[system][i].ids for system in others] for i in range(len(examples))]
-    answers = [[once[p].ids] for p in prompts]
-    passes = [(turns, drawn), ([e.prompt for e in examples], drawn), (swapped, drawn),
-              (prompts, answers), (elsewhere.values(), answers)]
-    groups = [[(tokenizer.chat(t), r) for t, r in zip(*pair, strict=True)] for pair in passes]
+    passes += [(turns, drawn), ([e.prompt for e in examples], drawn), (swapped, drawn)]
+    groups = [mine([(tokenizer.chat(t), r) for t, r in zip(*pair, strict=True)]) for pair in passes]
     bar = progress(sum(map(len, groups)), "passes", "scoring under the base model")
-    right, without, wrong, plain, plain_wrong = (np.array(sequence_logps(base, g, bar=bar)) for g in groups)
+    *plain, right, without, wrong = (np.array(gather(sequence_logps(base, g, bar=bar))) for g in groups)
     bar.close()
 
     def scored(sample: Sample, logp: float, gain: float, prompt_gain: float) -> Response:
         text = tokenizer.decode(sample.ids)
-        return Response(text, sample.ids, sample.finished, float(logp), float(gain), float(prompt_gain))
+        return Response(text, len(sample.ids), sample.finished, float(logp), float(gain), float(prompt_gain))
 
-    alone = {p: scored(once[p], plain[i, 0], math.nan, plain[i, 0] - plain_wrong[i, 0])
-             for i, p in enumerate(prompts)}
+    responses = dict(known)
+    if plain:
+        logps, wrong_logps = (p[:, 0] for p in plain)
+        alone = {p: scored(samples["default"][i], logps[i], math.nan, logps[i] - wrong_logps[i])
+                 for i, p in enumerate(prompts)}
+        responses["default"] = [alone[e.prompt] for e in examples]
     gains = np.where([[bool(e.context)] for e in examples], right - without, np.nan)  # (rows, other systems)
-    responses = {"default": [alone[e.prompt] for e in examples]}
     for column, system in enumerate(others):
         columns = (samples[system], right[:, column], gains[:, column], (right - wrong)[:, column])
         responses[system] = [scored(*row) for row in zip(*columns, strict=True)]
     return responses
+
+
+def reuse(folder: Path, name: str, settings: dict, examples: list[Example]) -> dict[str, list[Response]]:
+    """The base model's responses of an earlier evaluation, which must have been made with these settings."""
+    made = read_json(folder / f"eval{name}.json")["settings"]
+    for key, value in settings.items():
+        if made.get(key) != value:
+            raise UserError(f"--reuse {folder}: made with {key} {made.get(key)!r}, not {value!r}")
+    found: dict[str, list[Response]] = {"default": [], "prompted": []}
+    for _, row in read_jsonl(folder / f"responses{name}.jsonl"):
+        if row["system"] in found:
+            values = (row[f.name] for f in dataclasses.fields(Response))
+            found[row["system"]].append(Response(*(math.nan if v is None else v for v in values)))
+    if any(len(rows) != len(examples) for rows in found.values()):
+        raise UserError(f"{folder / f'responses{name}.jsonl'} does not hold {len(examples)} rows a system")
+    return found
 
 
 # -------------------------------------------------------------------------------- tables
@@ -203,7 +226,7 @@ def elsewhere(examples: list[Example], responses: list[Response]) -> float | Non
 def system_row(examples: list[Example], responses: list[Response]) -> dict:
     """Win rate and quality columns of one system."""
     prompts = [e.prompt for e in examples]
-    tokens = np.array([len(r.ids) for r in responses])
+    tokens = np.array([r.tokens for r in responses])
     return dict(
         win_rate=bootstrap(wins(examples, responses), prompts), elsewhere=elsewhere(examples, responses),
         tokens=float(tokens.mean()), unfinished=float(np.mean([not r.finished for r in responses])),
@@ -219,7 +242,7 @@ def compare(examples: list[Example], ours: list[Response], theirs: list[Response
     """
     prompts = [e.prompt for e in examples]
     difference = wins(examples, ours) - wins(examples, theirs)
-    a, b = (np.array([len(r.ids) for r in system]) for system in (ours, theirs))
+    a, b = (np.array([r.tokens for r in system]) for system in (ours, theirs))
     matched = np.minimum(a, b) >= 0.8 * np.maximum(a, b)  # lengths within 20% of each other
     gain_a, gain_b = (np.array([r.gain for r in system]) for system in (ours, theirs))
     return dict(win_rate=bootstrap(difference, prompts),
@@ -290,6 +313,41 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+# -------------------------------------------------------------------------------- figures
+
+def learning_curve(folder: Path, candidate: int = 0) -> None:
+    """metrics.jsonl -> learning_curve.png: prediction accuracies (the paper's Fig. 2), rewards, margin, loss.
+
+    Faint points are steps, lines their running mean over a twentieth of the run.
+    """
+    import matplotlib  # here, because it is slow to import
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row for _, row in read_jsonl(folder / "metrics.jsonl")
+             if row["candidate"] == candidate and "loss" in row]
+    panels = [("prediction accuracy", dict(accuracy_chosen="chosen: reward > 0", accuracy="chosen > rejected",
+                                           accuracy_rejected="rejected: reward < 0")),
+              ("reward, nats", dict(reward_chosen="chosen", margin="margin", reward_rejected="rejected")),
+              ("loss", dict(loss="loss"))]
+    panels = [(title, lines) for title, lines in panels if set(lines) <= steps[0].keys()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained",
+                                squeeze=False)
+    width = max(1, len(steps) // 20)
+    for axis, (title, lines) in zip(axes[0], panels, strict=True):
+        for (key, label), colour in zip(lines.items(), ("tab:blue", "tab:gray", "tab:red"), strict=False):
+            values = np.array([s[key] for s in steps])
+            x = [s["step"] for s in steps]
+            smooth = np.convolve(values, np.ones(width) / width, "valid")  # (steps - width + 1,)
+            axis.plot(x, values, ".", color=colour, alpha=0.2, markersize=3)
+            axis.plot(x[width - 1 :], smooth, color=colour, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize="small")
+    figure.savefig(folder / "learning_curve.png", dpi=150)
+    plt.close(figure)
+
+
 # -------------------------------------------------------------------------------- command line
 
 @dataclass
@@ -298,6 +356,7 @@ class Args(DataArgs):
     date: str | None = option(None, "for chat templates that print one (default: the run's)", "sampling")
     split: str = option("test", "which part to evaluate on; choose settings on validation", "data", SPLITS)
     out: str = option("", "folder for responses.jsonl and eval.json (default: the run folder)", "data")
+    reuse: str = option("", "folder of an evaluation whose base model's responses are taken", "data")
 
 
 def program() -> None:
@@ -321,21 +380,28 @@ def program() -> None:
         if getattr(args, key) is None:
             setattr(args, key, defaults[key])
     # the run's seed made the split: another one would put training prompts into the test part
-    examples = load_examples(args.data, args.split, trained_with.get("seed", args.seed))[: args.limit or None]
+    split_seed = trained_with.get("seed", args.seed)
+    examples = examples_for(dataclasses.replace(args, seed=split_seed), args.split)
+    settings = dict(model=base_name, split=args.split, examples=fingerprint([vars(e) for e in examples]),
+                    seed=args.seed, sampling=dataclasses.asdict(sampling_for(args)), date=args.date,
+                    dtype=args.dtype)
+    name = "" if args.split == "test" else f"-{args.split}"
+    known = reuse(Path(args.reuse), name, settings, examples) if args.reuse else {}
     start = time.perf_counter()
     tokenizer = Tokenizer(base_name, args.date)
     dtype, device = getattr(torch, args.dtype), default_device()
     base = load(base_name, dtype, device=device)
     trained = load(trained_name, dtype, device=device) if trained_name else None
     print(f"{len(examples)} {args.split} examples, {sampling_for(args)}")
-    responses = respond(base, trained, tokenizer, examples, args)
+    responses = respond(base, trained, tokenizer, examples, args, known)
     result = evaluate(examples, responses)
-    result.update(arguments=dataclasses.asdict(args), run=trained_with, environment=environment())
+    result.update(settings=settings, arguments=dataclasses.asdict(args), run=trained_with,
+                  environment=environment())
     result["seconds"] = round(time.perf_counter() - start, 1)
-    name = "" if args.split == "test" else f"-{args.split}"
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / f"responses{name}.jsonl", (
-        dict(id=e.id, prompt=e.prompt, context=e.context, response=r.text, system=system)
+        dict(id=e.id, system=system, prompt=e.prompt, context=e.context)
+        | {k: None if v != v else v for k, v in vars(r).items()}  # JSON has no NaN
         for system, drawn in responses.items() for e, r in zip(examples, drawn, strict=True)))
     write_json(out / f"eval{name}.json", result)
     print(table(result))

@@ -141,31 +141,34 @@ def sequence_logps(model, groups: list[Group], tokens: int = 4096, bar=None) -> 
 
 # -------------------------------------------------------------------------------- objectives
 
-def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-        beta: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation of summed log-probs: with MIPO's pairs its optimum is pointwise MI (Eqs.
-    9, 14).
+def dpo(logps: Tensor, reference: Tensor, beta: float,
+        label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Direct preference optimisation of one chosen against N rejected responses; with MIPO's pairs its
+    optimum is pointwise MI (Eqs. 9, 14).
 
-    All inputs (B,), log pi(y|x) summed over response tokens, end token included, never averaged over length.
-    Returns the loss of each pair (B,) and, detached, one value a pair (B,) of every metric. At pi = pi_ref
-    the loss is ln 2 and the margin 0.
+    logps, reference (B, 1 + N): log pi(y|x) and log pi_ref(y|x) summed over response tokens, end token
+    included, never averaged over length; column 0 is the chosen response. Returns the loss of each pair (B,)
+    and, detached, one value a pair (B,) of every metric. At pi = pi_ref the loss is ln(N + 1), the margin 0.
+    label_smoothing: the share of pairs taken to have the wrong side chosen.
     """
-    reward_chosen = beta * (chosen - ref_chosen)  # Eq. 11, without the log Z(x) both sides share
-    reward_rejected = beta * (rejected - ref_rejected)
-    margin = reward_chosen - reward_rejected
-    loss = -F.logsigmoid(margin)  # Eq. 5 = Eq. 10: InfoNCE with one negative
+    rewards = beta * (logps - reference)  # (B, 1 + N): Eq. 11, without the log Z(x) that all share
+    log_share = rewards.log_softmax(-1)  # (B, 1 + N): Eq. 8; for N = 1 log sigmoid(+-margin), Eqs. 5 and 10
+    loss = -(1 - label_smoothing) * log_share[:, 0]  # (B,)
+    if label_smoothing:
+        loss = loss - label_smoothing * log_share[:, 1:].mean(-1)
+    chosen, rejected = rewards[:, 0], rewards[:, 1:]  # (B,), (B, N)
     metrics = dict(
-        loss=loss, margin=margin, accuracy=margin > 0,
-        reward_chosen=reward_chosen, reward_rejected=reward_rejected,
-        accuracy_chosen=reward_chosen > 0, accuracy_rejected=reward_rejected < 0,  # Fig. 2's two curves
-        logp_chosen=chosen, logp_rejected=rejected,
+        loss=loss, margin=chosen - rejected.mean(-1), accuracy=chosen > rejected.amax(-1),
+        reward_chosen=chosen, reward_rejected=rejected.mean(-1),
+        accuracy_chosen=chosen > 0, accuracy_rejected=(rejected < 0).float().mean(-1),  # Fig. 2's curves
+        logp_chosen=logps[:, 0], logp_rejected=logps[:, 1:].mean(-1),
     )  # fmt: skip
     return loss, {key: value.detach().float() for key, value in metrics.items()}
 
 
 def demo() -> None:
-    lp = torch.tensor([-12.0, -30.0])
-    loss, metrics = dpo(lp, lp - 3, lp, lp - 3, beta=0.1)
+    logps = torch.tensor([[-12.0, -15.0], [-30.0, -33.0]])
+    loss, metrics = dpo(logps, logps, beta=0.1)
     print(f"loss {loss.mean():.6f} = ln 2 = {math.log(2):.6f}; margins {metrics['margin'].tolist()}")
 
 

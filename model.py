@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from run import UserError, main, read_json, write_json
+from run import UserError, main, rank, read_json, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "vocab.json", "merges.txt")
@@ -365,6 +365,15 @@ class Decoder(nn.Module):
             x = layer(x, cos, sin, layout)
         return self.model.norm(x)
 
+    def snapshot(self) -> "Decoder":
+        """A copy with its matrices in the compute type: what sampling from a model in training reads."""
+        with torch.device("meta"):
+            copy = Decoder(self.config, self.compute)
+        weights = {key: p.detach().to(self.compute if p.dim() > 1 else p.dtype, copy=True)
+                   for key, p in self.state_dict().items()}
+        copy.load_state_dict(weights, strict=True, assign=True)
+        return copy
+
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, E) -> (N, V), fp32: for sampling. Training never builds these (losses.token_logps)."""
         return upcast(F.linear(hidden, self.head.to(hidden.dtype)))
@@ -432,16 +441,34 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dt
     return model
 
 
-def save(model: Decoder, folder: Path, source: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write a folder that transformers opens: weights in `dtype`, config, `source`'s tokenizer files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {key: p.detach().to("cpu", dtype).contiguous() for key, p in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+def save(model: Decoder, folder: Path, source: Path, dtype: torch.dtype = torch.bfloat16,
+         shard: str = "5GB") -> None:
+    """Write a folder that transformers opens: weights in `dtype`, config, `source`'s tokenizer files.
+
+    Weights above `shard` go into several files and an index. The folder appears whole, in the place of one
+    that is there; process 0 alone writes.
+    """
+    if rank():
+        return
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    state = model.state_dict()
+    sizes = {key: torch.empty(p.shape, dtype=dtype, device="meta") for key, p in state.items()}
+    plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=shard)
+    for file, keys in plan.filename_to_tensors.items():
+        weights = {key: state[key].detach().to("cpu", dtype).contiguous() for key in keys}
+        save_file(weights, temporary / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        write_json(temporary / "model.safetensors.index.json",
+                   dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
     spelling = "torch_dtype" if "torch_dtype" in model.config.raw else "dtype"
-    write_json(folder / "config.json", {**model.config.raw, spelling: str(dtype).removeprefix("torch.")})
+    write_json(temporary / "config.json", {**model.config.raw, spelling: str(dtype).removeprefix("torch.")})
     for name in ("generation_config.json", *TOKENIZER_FILES):
         if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+            shutil.copyfile(source / name, temporary / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def show() -> None:

@@ -4,12 +4,15 @@
     rejected  y_r ~ pi_ref(.|x)         --neg missing
               y_r ~ pi_ref(.|x, c')     --neg random: c' of another row
               y_r ~ pi_ref(.|x')        --neg random in data without contexts: another prompt
+              y_r = another row's y_c   --neg reshuffle
+              y_r = letters and digits  --neg noise (Table 6's control)
 
-Both are then trained under the same right prompt (x, c). Each pair also keeps the prompt its rejected
-response really came from, and its *context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward MIPO
-maximises (Eq. 14).
+Both are then trained under the same right prompt (x, c). --n-neg N draws N rejected responses for every
+chosen one. Each pair also keeps the prompts its rejected responses really came from, and its *context gain*
+log pi_ref(y|x, c) - log pi_ref(y|x), the reward MIPO maximises (Eq. 14).
 What differs from the paper: the sampling settings, which it does not give, are those of SAMPLING below;
-identical pairs and empty responses are dropped and counted.
+identical pairs and empty responses are dropped and counted. Noise is as long as the chosen response (Table
+6's caption; appendix D says the rejected one).
 
     python pairs.py --data demo --neg missing --model DIR --out FOLDER
 
@@ -19,8 +22,11 @@ writes FOLDER/pairs.jsonl, one pair a line, and FOLDER/pairs.json, how they were
 import dataclasses
 import difflib
 import hashlib
+import json
+import os
 import random
 import re
+import string
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,12 +36,13 @@ import torch
 
 from losses import sequence_logps
 from model import Decoder, find, load
-from run import (UserError, default_device, derive, environment, main, option, parse, progress, read_json,
-                 read_jsonl, write_json, write_jsonl)
-from sample import TEMPLATE_DATE, Sampling, Tokenizer, generate
+from run import (UserError, default_device, derive, environment, gather, main, mine, option, parse, progress,
+                 rank, read_grown, read_json, read_jsonl, write_json, write_jsonl)
+from sample import TEMPLATE_DATE, Sample, Sampling, Tokenizer, generate
 
 ASSETS = Path(__file__).parent / "assets"
 SPLITS = ("train", "validation", "test")
+NEGATIVES = ("missing", "random", "reshuffle", "noise")
 SAMPLING = dict(demo=Sampling(1.0, 1.0, 96), jsonl=Sampling(1.0, 1.0, 256))  # pairs; method: the theory's own
 DEMO_CONTEXTS = 5  # contexts drawn for every demo training prompt: 600 pairs
 REQUEST = "{x} Please respect the following requirements made by the user: {c}"  # appendix D.2's user turn
@@ -251,103 +258,197 @@ class Pair:
     gain_rejected: list[float] | None = None
 
 
-def other_rows(examples: list[Example], seed: int) -> list[Example]:
-    """For each row another one, by seed, with another context (in data without contexts: another prompt)."""
+def other_rows(examples: list[Example], seed: int, count: int = 1) -> list[list[Example]]:
+    """For each row `count` others by seed, with another context (in data without contexts: another prompt).
+    """
     key = (lambda e: e.context) if any(e.context for e in examples) else (lambda e: e.prompt)
     if len({key(e) for e in examples}) < 2:
         raise UserError("--neg random needs at least two different contexts (without contexts: two prompts)")
     others = []
     for i, example in enumerate(examples):
         draw = random.Random(derive("random", seed, i))
-        other = example
-        while key(other) == key(example):
+        row: list[Example] = []
+        while len(row) < count:
             other = draw.choice(examples)
-        others.append(other)
+            if key(other) != key(example):
+                row.append(other)
+        others.append(row)
     return others
 
 
-def negative_turns(examples: list[Example], neg: str, seed: int) -> list[str]:
-    """The user turn that each row's rejected response is sampled from (section 4.2)."""
+def negative_turns(examples: list[Example], neg: str, seed: int, count: int = 1) -> list[list[str]]:
+    """The user turns that each row's `count` rejected responses are sampled from (section 4.2).
+
+    None for `reshuffle` and `noise`, which sample no rejected responses.
+    """
     has_contexts = all(e.context for e in examples)
+    if neg in ("reshuffle", "noise") or not count:
+        return [[] for _ in examples]
     if neg == "missing":
         if not has_contexts:
-            raise UserError("--neg missing needs a context in every row; --neg random works without")
-        return [e.turn(None) for e in examples]  # (i) pi_ref(.|x)
-    others = other_rows(examples, seed)
+            raise UserError("--neg missing needs a context in every row; random, reshuffle and noise do not")
+        return [[e.turn(None)] * count for e in examples]  # (i) pi_ref(.|x)
+    others = other_rows(examples, seed, count)
     if has_contexts:
-        return [e.turn(o.context) for e, o in zip(examples, others, strict=True)]  # (ii) pi_ref(.|x, c')
-    return [o.turn(o.context) for o in others]  # no contexts: pi_ref(.|x')
+        return [[e.turn(o.context) for o in row] for e, row in zip(examples, others, strict=True)]  # (ii)
+    return [[o.turn(o.context) for o in row] for row in others]  # no contexts: pi_ref(.|x')
+
+
+def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], turns: list[list[str]],
+                 sampling: Sampling, seed: int, slots: int, folder: Path | None) -> list[Pair]:
+    """Sample every example's chosen response and one rejected response for each of its `turns`.
+
+    With a folder, every pair is written as it becomes whole, and those found there are not sampled again.
+    Several processes share the work, each with a file of its own; the text is that of one process.
+    """
+    done: dict[str, Pair] = {}
+    if folder and not rank():
+        rows = [row for file in sorted(folder.glob("pairs*.jsonl")) for row in read_grown(file)]
+        done = {row["id"]: Pair(**row) for row in rows}
+    done = gather([done] if not rank() else [])[0]
+    if done:
+        print(f"continuing: {len(done)} of {len(examples)} examples are sampled already")
+    todo = mine([i for i, e in enumerate(examples) if e.id not in done])
+    jobs = [(i, k) for i in todo for k in range(1 + len(turns[i]))]  # sample 0 is the chosen one
+    prompts = {i: [tokenizer.chat(turn) for turn in (examples[i].turn(examples[i].context), *turns[i])]
+               for i in todo}
+    samples: dict[int, dict[int, Sample]] = {i: {} for i in todo}
+    pairs: dict[int, Pair] = {}
+    name = f"pairs-{rank()}.jsonl" if rank() else "pairs.jsonl"
+    with open(folder / name if folder else os.devnull, "a", encoding="utf-8") as file:
+
+        def ended(job: int, sample: Sample) -> None:
+            i, k = jobs[job]
+            samples[i][k] = sample
+            if len(samples[i]) == len(prompts[i]):
+                e, (chosen, *rejected) = examples[i], [samples[i][k] for k in range(len(prompts[i]))]
+                pairs[i] = Pair(e.id, e.prompt, e.context, tokenizer.decode(chosen.ids),
+                                [tokenizer.decode(r.ids) for r in rejected], prompts[i][0], chosen.ids,
+                                [r.ids for r in rejected], prompts[i][1:],
+                                [chosen.finished, *(r.finished for r in rejected)])
+                file.write(json.dumps(dataclasses.asdict(pairs[i]), ensure_ascii=False) + "\n")
+                file.flush()
+
+        bar = progress(len(jobs), "responses", "sampling")
+        generate(model, [prompts[i][k] for i, k in jobs], sampling, tokenizer.stop_ids, seed, jobs, slots,
+                 bar, ended)
+        bar.close()
+    done |= {pair.id: pair for pair in gather([pairs[i] for i in todo])}
+    return [done[e.id] for e in examples]
+
+
+def ready_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[Pair]:
+    """The pairs of a file that brings both responses as text."""
+    return [Pair(e.id, e.prompt, e.context, e.chosen, [e.rejected], tokenizer.chat(e.turn(e.context)),
+                 tokenizer.response(e.chosen), [tokenizer.response(e.rejected)],
+                 [tokenizer.chat(e.turn(None))], [True, True]) for e in examples]
+
+
+def reshuffle(pairs: list[Pair], seed: int, count: int) -> None:
+    """(iii) Fill in rejected responses: `count` times the chosen ones of other rows, in another order.
+
+    Each order is a derangement: no row keeps its own response or gets one of equal text, and every response
+    is used once. With the rows sorted by text, equal texts stand in runs of at most m rows, so that turning
+    the list by anything from m to n - m moves every row off its run.
+    """
+    draw = random.Random(derive("reshuffle", seed))
+    runs: dict[str, list[int]] = {}
+    for i in draw.sample(range(len(pairs)), len(pairs)):
+        runs.setdefault(pairs[i].chosen, []).append(i)
+    order = [i for run in runs.values() for i in run]
+    n, m = len(order), max(map(len, runs.values()))
+    if n - 2 * m + 1 < count:
+        raise UserError(f"--neg reshuffle: {m} of {n} chosen responses are the same text, which leaves no "
+                        f"{count} ways to give every row another one")
+    for shift in draw.sample(range(m, n - m + 1), count):
+        for i, j in zip(order, order[shift:] + order[:shift], strict=True):
+            pairs[i].rejected.append(pairs[j].chosen)
+            pairs[i].rejected_ids.append(pairs[j].chosen_ids)
+            pairs[i].source_ids.append(pairs[j].prompt_ids)
+            pairs[i].finished.append(pairs[j].finished[0])
+
+
+def add_noise(pairs: list[Pair], tokenizer: Tokenizer, seed: int, count: int) -> None:
+    """Fill in rejected responses of random letters and digits, as many tokens as the chosen one, then the end
+    token (Table 6's control). They come from no prompt."""
+    for i, pair in enumerate(pairs):
+        length = len(pair.chosen_ids) - pair.finished[0]  # the chosen response's own, without its end token
+        for k in range(count):
+            draw, text, ids = random.Random(derive("noise", seed, i, k)), "", []
+            while len(ids) < length:
+                text += "".join(draw.choices(string.ascii_letters + string.digits, k=4 * length))
+                *ids, end = tokenizer.response(text)
+            pair.rejected.append(tokenizer.decode(ids[:length]))
+            pair.rejected_ids.append([*ids[:length], end])
+            pair.source_ids.append([])
+            pair.finished.append(True)
 
 
 def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], neg: str, sampling: Sampling,
-               seed: int, slots: int = 128) -> tuple[list[Pair], dict]:
-    """Sample (or take ready) both responses of every example, drop useless pairs, measure context gains.
+               seed: int, slots: int = 128, count: int = 1,
+               folder: Path | None = None) -> tuple[list[Pair], dict]:
+    """One chosen and `count` rejected responses for every example, useless pairs dropped, gains measured.
 
-    Returns the pairs and their statistics: counts, unfinished share, seconds, context gain, checker rates.
+    Responses are sampled, or taken from a file that brings them; folder: see `sample_pairs`. Returns the
+    pairs and their statistics: counts, unfinished share, seconds, context gain, checker rates.
     """
     start = time.perf_counter()
-    prompts = [tokenizer.chat(e.turn(e.context)) for e in examples]
-    ready = examples[0].chosen is not None
-    turns = [e.turn(None) for e in examples] if ready else negative_turns(examples, neg, seed)
-    sources = [tokenizer.chat(turn) for turn in turns]
-    if ready:
-        texts = [e.chosen for e in examples] + [e.rejected for e in examples]
-        responses = [(tokenizer.response(text), True) for text in texts]
+    if examples[0].chosen is not None:
+        if count > 1:
+            raise UserError("--n-neg goes with sampled pairs; these have one rejected response each")
+        pairs = ready_pairs(tokenizer, examples)
     else:
-        bar = progress(2 * len(examples), "responses", "sampling")
-        keys = [(i, 0) for i in range(len(examples))] + [(i, 1) for i in range(len(examples))]
-        samples = generate(model, prompts + sources, sampling, tokenizer.stop_ids, seed, keys, slots, bar)
-        bar.close()
-        responses = [(s.ids, s.finished) for s in samples]
-        texts = [tokenizer.decode(s.ids) for s in samples]
-    n, pairs, kept = len(examples), [], []
-    dropped = dict(empty=0, identical=0)
-    for i, e in enumerate(examples):
-        (chosen_ids, done), (rejected_ids, rejected_done) = responses[i], responses[n + i]
-        chosen, rejected = texts[i], texts[n + i]
-        if not chosen.strip() or not rejected.strip():
-            dropped["empty"] += 1
-        elif chosen_ids == rejected_ids:
-            dropped["identical"] += 1
-        else:
-            kept.append(e)
-            pairs.append(Pair(e.id, e.prompt, e.context, chosen, [rejected], prompts[i], chosen_ids,
-                              [rejected_ids], [sources[i]], [done, rejected_done]))
-    if not pairs:
-        raise UserError(f"no pair is left of {n} examples: {dropped}")
+        turns = negative_turns(examples, neg, seed, count)
+        pairs = sample_pairs(model, tokenizer, examples, turns, sampling, seed, slots, folder)
+    finished = [f for p in pairs for f in p.finished]
+    tokens = sum(len(ids) for p in pairs for ids in (p.chosen_ids, *p.rejected_ids))
     sampled = time.perf_counter() - start
-    gains = context_gain(model, tokenizer, kept, pairs)
-    tokens = sum(len(ids) for ids, _ in responses)
-    stats = dict(examples=n, pairs=len(pairs), dropped=dropped,
-                 unfinished=sum(not done for _, done in responses) / (2 * n), response_tokens=tokens,
+    empty = [not all(text.strip() for text in (p.chosen, *p.rejected)) for p in pairs]
+    same = [p.chosen_ids in p.rejected_ids for p in pairs]
+    dropped = dict(empty=sum(empty), identical=sum(s and not e for s, e in zip(same, empty, strict=True)))
+    pairs = [p for p, e, s in zip(pairs, empty, same, strict=True) if not e and not s]
+    if not pairs:
+        raise UserError(f"no pair is left of {len(examples)} examples: {dropped}")
+    if count and not pairs[0].rejected:
+        if neg == "reshuffle":
+            reshuffle(pairs, seed, count)
+        else:
+            add_noise(pairs, tokenizer, seed, count)
+    kept = {p.id for p in pairs}
+    rows = [e for e in examples if e.id in kept]
+    gains = context_gain(model, tokenizer, rows, pairs, seed)
+    stats = dict(examples=len(examples), pairs=len(pairs), dropped=dropped,
+                 unfinished=1 - sum(finished) / len(finished), response_tokens=tokens,
                  seconds_sampling=sampled, seconds_gain=time.perf_counter() - start - sampled, gain=gains)
     if any(e.check for e in examples):
-        stats["checks"] = check_rates(kept, pairs, neg)
+        stats["checks"] = check_rates(rows, pairs, neg)
     return pairs, stats
 
 
-def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], pairs: list[Pair]) -> dict:
+def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], pairs: list[Pair],
+                 seed: int) -> dict:
     """Fill in each pair's context gain and return its means, per response and per token, of both sides.
 
     log pi_ref(y|x,c) - log pi_ref(y|x): for `missing` its mean over chosen responses is I(Y;C|X) plus a KL,
-    an upper bound of the mutual information. Without contexts the second prompt is the one the rejected
-    response came from.
+    an upper bound of the mutual information. In data without contexts the second prompt is another row's.
     """
-    right = [(p.prompt_ids, [p.chosen_ids, *p.rejected_ids]) for p in pairs]
-    bare = [(tokenizer.chat(e.turn(None)) if e.context else p.source_ids[0], [p.chosen_ids, *p.rejected_ids])
-            for e, p in zip(examples, pairs, strict=True)]
-    bar = progress(2 * len(pairs), "passes", "context gain")
-    with_context, without = (sequence_logps(model, groups, bar=bar) for groups in (right, bare))
+    responses = [[p.chosen_ids, *p.rejected_ids] for p in pairs]
+    if any(e.context for e in examples):
+        turns = [e.turn(None) for e in examples]
+    else:
+        turns = [other.turn(None) for other, in other_rows(examples, seed)]
+    right = [(p.prompt_ids, r) for p, r in zip(pairs, responses, strict=True)]
+    bare = [(tokenizer.chat(turn), r) for turn, r in zip(turns, responses, strict=True)]
+    bar = progress(2 * len(mine(pairs)), "passes", "context gain")
+    with_context, without = (gather(sequence_logps(model, mine(groups), bar=bar)) for groups in (right, bare))
     bar.close()
     for p, a, b in zip(pairs, with_context, without, strict=True):
         p.gain_chosen, *p.gain_rejected = (x - y for x, y in zip(a, b, strict=True))
     chosen, rejected = [p.gain_chosen for p in pairs], [g for p in pairs for g in p.gain_rejected]
-    return dict(
-        chosen=sum(chosen) / len(chosen),
-        chosen_per_token=sum(chosen) / sum(len(p.chosen_ids) for p in pairs),
-        rejected=sum(rejected) / len(rejected),
-        rejected_per_token=sum(rejected) / sum(len(r) for p in pairs for r in p.rejected_ids),
-    )  # fmt: skip
+    tokens = sum(len(p.chosen_ids) for p in pairs), sum(len(r) for p in pairs for r in p.rejected_ids)
+    return dict(chosen=sum(chosen) / len(chosen), chosen_per_token=sum(chosen) / tokens[0],
+                rejected=sum(rejected) / len(rejected) if rejected else None,
+                rejected_per_token=sum(rejected) / tokens[1] if rejected else None)
 
 
 def check_rates(examples: list[Example], pairs: list[Pair], neg: str) -> list[dict]:
@@ -369,8 +470,10 @@ def report(stats: dict) -> None:
     print(f"{s['pairs']} pairs of {s['examples']} examples (dropped: {s['dropped']['empty']} empty, "
           f"{s['dropped']['identical']} identical), {s['unfinished']:.0%} of responses unfinished, "
           f"{s['response_tokens']} tokens in {s['seconds_sampling']:.0f} s")
-    print(f"context gain, nats: chosen {g['chosen']:+.2f} a response, {g['chosen_per_token']:+.3f} a token; "
-          f"rejected {g['rejected']:+.2f}, {g['rejected_per_token']:+.3f}")
+    for side in ("chosen", "rejected"):
+        if g[side] is not None:
+            per_token = g[side + "_per_token"]
+            print(f"context gain of {side} responses: {g[side]:+.2f} nats, {per_token:+.3f} a token")
     if g["chosen"] < 1:
         print("warning: the context gain of chosen responses is near zero: answers hardly depend on the "
               "context, so there is little for MIPO to learn (limitation iii of the paper)")
@@ -385,20 +488,30 @@ def save_pairs(folder: Path, pairs: list[Pair], meta: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_jsonl(folder / "pairs.jsonl", (dataclasses.asdict(p) for p in pairs))
     write_json(folder / "pairs.json", meta)
+    if not rank():
+        for part in folder.glob("pairs-*.jsonl"):  # what other processes had sampled: pairs.jsonl has it all
+            part.unlink()
 
 
 def load_pairs(folder: Path, settings: dict | None = None) -> list[Pair]:
     """Read pairs.jsonl back; with `settings`, refuse pairs that were made with others, naming the difference.
     """
-    made = read_json(folder / "pairs.json")["settings"]
-    for key, value in (settings or {}).items():
-        if made.get(key) != value:
-            raise UserError(f"{folder / 'pairs.jsonl'} was made with {key} {made.get(key)!r}, not {value!r}: "
-                            "give the same arguments or another folder")
+    made = read_json(folder / "pairs.json")
+    check_settings(folder, made, settings or {})
+    if made["statistics"] is None:
+        raise UserError(f"{folder / 'pairs.jsonl'} is not whole: let the command that samples it finish")
     try:
         return [Pair(**row) for _, row in read_jsonl(folder / "pairs.jsonl")]
     except TypeError as e:
         raise UserError(f"{folder / 'pairs.jsonl'} does not hold pairs: {e}") from None
+
+
+def check_settings(folder: Path, made: dict, settings: dict) -> None:
+    """UserError where pairs in a folder were made with other settings than these."""
+    for key, value in settings.items():
+        if made["settings"].get(key) != value:
+            raise UserError(f"{folder / 'pairs.jsonl'} was made with {key} {made['settings'].get(key)!r}, "
+                            f"not {value!r}: give the same arguments or another folder")
 
 
 # -------------------------------------------------------------------------------- command line
@@ -426,7 +539,13 @@ class DataArgs:
 
 @dataclass
 class PairArgs(DataArgs):
-    neg: str = option("missing", "where rejected responses come from", "data", ("missing", "random"))
+    neg: str = option("missing", "where rejected responses come from", "data", NEGATIVES)
+    n_neg: int = option(1, "rejected responses for every chosen one, 0 for none", "data")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.n_neg < 0:
+            raise UserError(f"--n-neg {self.n_neg} must be at least 0")
 
 
 @dataclass
@@ -443,7 +562,12 @@ def sampling_for(args: DataArgs) -> Sampling:
 
 
 def examples_for(args: DataArgs, split: str) -> list[Example]:
-    return load_examples(args.data, split, args.seed)[: args.limit or None]
+    """A split's examples; with --limit some of them, drawn by seed, in the split's order."""
+    examples = load_examples(args.data, split, args.seed)
+    if 0 < args.limit < len(examples):
+        drawn = random.Random(derive("limit", args.seed)).sample(range(len(examples)), args.limit)
+        examples = [examples[i] for i in sorted(drawn)]
+    return examples
 
 
 def pair_settings(args: PairArgs, examples: list[Example]) -> dict:
@@ -451,22 +575,35 @@ def pair_settings(args: PairArgs, examples: list[Example]) -> dict:
     rows = [dataclasses.asdict(e) for e in examples]
     data = hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
     return dict(data=args.data, data_fingerprint=data, examples=len(examples), model=args.model,
-                neg=args.neg, seed=args.seed, sampling=dataclasses.asdict(sampling_for(args)), date=args.date,
-                dtype=args.dtype)
+                neg=args.neg, n_neg=args.n_neg, seed=args.seed, date=args.date, dtype=args.dtype,
+                sampling=dataclasses.asdict(sampling_for(args)))
 
 
 def pairs_for(args: PairArgs, split: str, folder: Path) -> list[Pair]:
-    """The pairs of a split: those in `folder` if the same settings made them, else sampled into it."""
+    """The pairs of a split: those in `folder` if the same settings made them, else sampled into it.
+
+    Sampling that was interrupted continues: pairs.json tells by its settings whether it may, and by its
+    statistics, which come last, whether it must.
+    """
     examples = examples_for(args, split)
     settings = pair_settings(args, examples)
-    if (folder / "pairs.json").exists():
-        pairs = load_pairs(folder, settings)
-        print(f"{len(pairs)} pairs from {folder / 'pairs.jsonl'}")
-        return pairs
+    file = folder / "pairs.json"
+    if file.exists():
+        made = read_json(file)
+        check_settings(folder, made, settings)
+        if made["statistics"] is not None:
+            pairs = load_pairs(folder)
+            print(f"{len(pairs)} pairs from {folder / 'pairs.jsonl'}")
+            return pairs
+    if examples[0].chosen is None:
+        negative_turns(examples, args.neg, args.seed, args.n_neg)  # what can't be done is said before it begins
     tokenizer = Tokenizer(args.model, args.date)
     model = load(args.model, getattr(torch, args.dtype), device=default_device())
     print(f"sampling with {sampling_for(args)}")
-    pairs, stats = make_pairs(model, tokenizer, examples, args.neg, sampling_for(args), args.seed, args.slots)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, dict(settings=settings, statistics=None))
+    pairs, stats = make_pairs(model, tokenizer, examples, args.neg, sampling_for(args), args.seed, args.slots,
+                              args.n_neg, folder)
     save_pairs(folder, pairs, dict(settings=settings, statistics=stats, environment=environment()))
     report(stats)
     return pairs
@@ -477,10 +614,8 @@ def program() -> None:
     find(args.model)
     if not args.out:
         raise UserError("usage: python pairs.py --model DIR --out FOLDER; --help lists all arguments")
-    if (Path(args.out) / "pairs.json").exists():
-        raise UserError(f"{args.out} already holds pairs: name another folder")
     pairs_for(args, args.split, Path(args.out))
-    print(f"written: {Path(args.out) / 'pairs.jsonl'}")
+    print(f"pairs are in {Path(args.out) / 'pairs.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,16 @@ whole or not at all.
 import argparse
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import io
+import itertools
 import json
+import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -24,6 +28,7 @@ import typing
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -33,20 +38,40 @@ class UserError(Exception):
 
 # -------------------------------------------------------------------------------- arguments
 
-def option(default, help: str, group: str = "options", choices: tuple | None = None):
-    """A dataclass field that is also a command-line flag, with its help line and its `--help` group."""
-    return dataclasses.field(default=default, metadata=dict(help=help, group=group, choices=choices))
+def option(default, help: str, group: str = "options", choices: tuple | None = None, many: bool = False):
+    """A dataclass field that is also a command-line flag, with its help line and its `--help` group.
+
+    many: the flag takes a list, a,b,c, and `parse_all` makes one instance of each.
+    """
+    return dataclasses.field(default=default,
+                             metadata=dict(help=help, group=group, choices=choices, many=many))
+
+
+def listed(kind: type):
+    """The parser of a comma-separated list of `kind`."""
+    def values(text: str) -> tuple:
+        return tuple(kind(item) for item in text.split(","))
+
+    values.__name__ = kind.__name__  # argparse names it where a value is wrong
+    return values
 
 
 def parse(cls: type, argv: list[str] | None = None, usage: str = ""):
-    """Command line -> an instance of the dataclass `cls`. A bool field is a switch; `X | None` reads an X.
+    """Command line -> an instance of the dataclass `cls`, which has no `many` options."""
+    return parse_all(cls, argv, usage)[0]
+
+
+def parse_all(cls: type, argv: list[str] | None = None, usage: str = "") -> list:
+    """Command line -> instances of the dataclass `cls`: one for each combination of its `many` options.
+
+    A bool field is a switch; `X | None` reads an X.
 
     >>> @dataclasses.dataclass
     ... class Args:
-    ...     lr: float = option(1e-6, "peak learning rate")
-    >>> parse(Args, ["--lr", "5e-7"])
-    Args(lr=5e-07)
-    >>> parse(Args, ["--rl", "5e-7"])
+    ...     lr: float = option(1e-6, "peak learning rate", many=True)
+    >>> parse_all(Args, ["--lr", "5e-7,1e-6"])
+    [Args(lr=5e-07), Args(lr=1e-06)]
+    >>> parse_all(Args, ["--rl", "5e-7"])
     Traceback (most recent call last):
     run.UserError: unknown argument --rl (did you mean --lr?); --help lists them all
     """
@@ -65,8 +90,10 @@ def parse(cls: type, argv: list[str] | None = None, usage: str = ""):
         elif kind is bool:
             group.add_argument("--" + field.name.replace("_", "-"), action="store_true", **common)
         else:
-            group.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=meta["choices"],
-                               metavar=None if meta["choices"] else kind.__name__.upper(), **common)
+            metavar = kind.__name__.upper() + ",..." * meta["many"]
+            group.add_argument("--" + field.name.replace("_", "-"),
+                               type=listed(kind) if meta["many"] else kind, choices=meta["choices"],
+                               metavar=None if meta["choices"] else metavar, **common)
     try:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
@@ -77,21 +104,26 @@ def parse(cls: type, argv: list[str] | None = None, usage: str = ""):
         near = difflib.get_close_matches(flag, known, n=1, cutoff=0.65)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(f"unknown argument {flag}{hint}; --help lists them all")
-    return cls(**vars(args))
+    many = [field.name for field in dataclasses.fields(cls) if field.metadata["many"]]
+    lists = [v if isinstance(v := getattr(args, name), tuple) else (v,) for name in many]
+    return [cls(**vars(args) | dict(zip(many, values, strict=True))) for values in itertools.product(*lists)]
 
 
 def main(program) -> typing.NoReturn:
     """Run `program()` as a script: a user's mistake, an interrupt or a full disk ends in one clear line."""
     tune_allocator()
-    name = Path(sys.argv[0]).name
+    start_processes()
+    name = Path(sys.argv[0]).name + (f" (process {rank()})" if rank() else "")
     try:
         program()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         sys.exit(0)
     except UserError as e:
         print(f"{name}: error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; nothing half-written is left behind", file=sys.stderr)
+        print(f"\n{name}: interrupted; what was sampled is kept", file=sys.stderr)
         sys.exit(130)
     except OSError as e:
         if e.errno is None:
@@ -112,10 +144,52 @@ def tune_allocator() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: hardly ever give back
 
 
+# -------------------------------------------------------------------------------- processes
+
+def start_processes() -> None:
+    """Join torchrun's process group, where there are several: NCCL on GPUs, gloo on CPUs. Process 0 speaks.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # a process that samples longer than the others keeps them waiting
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(hours=4))
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def mine(items: list) -> list:
+    """This process's share: the items are dealt out like cards, so that shares are alike."""
+    return items[rank() :: world()]
+
+
+def gather(share: list) -> list:
+    """The inverse of `mine`: every process's share in, the whole list in its order out, on every process."""
+    if world() == 1:
+        return share
+    shares: list = [None] * world()
+    dist.all_gather_object(shares, share)
+    whole: list = [None] * sum(map(len, shares))
+    for r, part in enumerate(shares):
+        whole[r :: world()] = part
+    return whole
+
+
 # -------------------------------------------------------------------------------- files
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all: temporary file, fsync, rename."""
+    """Write `text` to `path` whole or not at all: temporary file, fsync, rename. Process 0 alone writes."""
+    if rank():
+        return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
@@ -163,6 +237,14 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
+def read_grown(path: Path) -> list[dict]:
+    """The objects of a file that grows a line at a time; half a last line, if there is one, is cut off it."""
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)
+    return [row for _, row in read_jsonl(path)]
+
+
 def fingerprint(*parts) -> str:
     """Twelve hex digits that change with any of the JSON-like parts: names run folders and data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -194,12 +276,33 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s that this machine's processes reach together on a large square matrix product, measured here."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(6):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best * world()
+
+
+def peak_memory() -> float:
+    """Bytes this process has held at most so far: of GPU memory where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Metrics:
     """metrics.jsonl: one JSON object a step, appended and flushed, so that a killed run keeps what it logged.
+
+    Process 0 alone writes.
     """
 
     def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self.file = open(os.devnull if rank() else path, "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, **values) -> None:
         self.file.write(json.dumps(values) + "\n")
@@ -209,7 +312,7 @@ class Metrics:
 def progress(total: int, unit: str, label: str) -> tqdm:
     """A progress bar with rate and ETA on a terminal; a plain line about every tenth of the work elsewhere.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not rank():
         return tqdm(total=total, unit=unit, desc=label, dynamic_ncols=True)
     return Lines(total=total, unit=unit, desc=label)
 

@@ -16,6 +16,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from run import UserError, default_device, derive, main, option, parse, read_jso
 
 TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
 PREFILL_TOKENS = 8192  # prompts are taken up in passes of about this many tokens
+WINDOW = 128  # rows that are sampled side by side: the first ones are whole long before the last begin
 SPLIT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
 
 
@@ -220,23 +222,25 @@ def uniforms(seed: int, row: int, sample: int, count: int) -> Tensor:
 
 @torch.inference_mode()
 def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_ids: frozenset[int],
-             seed: int, keys: list[tuple[int, int]] | None = None, slots: int = 64, bar=None) -> list[Sample]:
+             seed: int, keys: list[tuple[int, int]] | None = None, slots: int = 64, bar=None,
+             ended: Callable[[int, Sample], None] = lambda i, sample: None) -> list[Sample]:
     """Sample one response for every prompt.
 
     keys: (row, sample index) of each prompt, which with `seed` decide its randomness; default (i, 0). slots:
-    how many are decoded together; a slot whose response has ended takes the next prompt. Prompts are taken
-    longest first, equal ones side by side, so that each is computed once and all slots that wait for it share
-    the result.
+    how many are decoded together; a slot whose response has ended takes the next prompt. `ended(i, sample)`
+    is called as prompt i's response ends. WINDOW rows after WINDOW rows, prompts are taken longest first,
+    equal ones side by side, so that each is computed once and all slots that wait for it share the result.
     """
     start, total = time.perf_counter(), 0
     device = model.device
     keys = keys or [(i, 0) for i in range(len(prompts))]
     results = [Sample() for _ in prompts]
-    waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))  # taken from the end
+    waiting = sorted(range(len(prompts)),  # taken from the end
+                     key=lambda i: (-(keys[i][0] // WINDOW), len(prompts[i]), prompts[i]))
     slots = min(slots, len(prompts))
     if not slots:
         return []
-    longest = len(prompts[waiting[-1]]) + sampling.max_new_tokens
+    longest = max(map(len, prompts)) + sampling.max_new_tokens
     if longest > model.config.max_position_embeddings:
         raise UserError(f"the longest prompt and {sampling.max_new_tokens} new tokens take {longest} places, "
                         f"the model has {model.config.max_position_embeddings}")
@@ -259,6 +263,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             total += 1
             result.finished = token in stop_ids
             if result.finished or drawn[slot] == sampling.max_new_tokens:
+                ended(owner[slot], result)
                 owner[slot] = None
                 if bar is not None:
                     rate = total / (time.perf_counter() - start)

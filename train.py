@@ -1,45 +1,83 @@
 """train.py - MIPO end to end: model -> contrastive pairs -> reference log-probs -> DPO -> model folder.
 
-    loss = -log sigmoid(beta * ((log pi - log pi_ref)(y_c|x,c) - (log pi - log pi_ref)(y_r|x,c)))      Eq. 5
+    dpo   -log sigmoid(beta * ((log pi - log pi_ref)(y_c|x,c) - (log pi - log pi_ref)(y_r|x,c)))       Eq. 5
+          --n-neg N: N such rows for every chosen response, or with --softmax one (N+1)-way row        Eq. 8
+    sft   -log pi(y_c|x,c) a token, mean over the batch's tokens
 
 Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
 master weights with bf16 arithmetic, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient
-norm clipped at 1.
-What differs from the paper: the learning rate is chosen on validation prompts, never on test ones, and goes
-with the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
+norm clipped at 1. Several processes (torchrun --nproc_per_node) share the sampling and every batch: the text
+and the gradient are those of one. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
+What differs from the paper: settings are chosen on validation prompts, never on test ones, and the learning
+rate goes with the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
 
     torchrun train.py --data demo --neg missing --model DIR          or plain python train.py ...
 
-The run folder then holds args.json, pairs.jsonl, metrics.jsonl, summary.json and model/; eval.py reads it.
+The run folder then holds args.json, pairs.jsonl, metrics.jsonl, summary.json, learning_curve.png and model/;
+eval.py reads it. --dry-run shows an example and says what a run will take.
 """
 
 import dataclasses
+import heapq
 import math
-import os
+import random
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from eval import TEMPERATURE, TOP_P, learning_curve
 from losses import Group, batches, dpo, score
-from model import Decoder, find, load, save
-from pairs import Pair, PairArgs, load_pairs, pairs_for, user_turn
-from run import (Metrics, UserError, default_device, derive, environment, fingerprint, main, option, parse,
-                 progress, read_json, write_json)
-from sample import Tokenizer
+from model import Config, Decoder, find, load, save
+from pairs import (Pair, PairArgs, examples_for, honours, load_pairs, make_pairs, pairs_for, sampling_for,
+                   user_turn)
+from run import (Metrics, UserError, default_device, derive, environment, fingerprint, gather, main,
+                 matmul_ceiling, mine, option, parse_all, peak_memory, progress, rank, read_json, read_jsonl,
+                 world, write_json)
+from sample import Tokenizer, generate
+
+METHODS = ("dpo", "sft")
 
 
 @dataclass
 class Args(PairArgs):
     pairs: str = option("", "folder of pairs to train on; data, negatives and seed are theirs", "data")
     out: str = option("", "run folder (default: runs/ and a name made of the arguments)", "data")
-    beta: float = option(0.1, "strength of the pull towards the reference", "training")
-    lr: float = option(1e-6, "peak learning rate", "training")
-    batch: int = option(4, "pairs a step", "training")
-    epochs: int = option(1, "passes over the pairs", "training")
+    dry_run: bool = option(False, "show an example, estimate memory and time, and stop", "data")
+    method: str = option("dpo", "objective", "training", METHODS)
+    softmax: bool = option(False, "one softmax over all rejected responses, not a row for each", "training")
+    beta: float = option(0.1, "strength of the pull towards the reference", "training", many=True)
+    lr: float = option(1e-6, "peak learning rate", "training", many=True)
+    epochs: int = option(1, "passes over the pairs", "training", many=True)
+    batch: int = option(4, "pairs a step, of all processes together", "training")
+    label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
+    nll: float = option(0.0, "weight of the chosen response's negative log-likelihood a token", "training")
     pass_tokens: int = option(8192, "most tokens in one forward and backward pass", "training")
+    save_dtype: str = option("bfloat16", "type of the saved weights", "training", ("bfloat16", "float32"))
+    eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
+    patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
+    val_limit: int = option(192, "validation examples, 0 for all", "choosing")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.batch, self.epochs, self.lr, self.beta, self.pass_tokens) <= 0:
+            raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
+        if not 0 <= self.label_smoothing < 0.5 or min(self.nll, self.eval_every, self.patience) < 0:
+            raise UserError("--label-smoothing must be in [0, 0.5); --nll, --eval-every, --patience at least "
+                            "0")
+        if self.patience and not self.eval_every:
+            raise UserError("--patience counts validations during training: give --eval-every too")
+        if self.method == "sft":
+            if self.softmax or self.label_smoothing or self.nll or (self.n_neg > 1 and not self.pairs):
+                raise UserError("--softmax, --label-smoothing, --nll and --n-neg go with rejected responses: "
+                                "--method sft has none")
+            self.n_neg = 0  # only chosen responses are sampled
+        elif not self.n_neg:
+            raise UserError("--n-neg 0 leaves nothing to prefer: only --method sft trains without")
 
 
 # -------------------------------------------------------------------------------- schedule
@@ -61,95 +99,295 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-# -------------------------------------------------------------------------------- DPO
+def schedule(count: int, args: Args, epoch: int) -> list[list[int]]:
+    """An epoch's steps, each the indices of its `batch` pairs; the last step has what is left."""
+    order = epoch_order(count, args.seed, epoch)
+    return [order[i : i + args.batch] for i in range(0, count, args.batch)]
 
-def pair_group(pair: Pair) -> Group:
+
+def passes(pairs: list[Pair], step: list[int], args: Args) -> list[list[int]]:
+    """This process's share of a step, cut into passes of at most `pass_tokens` tokens."""
+    share = mine(step)
+    return [[share[i] for i in part] for part in batches([group(pairs[i], args) for i in share],
+                                                         args.pass_tokens)]
+
+
+def rows(pairs: list[Pair], args: Args) -> list[Pair]:
+    """What a batch counts: with N rejected responses N pairs that share the chosen one (section 4.2); with
+    --softmax one that has them all (Eq. 8)."""
+    if args.method == "sft" or args.softmax:
+        return pairs
+    return [dataclasses.replace(p, rejected=[text], rejected_ids=[ids])
+            for p in pairs for text, ids in zip(p.rejected, p.rejected_ids, strict=True)]
+
+
+# -------------------------------------------------------------------------------- objectives
+
+def group(pair: Pair, args: Args) -> Group:
     """Chosen and rejected responses, all under the same right prompt: the heart of the method."""
-    return pair.prompt_ids, [pair.chosen_ids, *pair.rejected_ids]
+    return pair.prompt_ids, [pair.chosen_ids, *(pair.rejected_ids if args.method == "dpo" else [])]
 
 
-def pair_logps(model: Decoder, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
-    """log pi(y_c|x,c) and log pi(y_r|x,c), summed over tokens: (B,) each."""
-    scored = score(model, [pair_group(p) for p in pairs])
-    return (torch.stack([chosen.sum() for chosen, _ in scored]),  # (B,)
-            torch.stack([rejected.sum() for _, rejected in scored]))  # (B,)
+def response_logps(model: Decoder, pairs: list[Pair], args: Args) -> Tensor:
+    """log pi(y|x,c) of the chosen and rejected responses, summed over tokens: (B, 1 + N); sft: (B, 1)."""
+    scored = score(model, [group(p, args) for p in pairs])
+    return torch.stack([torch.stack([lp.sum() for lp in responses]) for responses in scored])  # (B, 1 + N)
 
 
-def schedule(pairs: list[Pair], args: Args) -> list[list[list[list[int]]]]:
-    """Epoch -> step -> pass -> pair indices: `batch` pairs a step, at most `pass_tokens` tokens a pass."""
+def objective(logps: Tensor, reference: Tensor, lengths: Tensor, args: Args) -> tuple[Tensor, dict]:
+    """The loss of each pair (B,), still to be divided by `denominator`, and its metrics, (B,) each.
 
-    def passes(step: list[int]) -> list[list[int]]:
-        groups = [pair_group(pairs[i]) for i in step]
-        return [[step[i] for i in part] for part in batches(groups, args.pass_tokens)]
+    logps, reference (B, 1 + N); lengths (B,): tokens of the chosen responses.
+    """
+    if args.method == "sft":
+        loss = -logps[:, 0]  # (B,): token-mean cross-entropy once divided by the batch's tokens
+        return loss, dict(loss=loss.detach(), logp_chosen=logps[:, 0].detach())
+    loss, measured = dpo(logps, reference, args.beta, args.label_smoothing)
+    if args.nll:
+        loss = loss - args.nll * logps[:, 0] / lengths
+    return loss, measured | dict(loss=loss.detach())
 
-    orders = [epoch_order(len(pairs), args.seed, epoch) for epoch in range(args.epochs)]
-    return [[passes(order[i : i + args.batch]) for i in range(0, len(order), args.batch)] for order in orders]
+
+def denominator(pairs: list[Pair], step: list[int], args: Args) -> int:
+    """What a step's summed loss is divided by, over all passes and processes: its pairs (sft: its tokens)."""
+    return sum(len(pairs[i].chosen_ids) for i in step) if args.method == "sft" else len(step)
 
 
 @torch.no_grad()
-def reference_logps(model: Decoder, pairs: list[Pair], epoch: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
-    """The start model's log-probs of every pair, (pairs,) each, by the passes of the first epoch's training:
-    then the first step's margins are exactly 0 in any arithmetic.
+def all_logps(model: Decoder, pairs: list[Pair], args: Args, label: str = "reference") -> Tensor:
+    """Log-probs of every pair, (pairs, 1 + N), by the very passes of the first epoch's training: then the
+    first step's margins are exactly 0 in any arithmetic.
 
     The model may be held in the compute type alone: that is what training casts its fp32 masters to.
     """
-    chosen, rejected = torch.zeros(2, len(pairs), device=model.device)  # (pairs,) each
-    bar = progress(len(pairs), "pairs", "reference")
-    for step in epoch:
-        for part in step:
-            chosen[part], rejected[part] = pair_logps(model, [pairs[i] for i in part])
-        bar.update(sum(map(len, step)))
+    exact = torch.promote_types(model.compute, torch.float32)
+    table = torch.zeros(len(pairs), len(group(pairs[0], args)[1]), dtype=exact, device=model.device)
+    bar = progress(len(pairs), "pairs", label)
+    for step in schedule(len(pairs), args, 0):
+        for part in passes(pairs, step, args):
+            table[part] = response_logps(model, [pairs[i] for i in part], args)
+        bar.update(len(step))
     bar.close()
-    return chosen, rejected
+    if world() > 1:
+        dist.all_reduce(table)  # every pair was scored by one process, the others have 0 there
+    return table
 
 
-def train(model: Decoder, pairs: list[Pair], reference: tuple[Tensor, Tensor], args: Args,
-          metrics: Metrics) -> dict:
-    """DPO over the pairs, in place. Returns the run's summary; every step is a line of metrics.jsonl."""
-    ref_chosen, ref_rejected = reference  # (pairs,) each
-    epochs = schedule(pairs, args)
+# -------------------------------------------------------------------------------- training
+
+def sum_gradients(model: Decoder) -> None:
+    """Add up all processes' gradients: each is of its share of one mean over the whole batch."""
+    if world() == 1:
+        return
+    for p in model.parameters():
+        if p.grad is None:  # a last batch may leave a process without pairs
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
+
+
+def flops(c: Config, groups: list[Group]) -> float:
+    """Floating-point operations of a forward and backward pass over groups, matrix products alone: 6 for
+    every weight and token, and 6 for every channel and pair of tokens that see each other, twice."""
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    weights = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
+    total = 0.0
+    for prefix, responses in groups:
+        p, r = len(prefix), [len(response) for response in responses]
+        seen = p * p / 2 + sum(n * p + n * n / 2 for n in r)
+        attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
+        total += 6 * (weights * (p + sum(r)) + c.vocab_size * c.hidden_size * sum(r) + attention)
+    return total
+
+
+def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metrics: Metrics,
+          selection: "Selection | None" = None, candidate: int = 0) -> dict:
+    """Train on the pairs, in place. reference (pairs, 1 + N). Returns the run's summary; every step is a line
+    of metrics.jsonl. With a selection the model is validated on the way, and may stop early."""
+    epochs = [schedule(len(pairs), args, epoch) for epoch in range(args.epochs)]
     steps = [step for epoch in epochs for step in epoch]
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), 1e-8, 0.0, fused=True)
+    ceiling = matmul_ceiling(model.compute, model.device)
     bar = progress(len(pairs) * args.epochs, "pairs", "training")
-    start, seen_tokens, skipped, skipped_in_a_row = time.perf_counter(), 0, 0, 0
+    start, spent, seen_tokens, seen_flops, skipped, in_a_row = time.perf_counter(), 0.0, 0, 0.0, 0, 0
+    scores: list[float] = []
     for number, step in enumerate(steps):
         step_start = time.perf_counter()
-        size = sum(len(part) for part in step)
-        values: dict[str, list[Tensor]] = {}
-        tokens = 0
-        for part in step:
-            group = [pairs[i] for i in part]
-            chosen, rejected = pair_logps(model, group)
-            loss, measured = dpo(chosen, rejected, ref_chosen[part], ref_rejected[part], args.beta)
-            (loss.sum() / size).backward()  # mean over the step's pairs, however cut
-            for key, value in measured.items():
-                values.setdefault(key, []).append(value)
-            tokens += sum(len(ids) for p in group for ids in (p.prompt_ids, p.chosen_ids, *p.rejected_ids))
+        divisor = denominator(pairs, step, args)
+        measured: list[dict[str, float]] = []  # one of each of this process's pairs
+        for part in passes(pairs, step, args):
+            some = [pairs[i] for i in part]
+            lengths = torch.tensor([len(p.chosen_ids) for p in some], device=model.device)  # (B,)
+            logps = response_logps(model, some, args)
+            loss, values = objective(logps, reference[part], lengths, args)
+            (loss.sum() / divisor).backward()  # mean over the whole step, however cut
+            columns = torch.stack([v.float() for v in values.values()]).T.tolist()  # (B, metrics)
+            measured += [dict(zip(values, row, strict=True)) for row in columns]
+        sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        means = {key: torch.cat(value).mean().item() for key, value in values.items()}
+        measured = gather(measured)
+        means = {key: sum(m[key] for m in measured) / len(step) for key in measured[0]}
+        means["loss"] *= len(step) / divisor
         lr = learning_rate(number, len(steps), args.lr)
         if math.isfinite(norm) and math.isfinite(means["loss"]):
-            skipped_in_a_row = 0
+            in_a_row = 0
             for g in optimizer.param_groups:
                 g["lr"] = lr
             optimizer.step()
         else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            names = ", ".join(pairs[i].id for part in step for i in part)
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            names = ", ".join(pairs[i].id for i in step)
             print(f"step {number + 1} skipped: loss {means['loss']}, gradient norm {norm} (pairs {names})")
-            if skipped_in_a_row == 5:
+            if in_a_row == 5:
                 raise UserError("five steps in a row were not finite: lower --lr, or use --dtype float32")
         optimizer.zero_grad()
         seconds = time.perf_counter() - step_start
-        seen_tokens += tokens
-        metrics.log(step=number + 1, epoch=number // len(epochs[0]), **means, grad_norm=norm, lr=lr,
-                    pairs=size, tokens=tokens, tokens_per_second=tokens / seconds, skipped=skipped)
-        bar.set_postfix_str(f"loss {means['loss']:.3f} margin {means['margin']:+.2f} "
-                            f"{seen_tokens / (time.perf_counter() - start):.0f} tokens/s")
-        bar.update(size)
+        groups = [group(pairs[i], args) for i in step]
+        tokens = sum(len(prefix) + sum(map(len, responses)) for prefix, responses in groups)
+        work = flops(model.config, groups)
+        spent, seen_tokens, seen_flops = spent + seconds, seen_tokens + tokens, seen_flops + work
+        metrics.log(candidate=candidate, step=number + 1, epoch=number // len(epochs[0]), **means,
+                    grad_norm=norm, lr=lr, pairs=len(step), tokens=tokens, tokens_per_second=tokens / seconds,
+                    matmul_share=work / seconds / ceiling, skipped=skipped)
+        margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
+        bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {seen_tokens / spent:.0f} tokens/s, "
+                            f"{seen_flops / spent / ceiling:.0%} of the matmul ceiling")
+        bar.update(len(step))
+        last = number + 1 == len(steps)
+        if selection and (last or (args.eval_every and (number + 1) % args.eval_every == 0)):
+            scores.append(selection.offer(model, candidate, number + 1))
+            metrics.log(candidate=candidate, step=number + 1, **{"validation_" + selection.name: scores[-1]})
+            if args.patience and len(scores) - scores.index(max(scores)) > args.patience and not last:
+                print(f"stopped at step {number + 1} of {len(steps)}: {args.patience} validations no better")
+                break
     bar.close()
-    return dict(steps=len(steps), pairs=len(pairs), skipped=skipped, tokens=seen_tokens,
-                seconds_training=time.perf_counter() - start)
+    return dict(steps=number + 1, pairs=len(pairs), skipped=skipped, tokens=seen_tokens,
+                matmul_share=seen_flops / spent / ceiling, seconds_training=time.perf_counter() - start)
+
+
+# -------------------------------------------------------------------------------- choosing
+
+class Selection:
+    """Scores models on the validation part and keeps the best of them in the run folder's model/.
+
+    The score is the share of sampled responses that honour their context, where the data can check that
+    (win_rate), else the share of validation pairs whose margin is positive (margin_accuracy). Equal scores
+    leave the earlier model.
+    """
+
+    def __init__(self, args: Args, folder: Path, source: Path):
+        self.args = dataclasses.replace(args, limit=args.val_limit, method="dpo", n_neg=max(1, args.n_neg))
+        self.folder, self.source = folder, source
+        self.examples = examples_for(self.args, "validation")
+        self.best = dict(score=-math.inf)
+        self.name = "win_rate" if all(e.check for e in self.examples) else "margin_accuracy"
+        if self.name == "win_rate":
+            self.tokenizer = Tokenizer(source, args.date)
+        else:
+            self.pairs = rows(pairs_for(self.args, "validation", folder / "validation"), self.args)
+            base = load(source, getattr(torch, args.dtype), device=default_device())
+            self.reference = all_logps(base, self.pairs, self.args, "validation reference")
+
+    def measure(self, model: Decoder) -> float:
+        if self.name == "margin_accuracy":
+            logps = all_logps(model, self.pairs, self.args, "validation")
+            return dpo(logps, self.reference, self.args.beta)[1]["accuracy"].mean().item()
+        draws = dataclasses.replace(sampling_for(self.args), temperature=TEMPERATURE, top_p=TOP_P)
+        share = mine(list(enumerate(self.examples)))
+        prompts = [self.tokenizer.chat(e.turn(e.context)) for _, e in share]
+        bar = progress(len(prompts), "responses", "validation")
+        samples = generate(model.snapshot(), prompts, draws, self.tokenizer.stop_ids, self.args.seed,
+                           [(i, 0) for i, _ in share], self.args.slots, bar)
+        bar.close()
+        hits = gather([honours(e.check, self.tokenizer.decode(s.ids))
+                       for (_, e), s in zip(share, samples, strict=True)])
+        return sum(hits) / len(hits)
+
+    def offer(self, model: Decoder, candidate: int, step: int) -> float:
+        """The model's score; the model is saved if no earlier one has reached it."""
+        score = self.measure(model)
+        better = score > self.best["score"]
+        print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * better)
+        if better:
+            self.best = dict(score=score, candidate=candidate, step=step)
+            save(model, self.folder / "model", self.source, getattr(torch, self.args.save_dtype))
+        return score
+
+
+# -------------------------------------------------------------------------------- dry run
+
+def show(pair: Pair, tokenizer: Tokenizer) -> None:
+    """The first pair as the model sees it: special tokens and all, and which tokens the loss counts."""
+    def block(title: str, ids: list[int], mask: int) -> None:
+        text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+        print(f"\n{title}: {len(ids)} tokens, mask {mask}\n    " + text.replace("\n", "\n    "))
+
+    print(f"example {pair.id}; mask 1: in the loss, mask 0: not")
+    block("prompt, of all responses below", pair.prompt_ids, 0)
+    for k, ids in enumerate([pair.chosen_ids, *pair.rejected_ids]):
+        end = "" if pair.finished[k] else ", unfinished: no end token"
+        block((f"rejected {k}" if k else "chosen") + end, ids, 1)
+        if k and pair.source_ids[k - 1] and pair.source_ids[k - 1] != pair.prompt_ids:
+            block(f"rejected {k} was sampled from", pair.source_ids[k - 1], 0)
+
+
+def decode_steps(lengths: list[int], count: int, slots: int) -> int:
+    """How many tokens deep the sampler goes for `count` responses of such lengths, refilling its slots."""
+    draw = random.Random(0)
+    busy = [0] * min(slots, count)
+    for _ in range(count):
+        heapq.heappush(busy, heapq.heappop(busy) + draw.choice(lengths))
+    return max(busy)
+
+
+def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
+    """Run a small part of everything, show an example, and say what the whole will take."""
+    args = grid[0]
+    compute, device = getattr(torch, args.dtype), default_device()
+    tokenizer = Tokenizer(source, args.date)
+    loading = time.perf_counter()
+    model = load(source, compute, device=device)
+    loading = time.perf_counter() - loading
+    if args.pairs or (folder / "pairs.json").exists():
+        pairs = load_pairs(Path(args.pairs or folder))
+        count, seconds = len(pairs), {}
+    else:
+        examples = examples_for(args, "train")
+        sampled = 1 + args.n_neg * (args.neg in ("missing", "random"))  # responses of an example
+        size = min(len(examples), max(8, args.slots * world() // sampled))
+        probe = random.Random(0).sample(examples, size)
+        pairs, stats = make_pairs(model, tokenizer, probe, args.neg, sampling_for(args), args.seed,
+                                  args.slots, args.n_neg)
+        lengths = [len(ids) for p in pairs for ids in (p.chosen_ids, *p.rejected_ids)]
+        jobs = len(examples) * sampled // world()
+        deeper = decode_steps(lengths, jobs, args.slots) / max(lengths)
+        count = round(len(examples) * len(pairs) / len(probe))
+        seconds = dict(sampling=stats["seconds_sampling"] * deeper,
+                       gain=stats["seconds_gain"] * len(examples) / len(probe))
+    show(pairs[0], tokenizer)
+    trained = rows(pairs, args)
+    count = count * len(trained) // len(pairs)
+    some = trained[: 4 * args.batch]
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "metrics.jsonl"
+        once = dataclasses.replace(args, epochs=1)
+        start = time.perf_counter()
+        reference = all_logps(model, some, once)
+        if args.method == "dpo":
+            seconds["reference"] = (time.perf_counter() - start) * count / len(some)
+        del model
+        train(load(source, torch.float32, compute, device), some, reference, once, Metrics(file))
+        steps = [row for _, row in read_jsonl(file)] if not rank() else []
+    if steps:  # the first step also sets up memory
+        steps = steps[1:] or steps
+        each = sum(s["tokens"] / s["tokens_per_second"] for s in steps) / sum(s["pairs"] for s in steps)
+        seconds["training"] = sum(count * a.epochs * each for a in grid)
+    tokens = sum(len(p.prompt_ids) + sum(map(len, group(p, args)[1])) for p in trained) / len(trained)
+    whole = sum(seconds.values()) + (2 + len(grid)) * loading
+    print(f"\n{count} pairs of about {tokens:.0f} tokens, {math.ceil(count / args.batch)} steps an epoch, "
+          f"{sum(a.epochs for a in grid)} epochs in all")
+    print(f"estimate: {whole:.0f} s (" + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
+          + f"), {peak_memory() / 1e9:.1f} GB at most" + " in each process" * (world() > 1)
+          + "; validation not counted" * (len(grid) > 1 or bool(args.eval_every)))
 
 
 # -------------------------------------------------------------------------------- command line
@@ -163,42 +401,74 @@ def run_folder(args: Args) -> Path:
     return folder
 
 
+def given_pairs(args: Args, source: Path) -> list[Pair]:
+    """The pairs of --pairs, after a check that this model's tokenizer made them."""
+    pairs = load_pairs(Path(args.pairs))
+    first = pairs[0]
+    if Tokenizer(source, args.date).chat(user_turn(first.prompt, first.context)) != first.prompt_ids:
+        raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
+                        "its tokenizer, chat template or --date is another one")
+    if args.method == "dpo" and not first.rejected:
+        raise UserError(f"--pairs {args.pairs}: no rejected responses; only --method sft trains without")
+    return pairs
+
+
 def program() -> None:
-    args = parse(Args, usage=__doc__)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("several processes are not supported yet: torchrun with --nproc_per_node 1")
-    if args.batch < 1 or args.epochs < 1 or args.lr <= 0 or args.beta <= 0 or args.pass_tokens < 1:
-        raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
-    if args.pairs:  # eval.py goes by args.json: another seed would give it another split
-        made = read_json(Path(args.pairs) / "pairs.json")["settings"]
-        args.data, args.neg, args.seed, args.date = (made[key] for key in ("data", "neg", "seed", "date"))
-        args.max_new_tokens = made["sampling"]["max_new_tokens"]
+    grid = parse_all(Args, usage=__doc__)
+    if grid[0].pairs:  # eval.py goes by args.json: another seed would give it another split
+        made = read_json(Path(grid[0].pairs) / "pairs.json")["settings"]
+        theirs = {key: made[key] for key in ("data", "neg", "n_neg", "seed", "date") if key in made}
+        grid = [dataclasses.replace(a, **theirs, max_new_tokens=made["sampling"]["max_new_tokens"])
+                for a in grid]
+    args = grid[0]
     folder = run_folder(args)
     source = find(args.model)  # before the folder exists: a wrong name leaves nothing behind
+    gather([])  # all processes have looked at the folder before one of them writes there
+    if args.dry_run:
+        dry_run(grid, folder, source)
+        return
     start = time.perf_counter()
-    if args.pairs:
-        pairs = load_pairs(Path(args.pairs))
-        first = pairs[0]
-        if Tokenizer(source, args.date).chat(user_turn(first.prompt, first.context)) != first.prompt_ids:
-            raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
-                            "its tokenizer, chat template or --date is another one")
-    else:
-        pairs = pairs_for(args, "train", folder)
+    pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)
+    pairs = rows(pairs, args)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "args.json", dict(arguments=dataclasses.asdict(args), environment=environment()))
+    many = [f.name for f in dataclasses.fields(args) if f.metadata["many"]]
+    candidates = [{name: getattr(a, name) for name in many} for a in grid]
+    write_json(folder / "args.json", dict(arguments=dataclasses.asdict(args), candidates=candidates,
+                                          processes=world(), environment=environment()))
     seconds = dict(seconds_pairs=time.perf_counter() - start)
     print(f"{folder}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
     compute, device = getattr(torch, args.dtype), default_device()
-    reference = reference_logps(load(source, compute, device=device), pairs, schedule(pairs, args)[0])
+    if args.method == "dpo":
+        reference = all_logps(load(source, compute, device=device), pairs, args)
+    else:
+        reference = torch.zeros(len(pairs), 1)  # sft has none
     seconds["seconds_reference"] = time.perf_counter() - start - seconds["seconds_pairs"]
-    model = load(source, torch.float32, compute, device)
-    summary = train(model, pairs, reference, args, Metrics(folder / "metrics.jsonl"))
-    save(model, folder / "model", source)
-    s = {**summary, **seconds, "seconds": time.perf_counter() - start}
+    selection = Selection(args, folder, source) if len(grid) > 1 or args.eval_every else None
+    metrics, summaries = Metrics(folder / "metrics.jsonl"), []
+    for k, candidate in enumerate(grid):
+        if len(grid) > 1:
+            print(f"candidate {k + 1} of {len(grid)}: {candidates[k]}")
+        model = load(source, torch.float32, compute, device)
+        summaries.append(train(model, pairs, reference, candidate, metrics, selection, k))
+    if selection:
+        args = grid[selection.best["candidate"]]
+        write_json(folder / "args.json", dict(arguments=dataclasses.asdict(args), candidates=candidates,
+                                              processes=world(), environment=environment()))
+        print(f"chosen: {candidates[selection.best['candidate']]} after step {selection.best['step']}, "
+              f"{selection.name} {selection.best['score']:.3f}")
+    else:
+        save(model, folder / "model", source, getattr(torch, args.save_dtype))
+    gather([])
+    s = {**summaries[selection.best["candidate"] if selection else 0], **seconds,
+         "seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory() / 1e9}
+    if selection:
+        s |= dict(chosen=selection.best, runs=summaries)
     write_json(folder / "summary.json", s)
+    if not rank():
+        learning_curve(folder, selection.best["candidate"] if selection else 0)
     print(f"{s['steps']} steps, {s['seconds']:.0f} s in all: pairs {s['seconds_pairs']:.0f}, "
           f"reference {s['seconds_reference']:.0f}, training {s['seconds_training']:.0f}; "
-          f"model in {folder / 'model'}")
+          f"{s['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
     print(f"evaluate it with: python eval.py --model {folder}")
 
 
