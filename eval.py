@@ -129,11 +129,14 @@ class Response:
     """One system's answer to one example, with what the base model says of it (summed over its tokens)."""
 
     text: str
-    tokens: int
+    ids: list[int]
     finished: bool
     logp: float  # log pi_ref(y | the prompt it answered)
     gain: float  # log pi_ref(y|x,c) - log pi_ref(y|x); NaN without context or for `default`
     prompt_gain: float = math.nan  # log pi_ref(y|x,c) - log pi_ref(y|x',c), x' another prompt
+
+
+SCORED = ("ids", "finished", "logp", "gain", "prompt_gain")  # what responses.jsonl says beside the text
 
 
 def answer(model: Decoder, tokenizer: Tokenizer, turns: list[str], args: DataArgs, name: str) -> list[Sample]:
@@ -147,7 +150,7 @@ def answer(model: Decoder, tokenizer: Tokenizer, turns: list[str], args: DataArg
 
 
 def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
-            args: DataArgs, known: dict[str, list[Response]]) -> dict[str, list[Response]]:
+            args: DataArgs, known: dict[str, list[Response]] | None = None) -> dict[str, list[Response]]:
     """Every system's responses to every example, scored by the base model; `default`: one a prompt.
 
     known: the base model's responses, where an earlier evaluation has them.
@@ -176,9 +179,9 @@ def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, exampl
 
     def scored(sample: Sample, logp: float, gain: float, prompt_gain: float) -> Response:
         text = tokenizer.decode(sample.ids)
-        return Response(text, len(sample.ids), sample.finished, float(logp), float(gain), float(prompt_gain))
+        return Response(text, sample.ids, sample.finished, float(logp), float(gain), float(prompt_gain))
 
-    responses = dict(known)
+    responses = dict(known or {})
     if plain:
         logps, wrong_logps = (p[:, 0] for p in plain)
         alone = {p: scored(samples["default"][i], logps[i], math.nan, logps[i] - wrong_logps[i])
@@ -200,8 +203,8 @@ def reuse(folder: Path, name: str, settings: dict, examples: list[Example]) -> d
     found: dict[str, list[Response]] = {"default": [], "prompted": []}
     for _, row in read_jsonl(folder / f"responses{name}.jsonl"):
         if row["system"] in found:
-            values = (row[f.name] for f in dataclasses.fields(Response))
-            found[row["system"]].append(Response(*(math.nan if v is None else v for v in values)))
+            scored = (math.nan if row[key] is None else row[key] for key in SCORED)
+            found[row["system"]].append(Response(row["response"], *scored))
     if any(len(rows) != len(examples) for rows in found.values()):
         raise UserError(f"{folder / f'responses{name}.jsonl'} does not hold {len(examples)} rows a system")
     return found
@@ -226,7 +229,7 @@ def elsewhere(examples: list[Example], responses: list[Response]) -> float | Non
 def system_row(examples: list[Example], responses: list[Response]) -> dict:
     """Win rate and quality columns of one system."""
     prompts = [e.prompt for e in examples]
-    tokens = np.array([r.tokens for r in responses])
+    tokens = np.array([len(r.ids) for r in responses])
     return dict(
         win_rate=bootstrap(wins(examples, responses), prompts), elsewhere=elsewhere(examples, responses),
         tokens=float(tokens.mean()), unfinished=float(np.mean([not r.finished for r in responses])),
@@ -242,7 +245,7 @@ def compare(examples: list[Example], ours: list[Response], theirs: list[Response
     """
     prompts = [e.prompt for e in examples]
     difference = wins(examples, ours) - wins(examples, theirs)
-    a, b = (np.array([r.tokens for r in system]) for system in (ours, theirs))
+    a, b = (np.array([len(r.ids) for r in system]) for system in (ours, theirs))
     matched = np.minimum(a, b) >= 0.8 * np.maximum(a, b)  # lengths within 20% of each other
     gain_a, gain_b = (np.array([r.gain for r in system]) for system in (ours, theirs))
     return dict(win_rate=bootstrap(difference, prompts),
@@ -386,7 +389,7 @@ def program() -> None:
                     seed=args.seed, sampling=dataclasses.asdict(sampling_for(args)), date=args.date,
                     dtype=args.dtype)
     name = "" if args.split == "test" else f"-{args.split}"
-    known = reuse(Path(args.reuse), name, settings, examples) if args.reuse else {}
+    known = reuse(Path(args.reuse), name, settings, examples) if args.reuse else None
     start = time.perf_counter()
     tokenizer = Tokenizer(base_name, args.date)
     dtype, device = getattr(torch, args.dtype), default_device()
@@ -400,8 +403,8 @@ def program() -> None:
     result["seconds"] = round(time.perf_counter() - start, 1)
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / f"responses{name}.jsonl", (
-        dict(id=e.id, system=system, prompt=e.prompt, context=e.context)
-        | {k: None if v != v else v for k, v in vars(r).items()}  # JSON has no NaN
+        dict(id=e.id, prompt=e.prompt, context=e.context, response=r.text, system=system)
+        | {key: None if value != value else value for key in SCORED for value in [getattr(r, key)]}
         for system, drawn in responses.items() for e, r in zip(examples, drawn, strict=True)))
     write_json(out / f"eval{name}.json", result)
     print(table(result))

@@ -596,7 +596,7 @@ def pairs_for(args: PairArgs, split: str, folder: Path) -> list[Pair]:
             print(f"{len(pairs)} pairs from {folder / 'pairs.jsonl'}")
             return pairs
     if examples[0].chosen is None:
-        negative_turns(examples, args.neg, args.seed, args.n_neg)  # what can't be done is said before it begins
+        negative_turns(examples, args.neg, args.seed, args.n_neg)  # says what can't be done, before it begins
     tokenizer = Tokenizer(args.model, args.date)
     model = load(args.model, getattr(torch, args.dtype), device=default_device())
     print(f"sampling with {sampling_for(args)}")

@@ -1,4 +1,4 @@
-"""PersistBench's beneficial samples as a data set of our own: the query is the prompt, the memories the context.
+"""PersistBench's beneficial samples as a .jsonl: the query is the prompt, the memories are the context.
 
     python results/persistbench.py beneficial_samples.jsonl persistbench.jsonl
 

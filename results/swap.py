@@ -18,7 +18,8 @@ def swapped(row: dict, draw: random.Random) -> dict:
     if draw.random() < 0.5:
         return row
     pair = dict(chosen=row["rejected"][0], rejected=[row["chosen"]], chosen_ids=row["rejected_ids"][0],
-                rejected_ids=[row["chosen_ids"]], source_ids=[row["prompt_ids"]], finished=row["finished"][::-1],
+                rejected_ids=[row["chosen_ids"]], source_ids=[row["prompt_ids"]],
+                finished=row["finished"][::-1],
                 gain_chosen=row["gain_rejected"][0], gain_rejected=[row["gain_chosen"]])
     return row | pair
 

@@ -272,11 +272,16 @@ def test_batches_hold_at_most_their_tokens(tokens, expected):
 
 # -------------------------------------------------------------------------------- dpo
 
+def one_negative(chosen, rejected, ref_chosen, ref_rejected, beta):
+    """dpo's columns, one tensor each."""
+    return dpo(torch.stack((chosen, rejected), 1), torch.stack((ref_chosen, ref_rejected), 1), beta)
+
+
 def test_dpo_by_hand():
     """beta 0.1: rewards 0.2 and -0.2, margin 0.4, loss ln(1 + e^-0.4); its mirror image; no difference."""
     lp = [torch.tensor(x) for x in ([-10.0, -12.0, -5.0], [-20.0, -18.0, -7.0], [-12.0, -10.0, -5.0],
                                     [-18.0, -20.0, -7.0])]
-    loss, metrics = dpo(*lp, beta=0.1)
+    loss, metrics = one_negative(*lp, beta=0.1)
     torch.testing.assert_close(loss, torch.tensor([0.513015, 0.913015, 0.693147]), rtol=0, atol=1e-6)
     expected = {
         "loss": [0.513015, 0.913015, 0.693147], "margin": [0.4, -0.4, 0], "accuracy": [1, 0, 0],
@@ -298,7 +303,7 @@ def four(b: int = 16, seed: int = 0) -> list[Tensor]:
 def test_dpo_at_the_reference(beta):
     """pi = pi_ref: ln 2 and margins of exactly 0."""
     chosen, rejected, *_ = four()
-    loss, metrics = dpo(chosen, rejected, chosen, rejected, beta)
+    loss, metrics = one_negative(chosen, rejected, chosen, rejected, beta)
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)))
     assert not metrics["margin"].any() and not metrics["accuracy"].any()
 
@@ -306,7 +311,7 @@ def test_dpo_at_the_reference(beta):
 def test_swapping_the_sides_flips_the_margin():
     """Exactly; and the two losses differ by the margin."""
     c, r, rc, rr = four()
-    (loss, metrics), (swapped, mirrored) = dpo(c, r, rc, rr, 0.1), dpo(r, c, rr, rc, 0.1)
+    (loss, metrics), (swapped, mirrored) = (one_negative(*x, 0.1) for x in ((c, r, rc, rr), (r, c, rr, rc)))
     assert torch.equal(metrics["margin"], -mirrored["margin"])
     torch.testing.assert_close(swapped - loss, 0.1 * (c - r - rc + rr))
 
@@ -314,20 +319,21 @@ def test_swapping_the_sides_flips_the_margin():
 def test_only_differences_count():
     """A constant added to a response's log-prob under both models changes nothing."""
     c, r, rc, rr = four()
-    torch.testing.assert_close(dpo(c + 7, r - 3, rc + 7, rr - 3, 0.1)[0], dpo(c, r, rc, rr, 0.1)[0])
+    shifted = one_negative(c + 7, r - 3, rc + 7, rr - 3, 0.1)[0]
+    torch.testing.assert_close(shifted, one_negative(c, r, rc, rr, 0.1)[0])
 
 
 def test_dpo_gradient_by_finite_differences():
     """In all four arguments; towards chosen up and rejected down."""
     args = [t.requires_grad_() for t in four(5)]
-    assert torch.autograd.gradcheck(lambda *a: dpo(*a, 0.1)[0], args)
-    dpo(*args, 0.1)[0].sum().backward()
-    assert (args[0].grad < 0).all() and torch.equal(args[0].grad, -args[1].grad)
+    assert torch.autograd.gradcheck(lambda *a: one_negative(*a, 0.1)[0], args)
+    one_negative(*args, 0.1)[0].sum().backward()
+    assert (args[0].grad < 0).all() and torch.allclose(args[0].grad, -args[1].grad, rtol=1e-12)
 
 
 def test_metrics_are_detached():
     """One fp32 number a pair, without a graph; the loss keeps its own."""
-    loss, metrics = dpo(*(t.requires_grad_() for t in four(5)), 0.1)
+    loss, metrics = one_negative(*(t.requires_grad_() for t in four(5)), 0.1)
     assert loss.shape == (5,) and loss.requires_grad
     for value in metrics.values():
         assert value.shape == (5,) and value.dtype == torch.float32 and not value.requires_grad
@@ -336,7 +342,7 @@ def test_metrics_are_detached():
 def test_dpo_stays_finite():
     """Margins of +-1e6 have losses of 0 and 1e6 and gradients of 0 and -1."""
     margin = torch.tensor([1e6, -1e6], requires_grad=True)
-    loss, _ = dpo(margin, *(torch.zeros(2),) * 3, beta=1.0)
+    loss, _ = one_negative(margin, *(torch.zeros(2),) * 3, beta=1.0)
     loss.sum().backward()
     assert loss.tolist() == [0, 1e6] and margin.grad.tolist() == [0, -1]
 
@@ -358,7 +364,7 @@ def loss_gradient(models, pack) -> tuple[list[float], list[Tensor]]:
         order = [i for pairs in batch for i in pairs]
         lp = torch.stack([t.sum() for group in score(policy, groups) for t in group])
         ref = torch.tensor([x for group in sequence_logps(reference, groups) for x in group], dtype=lp.dtype)
-        loss, _ = dpo(lp[::2], lp[1::2], ref[::2], ref[1::2], 0.3)
+        loss, _ = dpo(lp.view(-1, 2), ref.view(-1, 2), 0.3)
         loss.sum().backward()
         each.update(zip(order, loss.tolist(), strict=True))
     return [each[i] for i in sorted(each)], [p.grad.clone() for p in policy.parameters()]
@@ -401,10 +407,9 @@ def test_dpo_is_trl(oracle_folder, oracle, tmp_path):
     expected.backward()
 
     model, groups = load(oracle_folder), [(p, [c, r]) for p, c, r in PAIRS]
-    chosen, rejected = (torch.stack(x) for x in zip(
-        *([t.sum() for t in group] for group in score(model, groups)), strict=True))
+    logps = torch.stack([torch.stack([t.sum() for t in group]) for group in score(model, groups)])
     ref = torch.tensor(sequence_logps(load(reference_folder), groups))
-    loss, metrics = dpo(chosen, rejected, ref[:, 0], ref[:, 1], beta=0.3)
+    loss, metrics = dpo(logps, ref, beta=0.3)
     assert abs(loss.mean().item() - math.log(2)) > 0.05
     torch.testing.assert_close(loss.mean(), expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in {"margin": "rewards/margins", "accuracy": "rewards/accuracies",

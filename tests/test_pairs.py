@@ -221,7 +221,7 @@ def grid(rows: int, contexts: int) -> list[Example]:
 def test_missing_is_the_bare_prompt():
     """pi_ref(.|x)."""
     rows = grid(6, 3)
-    assert negative_turns(rows, "missing", 0) == [e.prompt for e in rows]
+    assert negative_turns(rows, "missing", 0) == [[e.prompt] for e in rows]
 
 
 @pytest.mark.parametrize(("rows", "contexts"), [(80, 40), (200, 3), (50, 2)])
@@ -231,7 +231,7 @@ def test_random_is_the_same_prompt_with_the_context_of_another_row(rows, context
     texts = {e.context for e in data}
     assert len(texts) == contexts
     drawn = []
-    for e, turn in zip(data, negative_turns(data, "random", 0), strict=True):
+    for e, (turn,) in zip(data, negative_turns(data, "random", 0), strict=True):
         (other,) = (c for c in texts if turn == e.turn(c))
         assert other != e.context
         drawn.append(other)
@@ -243,7 +243,7 @@ def test_random_is_the_same_prompt_with_the_context_of_another_row(rows, context
 def test_random_without_contexts_is_another_prompt():
     """Never one of equal text."""
     data = [example(i, prompt=f"Question {i // 4}?") for i in range(40)]
-    turns = negative_turns(data, "random", 0)
+    turns = [turn for turn, in negative_turns(data, "random", 0)]
     assert all(turn != e.prompt for e, turn in zip(data, turns, strict=True))
     assert set(turns) <= {e.prompt for e in data} and len(set(turns)) > 5
 
@@ -321,9 +321,13 @@ def test_the_end_token_is_there_where_a_response_has_ended(made, world):
 def sampled(monkeypatch, world):
     """([(chosen ids, rejected ids)...]) -> make_pairs' answer, had generate drawn these."""
     def get(*responses):
-        sides = zip(*responses, strict=True)  # all chosen, then all rejected
-        both = [Sample(ids, [0.0] * len(ids), ids[-1] == 1) for side in sides for ids in side]
-        monkeypatch.setattr(pairs, "generate", lambda *_, **__: both)
+        def generate(*arguments):
+            keys, ended = arguments[5], arguments[8]
+            for job, (row, k) in enumerate(keys):
+                ids = responses[row][k]
+                ended(job, Sample(ids, [0.0] * len(ids), ids[-1] == 1))
+
+        monkeypatch.setattr(pairs, "generate", generate)
         rows = [example(i, f"Context {i}.") for i in range(len(responses))]
         return make_pairs(*world, rows, "missing", SETTINGS, 0)
 
@@ -482,14 +486,14 @@ def call(tiny, tmp_path, monkeypatch):
 
 
 def test_program_writes_pairs_and_never_over_them(call, tmp_path, capsys):
-    """pairs.jsonl and pairs.json, counts on the screen; the same folder again is refused by name."""
+    """pairs.jsonl and pairs.json, counts on the screen; other pairs in the same folder are refused."""
     call()
     found = load_pairs(tmp_path / "o")
     assert {p.id for p in found} <= {"1", "2", "3", "4"}
     assert f"{len(found)} pairs of 4 examples" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["pairs.json", "pairs.jsonl"]
     before = (tmp_path / "o" / "pairs.jsonl").read_bytes()
-    with pytest.raises(UserError, match="o already"):
+    with pytest.raises(UserError, match=r"o/pairs\.jsonl was made with seed 0, not 1"):
         call("--seed", "1")
     assert (tmp_path / "o" / "pairs.jsonl").read_bytes() == before
 
