@@ -196,7 +196,7 @@ def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, exampl
 
 def reuse(folder: Path, name: str, settings: dict, examples: list[Example]) -> dict[str, list[Response]]:
     """The base model's responses of an earlier evaluation, which must have been made with these settings."""
-    made = read_json(folder / f"eval{name}.json")["settings"]
+    made = read_json(folder / f"eval{name}.json").get("settings", {})
     for key, value in settings.items():
         if made.get(key) != value:
             raise UserError(f"--reuse {folder}: made with {key} {made.get(key)!r}, not {value!r}")
@@ -316,6 +316,20 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def side_by_side(examples: list[Example], responses: dict[str, list[Response]], count: int = 3) -> str:
+    """Some prompts with the answers of prompting and of training: `count` gains, and one still wrong."""
+    before, after = wins(examples, responses["prompted"]), wins(examples, responses["trained"])
+    order = np.random.default_rng(derive("examples")).permutation(len(examples))
+    gained = [i for i in order if before[i] == 0 and after[i] == 1][:count]
+    failed = [i for i in order if after[i] == 0][:1]
+    lines = []
+    for i in [*gained, *failed]:
+        e = examples[i]
+        lines += ["", f"{e.prompt} [{e.context}]", f"  prompted: {responses['prompted'][i].text!r}",
+                  f"  trained:  {responses['trained'][i].text!r}" + " (still wrong)" * (i in failed)]
+    return "\n".join(lines)
+
+
 # -------------------------------------------------------------------------------- figures
 
 def learning_curve(folder: Path, candidate: int = 0) -> None:
@@ -362,8 +376,8 @@ class Args(DataArgs):
     reuse: str = option("", "folder of an evaluation whose base model's responses are taken", "data")
 
 
-def program() -> None:
-    args = parse(Args, usage=__doc__)
+def evaluation(args: Args) -> None:
+    """All that the file's first lines promise: responses, numbers, files and a table."""
     run = Path(args.model)
     if (run / "args.json").exists():
         if not (run / "model").is_dir():
@@ -389,6 +403,8 @@ def program() -> None:
                     seed=args.seed, sampling=dataclasses.asdict(sampling_for(args)), date=args.date,
                     dtype=args.dtype)
     name = "" if args.split == "test" else f"-{args.split}"
+    if args.reuse and not trained_name:
+        raise UserError(f"--reuse brings the base model's responses, and {run} is a bare model: none is left")
     known = reuse(Path(args.reuse), name, settings, examples) if args.reuse else None
     start = time.perf_counter()
     tokenizer = Tokenizer(base_name, args.date)
@@ -408,7 +424,13 @@ def program() -> None:
         for system, drawn in responses.items() for e, r in zip(examples, drawn, strict=True)))
     write_json(out / f"eval{name}.json", result)
     print(table(result))
+    if trained:
+        print(side_by_side(examples, responses))
     print(f"\n{result['seconds']:.0f} s; written: eval{name}.json and responses{name}.jsonl in {out}")
+
+
+def program() -> None:
+    evaluation(parse(Args, usage=__doc__))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
-                                    RepositoryNotFoundError)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -382,10 +381,15 @@ class Decoder(nn.Module):
 # -------------------------------------------------------------------------------- load, save
 
 def find(name: str | Path) -> Path:
-    """A local folder as it is, or a hub id ("owner/name") downloaded: only the files a model needs."""
+    """A local folder as it is, or a hub id ("owner/name") downloaded: only the files a model needs.
+
+    "tiny" is the embedded model, assets/tiny.
+    """
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
         return path
+    if str(name) == "tiny":
+        return Path(__file__).parent / "assets" / "tiny"
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.exists():
         raise UserError(f"model {str(name)!r} is neither a folder nor a hub id (owner/name)")
@@ -393,11 +397,14 @@ def find(name: str | Path) -> Path:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(MODEL_FILES)))
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"model {str(name)!r} is neither a folder here nor a repository on the hub") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
-        reason = f"the hub cannot be reached ({type(e).__name__})"
-        raise UserError(f"{name} is not a folder here, and {reason}") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"model {str(name)!r} is neither a folder nor a repository on the hub: check the "
+                        "name, and set HF_TOKEN if it is private") from None
+    except (HTTPError, OSError) as e:
+        if isinstance(e, OSError) and e.errno is not None and not isinstance(e, ConnectionError):
+            raise  # the disk, not the hub
+        raise UserError(f"{name} is not a folder here, and the hub cannot be reached ({type(e).__name__}): "
+                        "name a folder, or try again on line") from None
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None,

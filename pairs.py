@@ -41,8 +41,10 @@ from run import (UserError, default_device, derive, environment, gather, main, m
 from sample import TEMPLATE_DATE, Sample, Sampling, Tokenizer, generate
 
 ASSETS = Path(__file__).parent / "assets"
+QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 SPLITS = ("train", "validation", "test")
 NEGATIVES = ("missing", "random", "reshuffle", "noise")
+PART = "pairs.jsonl.process-*"  # what processes other than the first have sampled
 SAMPLING = dict(demo=Sampling(1.0, 1.0, 96), jsonl=Sampling(1.0, 1.0, 256))  # pairs; method: the theory's own
 DEMO_CONTEXTS = 5  # contexts drawn for every demo training prompt: 600 pairs
 REQUEST = "{x} Please respect the following requirements made by the user: {c}"  # appendix D.2's user turn
@@ -123,7 +125,8 @@ COLUMNS = dict(prompt=str, context=(str, list), reference=str, answer=str, user=
 
 def load_jsonl(path: Path, seed: int) -> list[Example]:
     """Own data, one object a line: "prompt", and if there is one "context" (a string or a list of them),
-    "reference", "answer", "user", "id", "split"; or ready pairs with "chosen" and "rejected" too.
+    "reference", "answer", "user", "id", "split"; or ready pairs with "chosen" and "rejected" too. "chosen"
+    alone is for SFT, or to be contrasted with noise or reshuffled.
 
     Without "split" a row's part (train/validation/test 80/10/10) follows from a hash of its prompt and the
     seed, so rows that share a prompt stay together. A mistake is a UserError with file:line; other columns
@@ -149,10 +152,11 @@ def load_jsonl(path: Path, seed: int) -> list[Example]:
             row["context"] = " ".join(row["context"])
         if not row.get("prompt", "").strip():
             raise UserError(f"{where}: no 'prompt'")
-        if ("chosen" in row) != ("rejected" in row):
-            raise UserError(f"{where}: ready pairs need both 'chosen' and 'rejected'")
-        if examples and ("chosen" in row) != (examples[0].chosen is not None):
-            raise UserError(f"{where}: some rows are ready pairs ('chosen', 'rejected') and some are not")
+        if "rejected" in row and "chosen" not in row:
+            raise UserError(f"{where}: ready pairs need 'chosen' too, not 'rejected' alone")
+        for key in ("chosen", "rejected"):
+            if examples and (key in row) != (getattr(examples[0], key) is not None):
+                raise UserError(f"{where}: some rows have {key!r} and some have not")
         if row.get("split", "train") not in SPLITS:
             raise UserError(f"{where}: split {row['split']!r} is none of {', '.join(SPLITS)}")
         row.setdefault("id", str(number))
@@ -303,8 +307,10 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     """
     done: dict[str, Pair] = {}
     if folder and not rank():
-        rows = [row for file in sorted(folder.glob("pairs*.jsonl")) for row in read_grown(file)]
-        done = {row["id"]: Pair(**row) for row in rows}
+        n = len(turns[0])  # whatever else a pair has was not sampled, and is made anew
+        for row in (row for file in [folder / "pairs.jsonl", *folder.glob(PART)] for row in read_grown(file)):
+            row |= {key: row[key][:n] for key in ("rejected", "rejected_ids", "source_ids")}
+            done[row["id"]] = Pair(**row | dict(finished=row["finished"][: 1 + n]))
     done = gather([done] if not rank() else [])[0]
     if done:
         print(f"continuing: {len(done)} of {len(examples)} examples are sampled already")
@@ -314,7 +320,7 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
                for i in todo}
     samples: dict[int, dict[int, Sample]] = {i: {} for i in todo}
     pairs: dict[int, Pair] = {}
-    name = f"pairs-{rank()}.jsonl" if rank() else "pairs.jsonl"
+    name = PART.replace("*", str(rank())) if rank() else "pairs.jsonl"
     with open(folder / name if folder else os.devnull, "a", encoding="utf-8") as file:
 
         def ended(job: int, sample: Sample) -> None:
@@ -338,10 +344,14 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
 
 
 def ready_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[Pair]:
-    """The pairs of a file that brings both responses as text."""
-    return [Pair(e.id, e.prompt, e.context, e.chosen, [e.rejected], tokenizer.chat(e.turn(e.context)),
-                 tokenizer.response(e.chosen), [tokenizer.response(e.rejected)],
-                 [tokenizer.chat(e.turn(None))], [True, True]) for e in examples]
+    """The pairs of a file that brings the chosen responses as text, and maybe the rejected ones."""
+    pairs = []
+    for e in examples:
+        rejected = [] if e.rejected is None else [e.rejected]
+        pairs.append(Pair(e.id, e.prompt, e.context, e.chosen, rejected, tokenizer.chat(e.turn(e.context)),
+                          tokenizer.response(e.chosen), [tokenizer.response(r) for r in rejected],
+                          [tokenizer.chat(e.turn(None)) for _ in rejected], [True] * (1 + len(rejected))))
+    return pairs
 
 
 def reshuffle(pairs: list[Pair], seed: int, count: int) -> None:
@@ -358,8 +368,8 @@ def reshuffle(pairs: list[Pair], seed: int, count: int) -> None:
     order = [i for run in runs.values() for i in run]
     n, m = len(order), max(map(len, runs.values()))
     if n - 2 * m + 1 < count:
-        raise UserError(f"--neg reshuffle: {m} of {n} chosen responses are the same text, which leaves no "
-                        f"{count} ways to give every row another one")
+        raise UserError(f"--neg reshuffle: {m} of {n} chosen responses are the same text: too many to give "
+                        f"every row {count} of another text")
     for shift in draw.sample(range(m, n - m + 1), count):
         for i, j in zip(order, order[shift:] + order[:shift], strict=True):
             pairs[i].rejected.append(pairs[j].chosen)
@@ -377,9 +387,9 @@ def add_noise(pairs: list[Pair], tokenizer: Tokenizer, seed: int, count: int) ->
             draw, text, ids = random.Random(derive("noise", seed, i, k)), "", []
             while len(ids) < length:
                 text += "".join(draw.choices(string.ascii_letters + string.digits, k=4 * length))
-                *ids, end = tokenizer.response(text)
+                ids = tokenizer.response(text)[:-1]
             pair.rejected.append(tokenizer.decode(ids[:length]))
-            pair.rejected_ids.append([*ids[:length], end])
+            pair.rejected_ids.append([*ids[:length], tokenizer.end_token])
             pair.source_ids.append([])
             pair.finished.append(True)
 
@@ -394,8 +404,6 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
     """
     start = time.perf_counter()
     if examples[0].chosen is not None:
-        if count > 1:
-            raise UserError("--n-neg goes with sampled pairs; these have one rejected response each")
         pairs = ready_pairs(tokenizer, examples)
     else:
         turns = negative_turns(examples, neg, seed, count)
@@ -430,8 +438,11 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     """Fill in each pair's context gain and return its means, per response and per token, of both sides.
 
     log pi_ref(y|x,c) - log pi_ref(y|x): for `missing` its mean over chosen responses is I(Y;C|X) plus a KL,
-    an upper bound of the mutual information. In data without contexts the second prompt is another row's.
+    an upper bound of the mutual information. In data without contexts the second prompt is another row's;
+    where there is no other, there is no gain.
     """
+    if not any(e.context for e in examples) and len({e.prompt for e in examples}) < 2:
+        return dict.fromkeys(("chosen", "chosen_per_token", "rejected", "rejected_per_token"))
     responses = [[p.chosen_ids, *p.rejected_ids] for p in pairs]
     if any(e.context for e in examples):
         turns = [e.turn(None) for e in examples]
@@ -474,7 +485,7 @@ def report(stats: dict) -> None:
         if g[side] is not None:
             per_token = g[side + "_per_token"]
             print(f"context gain of {side} responses: {g[side]:+.2f} nats, {per_token:+.3f} a token")
-    if g["chosen"] < 1:
+    if g["chosen"] is not None and g["chosen"] < 1:
         print("warning: the context gain of chosen responses is near zero: answers hardly depend on the "
               "context, so there is little for MIPO to learn (limitation iii of the paper)")
     for r in stats.get("checks", []):
@@ -489,7 +500,7 @@ def save_pairs(folder: Path, pairs: list[Pair], meta: dict) -> None:
     write_jsonl(folder / "pairs.jsonl", (dataclasses.asdict(p) for p in pairs))
     write_json(folder / "pairs.json", meta)
     if not rank():
-        for part in folder.glob("pairs-*.jsonl"):  # what other processes had sampled: pairs.jsonl has it all
+        for part in folder.glob(PART):  # what other processes had sampled: pairs.jsonl has it all
             part.unlink()
 
 
@@ -521,7 +532,8 @@ class DataArgs:
     """What every program that samples needs to be told; train.py and eval.py add to it."""
 
     data: str = option("demo", "demo, or a .jsonl file of your own", "data")
-    model: str = option("Qwen/Qwen2.5-1.5B-Instruct", "Hugging Face folder or hub id", "data")
+    model: str = option("", "Hugging Face folder or hub id; tiny is the embedded model (default: tiny for "
+                        f"demo, else {QWEN})", "data")
     limit: int = option(0, "use at most this many examples, 0 for all", "data")
     seed: int = option(0, "decides splits, negatives, every draw and the training order", "data")
     temperature: float | None = option(None, "default: the data set's", "sampling")
@@ -533,6 +545,7 @@ class DataArgs:
     dtype: str = option("bfloat16", "arithmetic; masters are float32", "sampling", ("bfloat16", "float32"))
 
     def __post_init__(self):
+        self.model = self.model or ("tiny" if self.data == "demo" else QWEN)
         if self.slots < 1 or self.limit < 0:
             raise UserError(f"--slots {self.slots} must be at least 1 and --limit {self.limit} at least 0")
 
@@ -579,6 +592,17 @@ def pair_settings(args: PairArgs, examples: list[Example]) -> dict:
                 sampling=dataclasses.asdict(sampling_for(args)))
 
 
+def check_negatives(examples: list[Example], args: PairArgs) -> None:
+    """UserError where these data can't have these negatives."""
+    first = examples[0]
+    if first.chosen is None:
+        negative_turns(examples, args.neg, args.seed, args.n_neg)
+    elif first.rejected is not None and args.n_neg > 1:
+        raise UserError(f"--n-neg {args.n_neg}: {args.data} brings one rejected response for each chosen one")
+    elif first.rejected is None and args.n_neg and args.neg not in ("reshuffle", "noise"):
+        raise UserError(f"{args.data} has no rejected responses: --neg reshuffle or noise, or --method sft")
+
+
 def pairs_for(args: PairArgs, split: str, folder: Path) -> list[Pair]:
     """The pairs of a split: those in `folder` if the same settings made them, else sampled into it.
 
@@ -595,8 +619,7 @@ def pairs_for(args: PairArgs, split: str, folder: Path) -> list[Pair]:
             pairs = load_pairs(folder)
             print(f"{len(pairs)} pairs from {folder / 'pairs.jsonl'}")
             return pairs
-    if examples[0].chosen is None:
-        negative_turns(examples, args.neg, args.seed, args.n_neg)  # says what can't be done, before it begins
+    check_negatives(examples, args)  # before anything begins
     tokenizer = Tokenizer(args.model, args.date)
     model = load(args.model, getattr(torch, args.dtype), device=default_device())
     print(f"sampling with {sampling_for(args)}")

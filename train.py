@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eval import TEMPERATURE, TOP_P, learning_curve
+from eval import TEMPERATURE, TOP_P, evaluation, learning_curve
+from eval import Args as EvalArgs
 from losses import Group, batches, dpo, score
 from model import Config, Decoder, find, load, save
 from pairs import (Pair, PairArgs, examples_for, honours, load_pairs, make_pairs, pairs_for, sampling_for,
@@ -41,6 +42,7 @@ from run import (Metrics, UserError, default_device, derive, environment, finger
 from sample import Tokenizer, generate
 
 METHODS = ("dpo", "sft")
+LR, TINY_LR = 1e-6, 3e-4  # the paper's, for 1B parameters and more; the embedded model's
 
 
 @dataclass
@@ -51,7 +53,8 @@ class Args(PairArgs):
     method: str = option("dpo", "objective", "training", METHODS)
     softmax: bool = option(False, "one softmax over all rejected responses, not a row for each", "training")
     beta: float = option(0.1, "strength of the pull towards the reference", "training", many=True)
-    lr: float = option(1e-6, "peak learning rate", "training", many=True)
+    lr: float | None = option(None, f"peak learning rate (default: {LR}; tiny: {TINY_LR})", "training",
+                              many=True)
     epochs: int = option(1, "passes over the pairs", "training", many=True)
     batch: int = option(4, "pairs a step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
@@ -60,10 +63,14 @@ class Args(PairArgs):
     save_dtype: str = option("bfloat16", "type of the saved weights", "training", ("bfloat16", "float32"))
     eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
+    test: bool = option(False, "run eval.py on the test part at the end (tiny: always)", "choosing")
     val_limit: int = option(192, "validation examples, 0 for all", "choosing")
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lr is None:
+            self.lr = TINY_LR if self.model == "tiny" else LR
+        self.test = self.test or self.model == "tiny"
         if min(self.batch, self.epochs, self.lr, self.beta, self.pass_tokens) <= 0:
             raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
         if not 0 <= self.label_smoothing < 0.5 or min(self.nll, self.eval_every, self.patience) < 0:
@@ -347,8 +354,9 @@ def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
     loading = time.perf_counter()
     model = load(source, compute, device=device)
     loading = time.perf_counter() - loading
-    if args.pairs or (folder / "pairs.json").exists():
-        pairs = load_pairs(Path(args.pairs or folder))
+    made = folder / "pairs.json"
+    if args.pairs or (made.exists() and read_json(made)["statistics"] is not None):
+        pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)
         count, seconds = len(pairs), {}
     else:
         examples = examples_for(args, "train")
@@ -392,9 +400,10 @@ def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
 
 # -------------------------------------------------------------------------------- command line
 
-def run_folder(args: Args) -> Path:
+def run_folder(grid: list[Args]) -> Path:
     """--out, or runs/ and a name made of the arguments. A folder that already holds a run is refused."""
-    parts = (Path(args.data).stem, args.neg, Path(args.model).name, fingerprint(dataclasses.asdict(args))[:6])
+    args, given = grid[0], [dataclasses.asdict(a) | dict(dry_run=False) for a in grid]
+    parts = (Path(args.data).stem, args.neg, Path(args.model).name, fingerprint(given)[:6])
     folder = Path(args.out) if args.out else Path("runs") / "-".join(parts)
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder} already holds a run: name another --out, or remove it")
@@ -416,18 +425,20 @@ def given_pairs(args: Args, source: Path) -> list[Pair]:
 def program() -> None:
     grid = parse_all(Args, usage=__doc__)
     if grid[0].pairs:  # eval.py goes by args.json: another seed would give it another split
-        made = read_json(Path(grid[0].pairs) / "pairs.json")["settings"]
-        theirs = {key: made[key] for key in ("data", "neg", "n_neg", "seed", "date") if key in made}
-        grid = [dataclasses.replace(a, **theirs, max_new_tokens=made["sampling"]["max_new_tokens"])
-                for a in grid]
+        made = read_json(Path(grid[0].pairs) / "pairs.json").get("settings", {})
+        theirs = {key: made[key] for key in ("data", "neg", "n_neg", "seed", "date") if made.get(key)}
+        grid = [dataclasses.replace(a, **theirs, **made.get("sampling", {})) for a in grid]
     args = grid[0]
-    folder = run_folder(args)
+    if args.method == "sft" and len({a.beta for a in grid}) > 1:
+        raise UserError("--beta is of no use to --method sft: give it one value")
+    folder = run_folder(grid)
     source = find(args.model)  # before the folder exists: a wrong name leaves nothing behind
     gather([])  # all processes have looked at the folder before one of them writes there
     if args.dry_run:
         dry_run(grid, folder, source)
         return
     start = time.perf_counter()
+    selection = Selection(args, folder, source) if len(grid) > 1 or args.eval_every else None
     pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)
     pairs = rows(pairs, args)
     folder.mkdir(parents=True, exist_ok=True)
@@ -443,7 +454,6 @@ def program() -> None:
     else:
         reference = torch.zeros(len(pairs), 1)  # sft has none
     seconds["seconds_reference"] = time.perf_counter() - start - seconds["seconds_pairs"]
-    selection = Selection(args, folder, source) if len(grid) > 1 or args.eval_every else None
     metrics, summaries = Metrics(folder / "metrics.jsonl"), []
     for k, candidate in enumerate(grid):
         if len(grid) > 1:
@@ -469,7 +479,12 @@ def program() -> None:
     print(f"{s['steps']} steps, {s['seconds']:.0f} s in all: pairs {s['seconds_pairs']:.0f}, "
           f"reference {s['seconds_reference']:.0f}, training {s['seconds_training']:.0f}; "
           f"{s['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
-    print(f"evaluate it with: python eval.py --model {folder}")
+    if args.test:
+        del model
+        evaluation(EvalArgs(model=str(folder), slots=args.slots, dtype=args.dtype))
+        print(f"learning curve: {folder / 'learning_curve.png'}")
+    else:
+        print(f"evaluate it with: python eval.py --model {folder}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Markdown rows of eval.json files: each system, its points over personalised prompting, its quality columns.
 
-    python results/table.py results/demo-smollm2/validation/*.json        one row a run, prompting last
+    python results/table.py results/methods-smollm2/*.eval.json           one row a run, prompting last
     python results/table.py results/demo-smollm2/eval.json                every part and system of one run
+
+Seconds are those of the run's summary.json beside the file (NAME.summary.json beside NAME.eval.json).
 """
 
 import json
@@ -15,30 +17,38 @@ COLUMNS = {
 }
 
 
-def points(v: dict) -> str:
-    """A difference of shares with its interval, in points."""
-    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * v[key] for key in ("mean", "low", "high")))
+def shown(v: dict | None, form: str, scale: float = 1) -> str:
+    """A mean with its interval."""
+    if v is None or v["mean"] is None:
+        return "-"
+    return "{} [{}, {}]".format(*(format(scale * v[key], form) for key in ("mean", "low", "high")))
 
 
-def row(name: str, part: dict, system: str) -> str:
-    values, versus = part["systems"][system], part["differences"].get(f"{system} - prompted")
+def row(name: str, part: dict, system: str, seconds: float | None = None) -> str:
+    values, versus = part["systems"][system], part["differences"].get(f"{system} - prompted", {})
     quality = ["-" if values.get(k) is None else format(values[k], form) for k, form in COLUMNS.values()]
-    rate, gain = values["win_rate"], points(versus["win_rate"]) if versus else "-"
-    cells = [name, rate["n"], f"{100 * rate['mean']:.1f}", gain, *quality]
+    cells = [name, values["win_rate"]["n"], shown(values["win_rate"], ".1f", 100),
+             shown(versus.get("win_rate"), "+.1f", 100), shown(values["context_gain"], ".1f"), *quality,
+             "-" if seconds is None else f"{seconds:.0f}"]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def seconds(file: Path) -> float | None:
+    summary = file.with_name(file.name.replace("eval", "summary"))
+    return json.loads(summary.read_text())["seconds"] if summary.exists() else None
+
+
 def main(files: list[str]) -> None:
-    heads = ["", "n", "win rate %", "over prompting", *COLUMNS]
+    heads = ["", "n", "win rate %", "over prompting", "context gain, nats", *COLUMNS, "seconds"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-    runs = {Path(file).stem: json.loads(Path(file).read_text())["parts"] for file in files}
+    runs = {Path(file): json.loads(Path(file).read_text())["parts"] for file in files}
     if len(runs) == 1:
         for part, block in next(iter(runs.values())).items():
             for system in block["systems"]:
                 print(row(f"{part}, {system}", block, system))
         return
-    for name, parts in runs.items():
-        print(row(name, parts["all"], "trained"))
+    for file, parts in runs.items():
+        print(row(file.name.split(".")[0], parts["all"], "trained", seconds(file)))
     print(row("prompting", parts["all"], "prompted"))
 
 

@@ -1,0 +1,190 @@
+"""What MIPO converges to, in exact arithmetic: a table of log-probs trained through losses.dpo from pi_ref.
+
+Fix (x, c): p is the law of chosen responses, pi_ref(.|x, c), and q that of rejected ones. The population loss
+enumerates every pair (a, b) with weight p(a) q(b). With h = beta log(pi / pi_ref), its minimiser satisfies
+h(a) - h(b) = r(a) - r(b), r = log p / q: only differences are determined. The policy starts at pi_ref and
+never sees r.
+"""
+
+import itertools
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from losses import dpo
+
+
+def law(*shape: int, seed: int = 0) -> Tensor:
+    """Probabilities over the last dimension, in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).softmax(-1)
+
+
+def population(logits: Tensor, p: Tensor, q: Tensor, beta: float) -> Tensor:
+    """The expected loss of the policy softmax(logits) over chosen a ~ p and rejected b ~ q."""
+    a, b = (i.flatten() for i in torch.meshgrid(torch.arange(len(p)), torch.arange(len(q)), indexing="ij"))
+    policy, reference = logits.log_softmax(-1), p.log()
+    columns = torch.stack((a, b), 1)
+    loss, _ = dpo(policy[columns], reference[columns], beta)
+    return (p[a] * q[b] * loss).sum()
+
+
+def minimise(objective, start: Tensor) -> Tensor:
+    """The log-probs at the objective's minimum, from `start`."""
+    logits = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0,
+                                  history_size=30, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = objective(logits)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logits.detach().log_softmax(-1)
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean()
+
+
+@pytest.fixture(params=[0.1, 1.0])
+def beta(request) -> float:
+    return request.param
+
+
+CONTEXTS = law(3, 5)  # p(y|x, c) of three contexts
+PRIOR = law(3, seed=1)  # p(c)
+MIXTURE = PRIOR @ CONTEXTS  # m(y) = sum_c p(c) p(y|x, c)
+
+
+@pytest.mark.parametrize("q", [law(5, seed=7), MIXTURE], ids=["any", "mixture"])
+def test_the_optimum_is_the_log_ratio(q, beta):
+    """h differs as log p/q does, for any law of rejected responses (missing) and for the mixture (random)."""
+    p = CONTEXTS[0]
+    h = beta * (minimise(lambda z: population(z, p, q, beta), p.log()) - p.log())
+    torch.testing.assert_close(centred(h), centred((p / q).log()), rtol=0, atol=1e-6)
+
+
+def test_the_optimal_policy(beta):
+    """pi = pi_ref (p/q)^(1/beta) / Z: at beta 0.1 nearly deterministic, which is why MIPO stops early."""
+    p, q = CONTEXTS[0], law(5, seed=7)
+    optimum = minimise(lambda z: population(z, p, q, beta), p.log()).exp()
+    expected = p * (p / q) ** (1 / beta)
+    torch.testing.assert_close(optimum, expected / expected.sum(), rtol=1e-4, atol=1e-9)
+    assert beta == 1 or (optimum > 1e-6).sum() == 2  # of five
+
+
+def exclusive(own: int, contexts: Tensor, prior: Tensor) -> Tensor:
+    """The law of a rejected response whose context is never the right one: (m - w p) / (1 - w)."""
+    return (prior @ contexts - prior[own] * contexts[own]) / (1 - prior[own])
+
+
+def test_random_contexts_that_are_never_the_right_one(beta):
+    """r = log(1 - w) + PMI - log(1 - w e^PMI): monotone in PMI, but not it."""
+    p, w = CONTEXTS[0], PRIOR[0]
+    pmi = (p / MIXTURE).log()
+    q = exclusive(0, CONTEXTS, PRIOR)
+    h = beta * (minimise(lambda z: population(z, p, q, beta), p.log()) - p.log())
+    r = (1 - w).log() + pmi - (1 - w * pmi.exp()).log()
+    torch.testing.assert_close(centred(h), centred(r), rtol=0, atol=1e-6)
+    assert torch.equal(h.argsort(), pmi.argsort()) and (centred(h) - centred(pmi)).abs().max() > 0.05
+
+
+def test_with_many_contexts_random_becomes_pmi():
+    """The gap between the optimum and PMI shrinks as the right context's share of the mixture does."""
+    gaps = []
+    for count in (2, 4, 16, 64):
+        contexts, prior = law(count, 5, seed=3), torch.full((count,), 1 / count, dtype=torch.float64)
+        p, q = contexts[0], exclusive(0, contexts, prior)
+        h = minimise(lambda z, p=p, q=q: population(z, p, q, 1.0), p.log()) - p.log()
+        gaps.append((centred(h) - centred((p / (prior @ contexts)).log())).abs().max().item())
+    assert gaps == sorted(gaps, reverse=True) and gaps[0] > 10 * gaps[-1]
+
+
+def test_the_gradient_is_linear_in_the_rejected_law(beta):
+    """Averaged over random contexts c' it is the gradient at their mixture, away from the reference too."""
+    p = CONTEXTS[0]
+    logits = (p.log() + law(5, seed=5)).requires_grad_()
+    each = [torch.autograd.grad(population(logits, p, q, beta), logits)[0] for q in CONTEXTS]
+    mixed = torch.autograd.grad(population(logits, p, MIXTURE, beta), logits)[0]
+    torch.testing.assert_close(sum(w * g for w, g in zip(PRIOR, each, strict=True)), mixed)
+    assert max((g - mixed).abs().max() for g in each) > 1e-3
+
+
+def test_noise_teaches_no_mutual_information():
+    """Rejected responses nobody would give: margins grow without end, real responses keep their ratios."""
+    real = torch.cat((0.999 * CONTEXTS[0], torch.full((3,), 0.001 / 3, dtype=torch.float64)))
+    p = torch.cat((CONTEXTS[0], torch.zeros(3, dtype=torch.float64)))
+    q = torch.cat((torch.zeros(5, dtype=torch.float64), law(3)))
+    a, b = (i.flatten() for i in torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"))
+    columns, logits, margins = torch.stack((a, b), 1), real.log().requires_grad_(), []
+    for step in range(3001):
+        loss, metrics = dpo(logits.log_softmax(-1)[columns], real.log()[columns], 1.0)
+        if step % 1000 == 0:
+            margins.append((p[a] * q[b] * metrics["margin"]).sum().item())
+        (gradient,) = torch.autograd.grad((p[a] * q[b] * loss).sum(), logits)
+        logits = (logits - gradient).detach().requires_grad_()
+    assert abs(margins[0]) < 1e-12
+    assert all(later > sooner + 0.1 for sooner, later in itertools.pairwise(margins))
+    h = centred((logits.log_softmax(-1) - real.log())[:5].detach())
+    pmi = centred((CONTEXTS[0] / MIXTURE).log())
+    assert (h - pmi).abs().max() > 0.5 * pmi.abs().max()
+
+
+@pytest.mark.parametrize("softmax", [False, True], ids=["rows", "softmax"])
+@pytest.mark.parametrize("count", [1, 10])
+def test_the_number_of_negatives_does_not_move_the_optimum(count, softmax, beta):
+    """1 or 10 rejected responses, as rows of their own or in one softmax (Eq. 8): log p/q still."""
+    p, q = law(3, seed=2), law(3, seed=4)
+    drawn = list(itertools.combinations_with_replacement(range(3), count))  # with their multinomial weights
+    ways = [math.factorial(count) / math.prod(map(math.factorial, Counter(b).values())) for b in drawn]
+    columns = torch.tensor([(a, *b) for a in range(3) for b in drawn])  # (rows, 1 + N)
+    weights = torch.tensor(ways, dtype=torch.float64).repeat(3)  # (rows,)
+    weights = weights * p[columns[:, 0]] * q[columns[:, 1:]].prod(-1)
+    assert weights.sum().item() == pytest.approx(1)
+
+    def objective(logits: Tensor) -> Tensor:
+        policy, reference = logits.log_softmax(-1)[columns], p.log()[columns]
+        if softmax:
+            loss, _ = dpo(policy, reference, beta)
+        else:
+            pairs = ([0, k] for k in range(1, 1 + count))
+            loss = sum(dpo(policy[:, pair], reference[:, pair], beta)[0] for pair in pairs) / count
+        return (weights * loss).sum()
+
+    h = beta * (minimise(objective, p.log()) - p.log())
+    torch.testing.assert_close(centred(h), centred((p / q).log()), rtol=0, atol=1e-6)
+
+
+def infonce(logps: Tensor, joint: Tensor, temperature: float) -> Tensor:
+    """Eq. 6: cross-entropy over contexts for a fixed response: losses.dpo without a reference, beta 1/T.
+
+    logps (C, Y): log pi(y|x, c); joint (C, Y): how often context and response occur together.
+    """
+    contexts, total = len(logps), torch.zeros((), dtype=torch.float64)
+    for own in range(contexts):
+        order = [own, *(c for c in range(contexts) if c != own)]
+        rows = logps[order].T  # (Y, C), the right context first
+        loss, _ = dpo(rows, torch.zeros_like(rows), 1 / temperature)
+        total = total + (joint[own] * loss).sum()
+    return total
+
+
+def test_infonce_is_stationary_at_the_reference_and_measures_information():
+    """All contexts, uniform: at T = 1 and pi = pi_ref the gradient is zero and log K - loss is I(Y; C | X);
+    at another temperature the gradient is not zero, which is what the authors' T = 100 lives from."""
+    prior = torch.full((3,), 1 / 3, dtype=torch.float64)
+    joint = prior[:, None] * CONTEXTS  # (C, Y)
+    information = (joint * (CONTEXTS / (prior @ CONTEXTS)).log()).sum()
+    for temperature, still in ((1.0, True), (100.0, False)):
+        logits = CONTEXTS.log().requires_grad_()
+        loss = infonce(logits.log_softmax(-1), joint, temperature)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert (gradient.abs().max() < 1e-12) == still
+        if still:
+            assert math.log(3) - loss.item() == pytest.approx(information.item(), abs=1e-12)
