@@ -142,7 +142,7 @@ def response_logps(model: Decoder, pairs: list[Pair], args: Args) -> Tensor:
 
 
 def objective(logps: Tensor, reference: Tensor, lengths: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """The loss of each pair (B,), still to be divided by `denominator`, and its metrics, (B,) each.
+    """The loss of each pair (B,), of which a step takes the mean (sft: over tokens), and its metrics.
 
     logps, reference (B, 1 + N); lengths (B,): tokens of the chosen responses.
     """
@@ -153,11 +153,6 @@ def objective(logps: Tensor, reference: Tensor, lengths: Tensor, args: Args) -> 
     if args.nll:
         loss = loss - args.nll * logps[:, 0] / lengths
     return loss, measured | dict(loss=loss.detach())
-
-
-def denominator(pairs: list[Pair], step: list[int], args: Args) -> int:
-    """What a step's summed loss is divided by, over all passes and processes: its pairs (sft: its tokens)."""
-    return sum(len(pairs[i].chosen_ids) for i in step) if args.method == "sft" else len(step)
 
 
 @torch.no_grad()
@@ -192,6 +187,28 @@ def sum_gradients(model: Decoder) -> None:
         dist.all_reduce(p.grad)
 
 
+def add_gradients(model: Decoder, pairs: list[Pair], step: list[int], reference: Tensor,
+                  args: Args) -> dict[str, float]:
+    """Add the gradient of a step's loss to every parameter's, and return the means of its metrics.
+
+    The loss is one mean over all the step's pairs (sft: tokens), however they are cut into passes and
+    wherever they are computed.
+    """
+    divisor = sum(len(pairs[i].chosen_ids) for i in step) if args.method == "sft" else len(step)
+    measured: list[dict[str, float]] = []  # one of each of this process's pairs
+    for part in passes(pairs, step, args):
+        some = [pairs[i] for i in part]
+        lengths = torch.tensor([len(p.chosen_ids) for p in some], device=model.device)  # (B,)
+        loss, values = objective(response_logps(model, some, args), reference[part], lengths, args)
+        (loss.sum() / divisor).backward()
+        columns = torch.stack([v.float() for v in values.values()]).T.tolist()  # (B, metrics)
+        measured += [dict(zip(values, row, strict=True)) for row in columns]
+    sum_gradients(model)
+    measured = gather(measured)
+    means = {key: sum(m[key] for m in measured) / len(step) for key in measured[0]}
+    return means | dict(loss=means["loss"] * len(step) / divisor)
+
+
 def flops(c: Config, groups: list[Group]) -> float:
     """Floating-point operations of a forward and backward pass over groups, matrix products alone: 6 for
     every weight and token, and 6 for every channel and pair of tokens that see each other, twice."""
@@ -219,21 +236,8 @@ def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metr
     scores: list[float] = []
     for number, step in enumerate(steps):
         step_start = time.perf_counter()
-        divisor = denominator(pairs, step, args)
-        measured: list[dict[str, float]] = []  # one of each of this process's pairs
-        for part in passes(pairs, step, args):
-            some = [pairs[i] for i in part]
-            lengths = torch.tensor([len(p.chosen_ids) for p in some], device=model.device)  # (B,)
-            logps = response_logps(model, some, args)
-            loss, values = objective(logps, reference[part], lengths, args)
-            (loss.sum() / divisor).backward()  # mean over the whole step, however cut
-            columns = torch.stack([v.float() for v in values.values()]).T.tolist()  # (B, metrics)
-            measured += [dict(zip(values, row, strict=True)) for row in columns]
-        sum_gradients(model)
+        means = add_gradients(model, pairs, step, reference, args)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        measured = gather(measured)
-        means = {key: sum(m[key] for m in measured) / len(step) for key in measured[0]}
-        means["loss"] *= len(step) / divisor
         lr = learning_rate(number, len(steps), args.lr)
         if math.isfinite(norm) and math.isfinite(means["loss"]):
             in_a_row = 0

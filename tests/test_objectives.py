@@ -1,6 +1,5 @@
 """Objectives against closed forms, SFT against transformers, choosing among candidates, dry run, --reuse."""
 
-import contextlib
 import json
 import math
 import os
@@ -607,20 +606,22 @@ def test_reuse_of_other_settings_is_refused(flags, word, evaluated, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_reuse_of_another_base_model_is_refused(evaluated, data, tmp_path):
-    """A bare model of another folder has other base responses."""
+def test_reuse_of_another_base_model_is_refused(evaluated, tiny, data, tmp_path):
+    """A run that started from another folder has other base responses."""
     other = write_model(tmp_path / "other", seed=5)
+    about = read_json(evaluated / "args.json")
+    about["arguments"]["model"] = str(other)
+    shutil.copytree(evaluated, tmp_path / "run")
+    (tmp_path / "run" / "args.json").write_text(json.dumps(about))
     with pytest.raises(UserError, match=r"--reuse.*made with model"):
-        program(["--model", other, "--data", data, *EVAL, "--reuse", evaluated, "--out", tmp_path / "again"],
-                tmp_path, evaluation.program)
-    assert os.listdir(tmp_path) == ["other"]
+        program(["--model", tmp_path / "run", "--data", data, *EVAL, "--reuse", evaluated, "--out",
+                 tmp_path / "again"], tmp_path, evaluation.program)
+    assert not (tmp_path / "again").exists()
 
 
-def test_reuse_by_the_bare_model(evaluated, tiny, data, tmp_path):
-    """With nothing to sample: the numbers of the two base systems, or a UserError that names --reuse."""
-    with contextlib.suppress(UserError):
+def test_reuse_by_the_bare_model_is_refused(evaluated, tiny, data, tmp_path):
+    """Nothing would be left to sample: a UserError, no folder."""
+    with pytest.raises(UserError, match=r"--reuse.*bare model"):
         program(["--model", tiny, "--data", data, *EVAL, "--reuse", evaluated, "--out", tmp_path / "o"],
                 tmp_path, evaluation.program)
-        again, anew = (read_json(folder / "eval.json")["parts"]["all"]["systems"]
-                       for folder in (tmp_path / "o", evaluated))
-        close(again, {system: anew[system] for system in ("default", "prompted")})
+    assert os.listdir(tmp_path) == []
