@@ -44,6 +44,7 @@ ASSETS = Path(__file__).parent / "assets"
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 SPLITS = ("train", "validation", "test")
 NEGATIVES = ("missing", "random", "reshuffle", "noise")
+GAINS = ("chosen", "chosen_per_token", "rejected", "rejected_per_token")
 PART = "pairs.jsonl.process-*"  # what processes other than the first have sampled
 SAMPLING = dict(demo=Sampling(1.0, 1.0, 96), jsonl=Sampling(1.0, 1.0, 256))  # pairs; method: the theory's own
 DEMO_CONTEXTS = 5  # contexts drawn for every demo training prompt: 600 pairs
@@ -400,7 +401,8 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
     """One chosen and `count` rejected responses for every example, useless pairs dropped, gains measured.
 
     Responses are sampled, or taken from a file that brings them; folder: see `sample_pairs`. Returns the
-    pairs and their statistics: counts, unfinished share, seconds, context gain, checker rates.
+    pairs and their statistics: counts, unfinished share, seconds, context gain (if anything is rejected),
+    checker rates.
     """
     start = time.perf_counter()
     if examples[0].chosen is not None:
@@ -424,7 +426,7 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
             add_noise(pairs, tokenizer, seed, count)
     kept = {p.id for p in pairs}
     rows = [e for e in examples if e.id in kept]
-    gains = context_gain(model, tokenizer, rows, pairs, seed)
+    gains = context_gain(model, tokenizer, rows, pairs, seed) if count else dict.fromkeys(GAINS)
     stats = dict(examples=len(examples), pairs=len(pairs), dropped=dropped,
                  unfinished=1 - sum(finished) / len(finished), response_tokens=tokens,
                  seconds_sampling=sampled, seconds_gain=time.perf_counter() - start - sampled, gain=gains)
@@ -442,7 +444,7 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     where there is no other, there is no gain.
     """
     if not any(e.context for e in examples) and len({e.prompt for e in examples}) < 2:
-        return dict.fromkeys(("chosen", "chosen_per_token", "rejected", "rejected_per_token"))
+        return dict.fromkeys(GAINS)
     responses = [[p.chosen_ids, *p.rejected_ids] for p in pairs]
     if any(e.context for e in examples):
         turns = [e.turn(None) for e in examples]
@@ -457,9 +459,8 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
         p.gain_chosen, *p.gain_rejected = (x - y for x, y in zip(a, b, strict=True))
     chosen, rejected = [p.gain_chosen for p in pairs], [g for p in pairs for g in p.gain_rejected]
     tokens = sum(len(p.chosen_ids) for p in pairs), sum(len(r) for p in pairs for r in p.rejected_ids)
-    return dict(chosen=sum(chosen) / len(chosen), chosen_per_token=sum(chosen) / tokens[0],
-                rejected=sum(rejected) / len(rejected) if rejected else None,
-                rejected_per_token=sum(rejected) / tokens[1] if rejected else None)
+    return dict(zip(GAINS, (sum(chosen) / len(chosen), sum(chosen) / tokens[0],
+                            sum(rejected) / len(rejected), sum(rejected) / tokens[1]), strict=True))
 
 
 def check_rates(examples: list[Example], pairs: list[Pair], neg: str) -> list[dict]:
