@@ -140,6 +140,7 @@ def tune_allocator() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # steps seldom repeat their shapes
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum: larger blocks never fragment the heap
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: hardly ever give back

@@ -42,7 +42,7 @@ from run import (Metrics, UserError, default_device, derive, environment, finger
 from sample import Tokenizer, generate
 
 METHODS = ("dpo", "sft")
-LR, TINY_LR = 1e-6, 3e-4  # the paper's, for 1B parameters and more; the embedded model's
+LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 
 
 @dataclass

@@ -69,7 +69,7 @@ MISTAKES = [  # rows, line of the mistake, what the message has to name
     ([{"prompt": "p", "reference": ["r"]}], 1, "reference"),
     ([{"prompt": "p", "split": 1}], 1, "split"),
     ([{"prompt": "p", "chosen": ["a"], "rejected": "b"}], 1, "chosen"),
-    ([{"prompt": "p", "chosen": "a"}], 1, "rejected"),
+    ([READY, {"prompt": "p", "chosen": "a"}], 2, "rejected"),
     ([{"prompt": "p", "rejected": "a"}], 1, "chosen"),
     ([READY, FINE], 2, "chosen"),
     ([FINE, READY], 2, "chosen"),
