@@ -43,6 +43,7 @@ from sample import Tokenizer, generate
 
 METHODS = ("dpo", "sft")
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
+TEST_ROWS = 640  # of the test part that --test evaluates, by seed: eval.py evaluates all
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Args(PairArgs):
     save_dtype: str = option("bfloat16", "type of the saved weights", "training", ("bfloat16", "float32"))
     eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
-    test: bool = option(False, "run eval.py on the test part at the end (tiny: always)", "choosing")
+    test: bool = option(False, f"evaluate on {TEST_ROWS} test rows at the end (tiny: always)", "choosing")
     val_limit: int = option(192, "validation examples, 0 for all", "choosing")
 
     def __post_init__(self):
@@ -485,7 +486,8 @@ def program() -> None:
           f"{s['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
     if args.test:
         del model
-        evaluation(EvalArgs(model=str(folder), slots=args.slots, dtype=args.dtype))
+        evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots,
+                            dtype=args.dtype))
         print(f"learning curve: {folder / 'learning_curve.png'}")
     else:
         print(f"evaluate it with: python eval.py --model {folder}")
