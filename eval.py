@@ -349,7 +349,7 @@ def learning_curve(folder: Path, candidate: int = 0) -> None:
               ("reward, nats", dict(reward_chosen="chosen", margin="margin", reward_rejected="rejected")),
               ("loss", dict(loss="loss"))]
     panels = [(title, lines) for title, lines in panels if set(lines) <= steps[0].keys()]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained",
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained",
                                 squeeze=False)
     width = max(1, len(steps) // 20)
     for axis, (title, lines) in zip(axes[0], panels, strict=True):
@@ -360,7 +360,8 @@ def learning_curve(folder: Path, candidate: int = 0) -> None:
             axis.plot(x, values, ".", color=colour, alpha=0.2, markersize=3)
             axis.plot(x[width - 1 :], smooth, color=colour, label=label)
         axis.set(title=title, xlabel="step")
-        axis.legend(fontsize="small")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="x-small",
+                    frameon=False)
     figure.savefig(folder / "learning_curve.png", dpi=150)
     plt.close(figure)
 

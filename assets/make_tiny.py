@@ -7,7 +7,7 @@ tokenizer is trained on those answers, and `train.py --method sft` trains the mo
 initialisation. All prompts of the demo are in its training data, test prompts too: *held out* in the demo
 means held out from MIPO.
 
-    python assets/make_tiny.py BUILD        some 12 minutes on two cores; then BUILD/run/model is assets/tiny
+    python assets/make_tiny.py BUILD        some 14 minutes on two cores; then BUILD/run/model is assets/tiny
 """
 
 import json
