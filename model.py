@@ -156,21 +156,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------- layouts
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention of one group: q (H, n, D), k and v (G, n, D) -> (H, n, D).
+    """Grouped-query attention of one group: q (H, m, D) of the last m tokens, k and v (G, n, D) of all n ->
+    (H, m, D).
 
-    mask (n, n) is True where a row may look; None is causal.
+    mask (m, n) is True where a row may look; None is causal.
     """
-    groups, n, size = k.shape
+    (groups, n, size), m = k.shape, q.shape[1]
+    if mask is None and m < n:
+        mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and n <= 1024:
         # Spelled out, the products run as bf16 matrix products: 2.5 times as fast as the CPU's flash kernel,
-        # forward and backward. Beyond 1,024 tokens the (n, n) scores would cost too much memory.
+        # forward and backward. Beyond 1,024 tokens the (m, n) scores would cost too much memory.
         mask = torch.ones(n, n, dtype=torch.bool).tril() if mask is None else mask
-        q = q.reshape(groups, -1, size) * size**-0.5  # (G, H/G * n, D): heads that share a key become rows
-        scores = (q @ k.transpose(1, 2)).view(-1, n, n).masked_fill(~mask, -math.inf)  # (H, n, n)
-        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype).view(groups, -1, n)  # (G, H/G * n, n)
-        return (probs @ v).view(-1, n, size)  # (H, n, D)
+        q = q.reshape(groups, -1, size) * size**-0.5  # (G, H/G * m, D): heads that share a key become rows
+        scores = (q @ k.transpose(1, 2)).view(-1, m, n).masked_fill(~mask, -math.inf)  # (H, m, n)
+        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype).view(groups, -1, n)  # (G, H/G * m, n)
+        return (probs @ v).view(-1, m, size)  # (H, m, D)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=True)[0]  # (H, n, D)
+                                          enable_gqa=True)[0]  # (H, m, D)
 
 
 class Packed:
@@ -190,10 +193,11 @@ class Packed:
     """
 
     def __init__(self, shapes: list[tuple[int, list[int]]], device: torch.device | str = "cpu",
-                 cache: "Cache | None" = None, slots: list[list[int]] = ()):
-        """shapes: (P, [R_1..R_n]) a group. cache, slots: where each group's keys and values are also written.
+                 cache: "Cache | None" = None, slots: list[list[int]] = (), past: int = 0):
+        """shapes: (P, [R_1..R_n]) a group. cache, slots: where each group's keys and values are also written,
+        after the `past` tokens that those slots hold already and that the group (a plain sequence) continues.
         """
-        self.cache, self.slots = cache, slots
+        self.cache, self.slots, self.past = cache, slots, past
         self.lengths = [prefix + sum(responses) for prefix, responses in shapes]
         positions, self.masks = [], []
         for prefix, responses in shapes:
@@ -205,10 +209,10 @@ class Packed:
             owner = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(p) for p in parts]))
             sees = (owner[:, None] == owner) | (owner == 0)
             self.masks.append(sees.tril_().to(device))  # (P + sum R, P + sum R)
-        self.positions = torch.cat(positions).to(device)  # (T,)
+        self.positions = torch.cat(positions).to(device) + past  # (T,)
 
-    def begin(self) -> Tensor:
-        """Positions of the tokens, (T,)."""
+    def begin(self, n: int) -> Tensor:
+        """Positions of the n tokens, (T,)."""
         return self.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -217,48 +221,71 @@ class Packed:
         parts = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))  # (H or G, n, D) a group
         for i, (qi, ki, vi) in enumerate(zip(*parts, strict=True)):
             if self.cache is not None:
-                self.cache.write(layer, self.slots[i], ki, vi)
+                ki, vi = self.cache.write(layer, self.slots[i], ki, vi, self.past)  # (G, past + n, D)
             out.append(attention(qi, ki, vi, self.masks[i]).transpose(0, 1))  # (n, H, D)
         return torch.cat(out)  # (T, H, D)
 
 
 class Cache:
-    """Static keys and values of S slots, at most L tokens each; as a layout, one new token a slot.
+    """Keys and values of S slots with room for L tokens each; as a layout, one new token for each of the
+    first n slots.
 
     `lengths` (S,) says how many tokens each slot holds: the new token lands there, sees 0..lengths, and the
     caller adds one when it moves on. A slot is reused by writing over it: its mask follows its length.
+    Values are kept transposed: each product then reads the cache along the dimension it sums over.
     """
 
     def __init__(self, config: Config, slots: int, length: int, dtype: torch.dtype,
                  device: torch.device | str = "cpu"):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (layers, S, G, L, D)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)  # (layers, S, G, L, D)
+        size, made = config.head_dim, dict(dtype=dtype, device=device)
+        shape = (slots, config.num_key_value_heads)
+        layers = range(config.num_hidden_layers)
+        self.k = [torch.zeros(*shape, length, size, **made) for _ in layers]  # (S, G, L, D) a layer
+        self.v = [torch.zeros(*shape, size, length, **made) for _ in layers]  # (S, G, D, L) a layer
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
-        self.visible = length  # how far attention looks; the caller may lower it to the longest slot in use
         self.rows = torch.arange(slots, device=device)
-        self.columns = torch.arange(length, device=device)
-        self.mask: Tensor | None = None
+        self.hidden: Tensor | None = None
 
-    def write(self, layer: int, slots: list[int], k: Tensor, v: Tensor) -> None:
-        """Store a prompt's keys and values, (G, n, D) each, at the start of every slot named."""
-        self.k[layer, slots, :, : k.shape[1]] = k
-        self.v[layer, slots, :, : v.shape[1]] = v
+    def grow(self, length: int) -> None:
+        """Make room for `length` tokens a slot, a layer at a time. Attention reads all the room there is: in
+        whole tensors, as slices of larger ones would be copied for every product."""
+        for kept, dim in ((self.k, 2), (self.v, 3)):
+            for layer, x in enumerate(kept):
+                more = (*x.shape[:dim], length - x.shape[dim], *x.shape[dim + 1 :])
+                kept[layer] = torch.cat((x, x.new_zeros(more)), dim)  # (S, G, L, D) or (S, G, D, L)
 
-    def begin(self) -> Tensor:
-        """Positions of the new tokens, (S,)."""
-        self.mask = (self.columns[: self.visible] <= self.lengths[:, None])[:, None, None]  # (S, 1, 1, L)
-        return self.lengths
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copy what some slots hold into others."""
+        for x in (*self.k, *self.v, self.lengths):
+            x[target] = x[source]
+
+    def write(self, layer: int, slots: list[int], k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Store keys and values (G, n, D) of the tokens after the first `past` in every slot named; return
+        all the keys and values that one such slot then holds, (G, past + n, D) each."""
+        end = past + k.shape[1]
+        self.k[layer][slots, :, past:end] = k
+        self.v[layer][slots, :, :, past:end] = v.transpose(1, 2)
+        if not past:
+            return k, v
+        return self.k[layer][slots[0], :, :end], self.v[layer][slots[0], :, :, :end].transpose(1, 2)
+
+    def begin(self, n: int) -> Tensor:
+        """Positions of the first n slots' new tokens, (n,)."""
+        columns = torch.arange(self.v[0].shape[-1], device=self.rows.device)  # (L,)
+        self.hidden = (columns > self.lengths[:n, None])[:, None, None]  # (n, 1, 1, L)
+        return self.lengths[:n]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (S, H, D), k and v (S, G, D), the new token's -> (S, H, D)."""
-        self.k[layer, self.rows, :, self.lengths] = k
-        self.v[layer, self.rows, :, self.lengths] = v
+        """q (n, H, D), k and v (n, G, D), the new token's -> (n, H, D)."""
+        n, heads, size = q.shape
+        self.k[layer][self.rows[:n], :, self.lengths[:n]] = k
+        self.v[layer][self.rows[:n], :, :, self.lengths[:n]] = v
         # the H/G query heads that share a key/value head become its query rows: nothing is repeated
-        q = q.unflatten(1, (k.shape[1], -1))  # (S, G, H/G, D)
-        past_k, past_v = (x[layer, :, :, : self.visible] for x in (self.k, self.v))  # (S, G, L, D)
-        out = F.scaled_dot_product_attention(q, past_k, past_v, attn_mask=self.mask)  # (S, G, H/G, D)
-        return out.flatten(1, 2)  # (S, H, D)
+        q = q.view(n, k.shape[1], -1, size) * size**-0.5  # (n, G, H/G, D)
+        scores = q @ self.k[layer][:n].transpose(2, 3)  # (n, G, H/G, L)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        probs = scores.masked_fill_(self.hidden, -math.inf).softmax(-1, dtype=exact).to(q.dtype)
+        return (probs @ self.v[layer][:n].transpose(2, 3)).view(n, heads, size)  # (n, H, D)
 
 
 # -------------------------------------------------------------------------------- decoder
@@ -356,7 +383,8 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, layout: Packed | Cache) -> Tensor:
         """ids (T,) -> final hidden states (T, E) in the compute type."""
-        angle = layout.begin()[:, None, None] * rotary_frequencies(self.config, ids.device)  # (T, 1, D/2)
+        frequencies = rotary_frequencies(self.config, ids.device)  # (D/2,)
+        angle = layout.begin(len(ids))[:, None, None] * frequencies  # (T, 1, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1)  # (T, 1, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)  # (T, 1, D)
         x = self.model.embed_tokens(ids).to(self.compute)  # (T, E)

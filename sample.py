@@ -4,7 +4,8 @@ The only way from text to ids is `Tokenizer.chat`; the only way from ids to new 
 are kept as they are: nothing is decoded and tokenised again. Temperature, top-p and top-k are what the caller
 says; nothing is inherited from generation_config.json except the ids that stop a response.
 What differs from the paper: every draw depends on (seed, row, sample) alone, so the text does not change with
-the batch, its order or its size: exactly in fp32, in bf16 up to the rounding of differently shaped products.
+the batch, its order or its size: exactly in fp32, and in bf16 where a matrix product rounds each row alike
+however many there are (CPUs: measured; GPUs: not quite).
 
 Legend: S slots, V vocabulary, E hidden size, T tokens of a packed prefill.
 
@@ -23,6 +24,7 @@ from pathlib import Path
 import jinja2
 import tokenizers
 import torch
+import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
@@ -202,15 +204,27 @@ def pick(logits: Tensor, uniform: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     """One token a row by inverting the cumulative distribution at `uniform` in [0, 1).
 
     logits (S, V) fp32, uniform (S,) -> ids (S,), log-probs of those ids under softmax(logits) itself (S,).
+    The inverse is looked up twice, among sums of 128 probabilities and then in one such block: a cumulative
+    sum of all V would take longer than all else here.
     """
+    def invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The first column whose cumulative mass exceeds target (S, 1), and what of target is left there."""
+        cumulative = mass.cumsum(-1)  # (S, columns)
+        target = target.minimum(cumulative[:, -1:].nextafter(target.new_zeros(())))  # rounding: always found
+        column = torch.searchsorted(cumulative, target, right=True)  # (S, 1)
+        return column, target - (cumulative.gather(1, column) - mass.gather(1, column))
+
+    probs = logits.softmax(-1)  # (S, V)
     if s.temperature == 0:
-        ids = logits.argmax(-1)  # (S,)
+        ids = logits.argmax(-1, keepdim=True)  # (S, 1)
     else:
-        cumulative = filtered_probs(logits, s).cumsum(-1)  # (S, V)
-        target = uniform[:, None] * cumulative[:, -1:]
-        ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)  # the first above: p > 0
-        ids = ids.clamp_(max=logits.shape[-1] - 1)
-    return ids, logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
+        kept = probs if s.temperature == s.top_p == 1 and not s.top_k else filtered_probs(logits, s)
+        blocks = F.pad(kept, (0, -kept.shape[1] % 128)).unflatten(1, (-1, 128))  # (S, V/128, 128)
+        sums = blocks.sum(-1)  # (S, V/128)
+        block, rest = invert(sums, uniform[:, None] * sums.sum(-1, keepdim=True))  # (S, 1) each
+        within, _ = invert(blocks.take_along_dim(block[:, :, None], 1).squeeze(1), rest)  # (S, 1)
+        ids = 128 * block + within  # (S, 1)
+    return ids.squeeze(1), probs.gather(1, ids).squeeze(1).log()
 
 
 def uniforms(seed: int, row: int, sample: int, count: int) -> Tensor:
@@ -231,8 +245,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     is called as prompt i's response ends. WINDOW rows after WINDOW rows, prompts are taken longest first,
     equal ones side by side, so that each is computed once and all slots that wait for it share the result.
     """
-    start, total = time.perf_counter(), 0
-    device = model.device
+    start, total, device, most = time.perf_counter(), 0, model.device, sampling.max_new_tokens
     keys = keys or [(i, 0) for i in range(len(prompts))]
     results = [Sample() for _ in prompts]
     waiting = sorted(range(len(prompts)),  # taken from the end
@@ -240,35 +253,39 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     slots = min(slots, len(prompts))
     if not slots:
         return []
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    longest = max(map(len, prompts)) + most
     if longest > model.config.max_position_embeddings:
-        raise UserError(f"the longest prompt and {sampling.max_new_tokens} new tokens take {longest} places, "
+        raise UserError(f"the longest prompt and {most} new tokens take {longest} places, "
                         f"the model has {model.config.max_position_embeddings}")
-    cache = Cache(model.config, slots, longest, model.compute, device)
+    room = max(map(len, prompts)) // 64 * 64 + 64  # of a slot, in tokens; it grows as they are drawn
+    cache = Cache(model.config, slots, room, model.compute, device)
+    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     owner: list[int | None] = [None] * slots  # which prompt each slot works on
-    drawn = [0] * slots  # tokens drawn so far, on the host: positions need no round trip to the device
-    noise = torch.zeros(slots, sampling.max_new_tokens, device=device)  # (S, max_new_tokens)
-    next_ids = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
+    reach = [0] * slots  # the length of a slot's prompt, less the step at which it was taken up
+    drawn = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) tokens drawn so far
+    noise = torch.zeros(slots, most, device=device)  # (S, most)
+    ids = torch.zeros(slots, most, dtype=torch.long, device=device)  # (S, most)
+    logps = torch.zeros(slots, most, device=device)  # (S, most)
 
-    def record(slot_list: list[int], ids: Tensor, logps: Tensor) -> None:
-        """Append one drawn token to each slot's response; free the slots whose response has ended."""
+    def draw(at: Tensor, logits: Tensor) -> bool:
+        """One token for each slot of `at` (n,) from logits (n, V); whether any response has ended with it."""
         nonlocal total
-        for slot, token, logp in zip(slot_list, ids.tolist(), logps.tolist(), strict=True):
-            if owner[slot] is None:
-                continue
-            result = results[owner[slot]]
-            result.ids.append(token)
-            result.logps.append(logp)
-            drawn[slot] += 1
-            total += 1
-            result.finished = token in stop_ids
-            if result.finished or drawn[slot] == sampling.max_new_tokens:
-                ended(owner[slot], result)
-                owner[slot] = None
-                if bar is not None:
-                    rate = total / (time.perf_counter() - start)
-                    bar.set_postfix_str(f"{rate:.0f} tokens/s", refresh=False)
-                    bar.update(1)
+        column = drawn[at]  # (n,)
+        token, logp = pick(logits, noise[at, column], sampling)
+        ids[at, column], logps[at, column] = token, logp
+        drawn[at] += 1
+        finished = torch.isin(token, stops)  # (n,)
+        over = (finished | (column + 1 == most)).nonzero().squeeze(1)  # the one wait for the device in a step
+        for slot, end, count in zip(*(x[over].tolist() for x in (at, finished, column + 1)), strict=True):
+            sample = Sample(ids[slot, :count].tolist(), logps[slot, :count].tolist(), end)
+            results[owner[slot]] = sample
+            ended(owner[slot], sample)
+            owner[slot] = None
+            total += count
+            if bar is not None:
+                bar.set_postfix_str(f"{total / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+                bar.update(1)
+        return len(over) > 0
 
     def admit(free: list[int]) -> None:
         """Prefill waiting prompts into the free slots, each distinct one once; draw their first tokens."""
@@ -276,34 +293,56 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         for slot in free:
             if not waiting or sum(map(len, taken)) >= PREFILL_TOKENS:
                 break
-            owner[slot], drawn[slot] = (i := waiting.pop()), 0
-            noise[slot] = uniforms(seed, *keys[i], sampling.max_new_tokens).to(device)
+            owner[slot] = i = waiting.pop()
+            reach[slot] = len(prompts[i]) - step
+            noise[slot] = uniforms(seed, *keys[i], most).to(device)
             taken.setdefault(tuple(prompts[i]), []).append(slot)
-        ids = torch.tensor([t for prompt in taken for t in prompt], device=device)  # (T,)
-        layout = Packed([(len(p), []) for p in taken], device, cache, list(taken.values()))
-        ends = torch.tensor([len(p) for p in taken], device=device).cumsum(0) - 1  # each prompt's last token
-        logits = model.logits(model(ids, layout)[ends])  # (distinct prompts, V)
-        slot_list = [slot for group in taken.values() for slot in group]
+        rest = [prompt[shared:] for prompt in taken]
+        layout = Packed([(len(p), []) for p in rest], device, cache, list(taken.values()), shared)
+        ends = torch.tensor([len(p) for p in rest], device=device).cumsum(0) - 1  # each prompt's last token
+        tokens = torch.tensor([t for p in rest for t in p], device=device)  # (T,)
+        logits = model.logits(model(tokens, layout)[ends])  # (distinct prompts, V)
         which = torch.tensor([g for g, group in enumerate(taken.values()) for _ in group], device=device)
-        at = torch.tensor(slot_list, device=device)
+        at = torch.tensor([slot for group in taken.values() for slot in group], device=device)
         cache.lengths[at] = torch.tensor([len(p) for p in taken], device=device)[which]
-        next_ids[at], logps = pick(logits[which], noise[at, 0], sampling)
-        record(slot_list, next_ids[at], logps)
+        drawn[at] = 0
+        draw(at, logits[which])
 
-    everyone = list(range(slots))
+    # What all prompts begin with (a system prompt, worked examples) is computed once, into every slot.
+    first, final = min(prompts), max(prompts)
+    shared = next((i for i, (a, b) in enumerate(zip(first[:-1], final, strict=False)) if a != b),
+                  len(first) - 1) if first != final else 0
+    if shared:
+        model(torch.tensor(prompts[0][:shared], device=device),
+              Packed([(shared, [])], device, cache, [list(range(slots))]))
+    step, changed = 0, True
     while True:
-        while waiting and (free := [s for s in everyone if owner[s] is None]):
-            admit(free)
-        busy = [s for s in everyone if owner[s] is not None]
-        if not busy:
-            return results
-        cache.visible = min(longest, max(len(prompts[owner[s]]) + drawn[s] for s in busy))
-        step = torch.tensor([min(d, sampling.max_new_tokens - 1) for d in drawn], device=device)
-        cache.lengths.clamp_(max=cache.visible - 1)  # idle slots compute too; what they write is never read
-        logits = model.logits(model(next_ids, cache))  # (S, V)
-        next_ids, logps = pick(logits, noise.gather(1, step[:, None]).squeeze(1), sampling)
-        cache.lengths += 1
-        record(everyone, next_ids, logps)
+        if changed:
+            while waiting and (free := [s for s in range(slots) if owner[s] is None]):
+                admit(free)
+            busy = [s for s in range(slots) if owner[s] is not None]
+            if not busy:
+                return results
+            # no prompt is left for the gaps: the last slots move there, so that fewer are computed
+            gaps = [s for s in range(len(busy)) if owner[s] is None]
+            if last := busy[len(busy) - len(gaps) :]:
+                cache.move(last, gaps)
+                for x in (drawn, noise, ids, logps):
+                    x[gaps] = x[last]
+                for gap, slot in zip(gaps, last, strict=True):
+                    owner[gap], reach[gap], owner[slot] = owner[slot], reach[slot], None
+            at = torch.arange(len(busy), device=device)  # (n,)
+            width = min(slots, -(-len(busy) // 8) * 8)  # a few shapes: kernels are made for every new one
+            cache.lengths[len(busy) :] = shared  # idle slots compute too: where it harms nobody
+            furthest = max(reach[: len(busy)])
+        step += 1
+        if furthest + step > room:
+            room += 64
+            cache.grow(room)
+        latest = ids[cache.rows[:width], drawn[:width] - 1]  # (width,)
+        logits = model.logits(model(latest, cache)[: len(busy)])  # (n, V)
+        cache.lengths[: len(busy)] += 1
+        changed = draw(at, logits)
 
 
 # -------------------------------------------------------------------------------- command line

@@ -7,7 +7,7 @@
 Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
 master weights with bf16 arithmetic, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient
 norm clipped at 1. Several processes (torchrun --nproc_per_node) share the sampling and every batch: the
-gradient, and in fp32 the text, are those of one. Several values (--lr 1e-6,5e-6) are trained in turn and the
+gradient and the text are those of one. Several values (--lr 1e-6,5e-6) are trained in turn and the
 best is kept.
 What differs from the paper: settings are chosen on validation prompts, never on test ones, and the learning
 rate goes with the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.

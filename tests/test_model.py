@@ -164,7 +164,8 @@ def test_a_reused_slot_forgets(saved):
     folder, oracle = saved("llama")
     model = load(folder)
     cache = Cache(model.config, 1, 16, torch.float32)
-    cache.k.fill_(1e3), cache.v.fill_(1e3)
+    for x in (*cache.k, *cache.v):
+        x.fill_(1e3)
     with torch.no_grad():
         logits = model.logits(model(IDS[:1], cache))
     close(logits, theirs(oracle, IDS[:1]))

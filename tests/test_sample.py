@@ -563,10 +563,9 @@ def test_smollm2_text_depends_on_its_key_alone(smol, smol_samples):
     assert all(a != b for a, b in zip(smol_samples(smol, rows[:4], 4, seed=1), reference[:4], strict=True))
 
 
-def test_smollm2_bf16_rows_mostly_agree(smollm2, smol_samples):
-    """bf16: products of other shapes round differently, so only a share of the rows is equal (printed)."""
+def test_smollm2_bf16_text_depends_on_its_key_alone(smollm2, smol_samples):
+    """bf16 on a CPU: the same answers for other slots, another order and in two processes' shares."""
     model, rows = load(smollm2, torch.bfloat16), list(range(10))
-    a, b = (smol_samples(model, rows, slots) for slots in (10, 5))
-    equal = sum(x == y for x, y in zip(a, b, strict=True))
-    print(f"bf16, 10 slots against 5: {equal} of 10 rows equal")
-    assert equal > 0
+    reference = smol_samples(model, rows, slots=4)
+    assert smol_samples(model, rows[::-1], slots=10) == reference
+    assert [smol_samples(model, rows[k::2], slots=4) for k in (0, 1)] == [reference[0::2], reference[1::2]]
