@@ -267,7 +267,7 @@ def evaluate(examples: list[Example], responses: dict[str, list[Response]]) -> d
         versus = [("prompted", "default")] + [("trained", "prompted")] * ("trained" in chosen)
         result["parts"][part]["differences"] = {
             f"{a} - {b}": compare(some, chosen[a], chosen[b]) for a, b in versus}
-    for context in dict.fromkeys(e.context_id for e in examples if e.check):
+    for _, context in sorted({(e.group, e.context_id) for e in examples if e.check}, key=str):
         rows = [i for i, e in enumerate(examples) if e.context_id == context]
         first, some = examples[rows[0]], [examples[i] for i in rows]
         rates = {s: float(wins(some, [r[i] for i in rows]).mean()) for s, r in responses.items()}
@@ -375,6 +375,11 @@ class Args(DataArgs):
     split: str = option("test", "which part to evaluate on; choose settings on validation", "data", SPLITS)
     out: str = option("", "folder for responses.jsonl and eval.json (default: the run folder)", "data")
     reuse: str = option("", "folder of an evaluation whose base model's responses are taken", "data")
+
+    def __post_init__(self):
+        if not self.model:
+            raise UserError("usage: python eval.py --model RUN (or a bare model, with --out FOLDER)")
+        super().__post_init__()
 
 
 def evaluation(args: Args) -> None:

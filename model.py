@@ -415,6 +415,7 @@ def find(name: str | Path) -> Path:
     """
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
+        Config.from_dict(read_json(path / "config.json"), str(path / "config.json"))  # an early refusal
         return path
     if str(name) == "tiny":
         return Path(__file__).parent / "assets" / "tiny"
@@ -493,7 +494,10 @@ def save(model: Decoder, folder: Path, source: Path, dtype: torch.dtype = torch.
     plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=shard)
     for file, keys in plan.filename_to_tensors.items():
         weights = {key: state[key].detach().to("cpu", dtype).contiguous() for key in keys}
-        save_file(weights, temporary / file, metadata={"format": "pt"})
+        try:
+            save_file(weights, temporary / file, metadata={"format": "pt"})
+        except SafetensorError as e:
+            raise UserError(f"{temporary / file} could not be written: {e}") from None
     if plan.is_sharded:
         write_json(temporary / "model.safetensors.index.json",
                    dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import hashlib
 import io
 import itertools
@@ -128,7 +129,10 @@ def main(program) -> typing.NoReturn:
     except OSError as e:
         if e.errno is None:
             raise
-        print(f"{name}: error: {e.strerror}: {e.filename or 'no file named'}", file=sys.stderr)
+        told = f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            told += "; what was written is kept: make room and give the same command again"
+        print(f"{name}: error: {told}", file=sys.stderr)
         sys.exit(2)
 
 

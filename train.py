@@ -22,6 +22,7 @@ import dataclasses
 import heapq
 import math
 import random
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -416,6 +417,15 @@ def run_folder(grid: list[Args]) -> Path:
     return folder
 
 
+def check_space(folder: Path, source: Path) -> None:
+    """UserError where the disk has no room for another model of source's size."""
+    size = sum(f.stat().st_size for f in source.glob("*.safetensors"))
+    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    if free < size:
+        raise UserError(f"{folder}: a trained model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are "
+                        "free")
+
+
 def given_pairs(args: Args, source: Path) -> list[Pair]:
     """The pairs of --pairs, after a check that this model's tokenizer made them."""
     pairs = load_pairs(Path(args.pairs))
@@ -438,11 +448,14 @@ def program() -> None:
     if args.method == "sft" and len({a.beta for a in grid}) > 1:
         raise UserError("--beta is of no use to --method sft: give it one value")
     folder = run_folder(grid)
+    if not args.pairs:
+        examples_for(args, "train")  # wrong data are told of before a model is fetched
     source = find(args.model)  # before the folder exists: a wrong name leaves nothing behind
     gather([])  # all processes have looked at the folder before one of them writes there
     if args.dry_run:
         dry_run(grid, folder, source)
         return
+    check_space(folder, source)
     start = time.perf_counter()
     selection = Selection(args, folder, source) if len(grid) > 1 or args.eval_every else None
     pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)

@@ -272,7 +272,7 @@ def answered(tiny):
     """(base, tokenizer, arguments, responses) of GRID under the tiny model and another one as trained."""
     base, trained, tokenizer = load(tiny), random_model(seed=1), Tokenizer(tiny)
     tokenizer.stop_ids = frozenset(range(1, 320, 9))
-    args = Args(temperature=1.0, top_p=0.9, max_new_tokens=7, seed=3, slots=4)
+    args = Args(model="tiny", temperature=1.0, top_p=0.9, max_new_tokens=7, seed=3, slots=4)
     return base, trained, tokenizer, args, respond(base, trained, tokenizer, GRID, args)
 
 
