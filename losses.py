@@ -22,53 +22,75 @@ from run import main
 
 Group = tuple[list[int], list[list[int]]]  # (prefix ids, ids of each response that continues it)
 
-CHUNK = dict(cpu=2**25, cuda=2**29)  # logits held at a time: 128 MB in fp32 on a CPU, 2 GB on a GPU
+CHUNK = dict(cpu=2**21, cuda=2**27)  # logits held at a time: 8 MB in fp32, of a CPU's cache; a GPU: 256 MB
 
 
 # -------------------------------------------------------------------------------- log-probs
 
-class _TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], forward and backward a chunk of rows at a time.
+def block_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a block of the vocabulary: each row's log-sum-exp, and its target's logit where that is in the block
+    (0 <= target < columns), else 0.
 
-    Forward keeps only the log-sum-exp of each row; backward makes the chunk's logits again. With upstream
-    gradient g:
+    logits (N, columns), targets (N,) int64 -> (N,) and (N,), fp32 or, from fp64, fp64.
+    """
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (N, columns)
+    inside = (targets >= 0) & (targets < x.shape[1])
+    picked = x.gather(1, targets.clamp(0, x.shape[1] - 1)[:, None]).squeeze(1)  # (N,)
+    return x.logsumexp(-1), picked.where(inside, 0)
+
+
+def block_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a block's logits, grad * (onehot(target) - exp(logits - lse)), lse over all blocks.
+
+    logits (N, columns), targets, lse and grad (N,) -> (N, columns) in the type of logits.
+    """
+    d = (logits - lse[:, None]).exp_().mul_(-grad[:, None])  # (N, columns)
+    inside = ((targets >= 0) & (targets < d.shape[1])).nonzero().squeeze(1)
+    d[inside, targets[inside]] += grad[inside]
+    return d.to(logits.dtype)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], forward and backward a block of the vocabulary at a time.
+
+    Forward keeps only the log-sum-exp of each row, gathered block by block; backward makes each block's
+    logits again. With upstream gradient g:
         d logits = g * (onehot(target) - softmax)    d hidden = d logits @ W    d W = d logits.T @ hidden
     """
 
     @staticmethod
+    def blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Slices of the vocabulary, each with its rows of the weight in hidden's type and all its logits."""
+        width = max(1, CHUNK[hidden.device.type] // len(hidden))
+        width -= width % 64 if width > 64 else 0
+        for start in range(0, len(weight), width):
+            part = slice(start, start + width)
+            w = weight[part].to(hidden.dtype)  # (columns, E)
+            yield part, w, F.linear(hidden, w)  # (N, columns)
+
+    @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        w = weight.to(hidden.dtype)  # (V, E)
-        rows = max(1, CHUNK[hidden.device.type] // w.shape[0])
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        logps, lses = [], []
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = F.linear(h, w).to(exact)  # (rows, V)
-            lses.append(logits.logsumexp(-1))  # (rows,)
-            logps.append(logits.gather(1, t[:, None]).squeeze(1) - lses[-1])  # (rows,)
-            del logits  # before the next chunk's are made
-        ctx.rows = rows
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(lses))
-        return torch.cat(logps)  # (N,)
+        lse = torch.full(targets.shape, -math.inf, dtype=exact, device=hidden.device)  # (N,)
+        picked = torch.zeros_like(lse)  # (N,)
+        for part, _, logits in _TokenLogps.blocks(hidden, weight):
+            block_lse, block_picked = block_forward(logits, targets - part.start)
+            lse, picked = torch.logaddexp(lse, block_lse), picked + block_picked
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        return picked - lse  # (N,)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, weight, targets, lse = ctx.saved_tensors
-        w = weight.to(hidden.dtype)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = None
-        for start in range(0, len(hidden), ctx.rows):
-            part = slice(start, start + ctx.rows)
-            h, t, g = hidden[part], targets[part, None], grad[part, None]
-            d = F.linear(h, w).to(lse.dtype)  # (rows, V) logits, overwritten below: they are ours alone
-            d.sub_(lse[part, None]).exp_().mul_(-g)
-            d = d.scatter_add_(1, t, g.to(d.dtype)).to(h.dtype)
+        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for part, w, logits in _TokenLogps.blocks(hidden, weight):
+            d = block_backward(logits, targets - part.start, lse, grad)  # (N, columns)
             if d_hidden is not None:
-                d_hidden[part] = d @ w  # (rows, E)
-            if ctx.needs_input_grad[1]:
-                part_weight = d.T @ h  # (V, E)
-                d_weight = part_weight.to(weight.dtype) if d_weight is None else d_weight.add_(part_weight)
-            del d
-        return d_hidden, d_weight, None
+                d_hidden += d @ w  # (N, E)
+            if d_weight is not None:
+                d_weight[part] = d.T @ hidden  # (columns, E)
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -155,23 +155,46 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------- layouts
 
+class _Attention(torch.autograd.Function):
+    """softmax(q k' / sqrt(D)) v spelled out, and its gradient:
+    d v = p' d o,   d s = p * (d p - rowsum(p * d p)) with d p = d o v',   d q = d s k,   d k = d s' q.
+
+    Products run in the type of q, the softmax and its gradient in fp32; of the (m, n) tables only p is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        (groups, n, size), m = k.shape, q.shape[1]
+        rows = q.reshape(groups, -1, size) * size**-0.5  # (G, H/G * m, D): heads that share a key become rows
+        scores = (rows @ k.transpose(1, 2)).view(-1, m, n).masked_fill_(~mask, -math.inf)  # (H, m, n)
+        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype).view(groups, -1, n)  # (G, H/G * m, n)
+        ctx.save_for_backward(rows, k, v, p)
+        return (p @ v).view(-1, m, size)  # (H, m, D)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, k, v, p = ctx.saved_tensors
+        g = grad.reshape(rows.shape)  # (G, H/G * m, D)
+        d_p = (g @ v.transpose(1, 2)).float()  # (G, H/G * m, n)
+        d_s = d_p.sub_((d_p * p).sum(-1, keepdim=True)).mul_(p).to(p.dtype)  # (G, H/G * m, n)
+        d_q = (d_s @ k * k.shape[-1] ** -0.5).view(grad.shape)  # (H, m, D)
+        return d_q, d_s.transpose(1, 2) @ rows, p.transpose(1, 2) @ g, None
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Grouped-query attention of one group: q (H, m, D) of the last m tokens, k and v (G, n, D) of all n ->
     (H, m, D).
 
     mask (m, n) is True where a row may look; None is causal.
     """
-    (groups, n, size), m = k.shape, q.shape[1]
-    if mask is None and m < n:
+    m, n = q.shape[1], k.shape[1]
+    # Spelled out, the products run as bf16 matrix products: 2.5 times as fast as the CPU's flash kernel,
+    # forward and backward. Beyond 1,024 tokens the (m, n) tables would cost too much memory.
+    spelled_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and n <= 1024
+    if mask is None and (m < n or spelled_out):
         mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and n <= 1024:
-        # Spelled out, the products run as bf16 matrix products: 2.5 times as fast as the CPU's flash kernel,
-        # forward and backward. Beyond 1,024 tokens the (m, n) scores would cost too much memory.
-        mask = torch.ones(n, n, dtype=torch.bool).tril() if mask is None else mask
-        q = q.reshape(groups, -1, size) * size**-0.5  # (G, H/G * m, D): heads that share a key become rows
-        scores = (q @ k.transpose(1, 2)).view(-1, m, n).masked_fill(~mask, -math.inf)  # (H, m, n)
-        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype).view(groups, -1, n)  # (G, H/G * m, n)
-        return (probs @ v).view(-1, m, size)  # (H, m, D)
+    if spelled_out:
+        return _Attention.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None,
                                           enable_gqa=True)[0]  # (H, m, D)
 
@@ -297,14 +320,36 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
+class _RMSNorm(torch.autograd.Function):
+    """y = x / rms(x) * weight in fp32. Of the tokens only x is kept, in its own type, and 1 / rms(x).
+
+    With n = x / rms(x), h = d y * weight:   d x = (h - n mean(h n)) / rms(x),   d weight = sum of d y * n
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = upcast(x)  # (..., E)
+        scale = (y.square().mean(-1, keepdim=True) + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, weight, scale)
+        return (y * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        g, n = upcast(grad), upcast(x) * scale  # (..., E)
+        d_weight = (g * n).flatten(0, -2).sum(0)  # (E,)
+        h = g * weight  # (..., E)
+        d_x = h.sub_(n.mul_((h * n).mean(-1, keepdim=True))).mul_(scale)  # (..., E)
+        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = upcast(x)
-        return F.rms_norm(y, y.shape[-1:], self.weight.to(y.dtype), self.eps).to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -361,7 +406,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.compute = config, compute
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size, sparse=True),
             layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))  # fmt: skip
@@ -415,7 +460,6 @@ def find(name: str | Path) -> Path:
     """
     path = Path(name).expanduser()
     if str(name) and path.is_dir():
-        Config.from_dict(read_json(path / "config.json"), str(path / "config.json"))  # an early refusal
         return path
     if str(name) == "tiny":
         return Path(__file__).parent / "assets" / "tiny"

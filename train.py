@@ -62,7 +62,8 @@ class Args(PairArgs):
     batch: int = option(4, "pairs a step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood a token", "training")
-    pass_tokens: int = option(8192, "most tokens in one forward and backward pass", "training")
+    pass_tokens: int | None = option(None, "most tokens in one forward and backward pass (default: 1024 on a "
+                                     "CPU, 8192 on a GPU)", "training")
     save_dtype: str = option("bfloat16", "type of the saved weights", "training", ("bfloat16", "float32"))
     eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
@@ -73,6 +74,8 @@ class Args(PairArgs):
         super().__post_init__()
         if self.lr is None:
             self.lr = TINY_LR if self.model == "tiny" else LR
+        if self.pass_tokens is None:
+            self.pass_tokens = 8192 if default_device().type == "cuda" else 1024
         self.test = self.test or self.model == "tiny"
         if min(self.batch, self.epochs, self.lr, self.beta, self.pass_tokens) <= 0:
             raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
@@ -206,6 +209,9 @@ def add_gradients(model: Decoder, pairs: list[Pair], step: list[int], reference:
         (loss.sum() / divisor).backward()
         columns = torch.stack([v.float() for v in values.values()]).T.tolist()  # (B, metrics)
         measured += [dict(zip(values, row, strict=True)) for row in columns]
+    for p in model.parameters():
+        if p.grad is not None and p.grad.is_sparse:  # an embedding that is not the head too
+            p.grad = p.grad.to_dense()
     sum_gradients(model)
     measured = gather(measured)
     means = {key: sum(m[key] for m in measured) / len(step) for key in measured[0]}
@@ -451,6 +457,7 @@ def program() -> None:
     if not args.pairs:
         examples_for(args, "train")  # wrong data are told of before a model is fetched
     source = find(args.model)  # before the folder exists: a wrong name leaves nothing behind
+    Config.from_dict(read_json(source / "config.json"), str(source / "config.json"))  # supported?
     gather([])  # all processes have looked at the folder before one of them writes there
     if args.dry_run:
         dry_run(grid, folder, source)

@@ -41,7 +41,7 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-CHUNKS = {"one_row": V, "two_rows": 2 * V + 3, "uneven": 4 * V, "all": 10**6, "below_one_row": 1}
+CHUNKS = {"one_column": N, "two_columns": 2 * N + 3, "uneven": 4 * N, "all": 10**6, "below_one_column": 1}
 
 
 @pytest.fixture(params=CHUNKS.values(), ids=CHUNKS)
@@ -123,7 +123,7 @@ def test_bf16_hidden_with_fp32_weight(chunk):
 
 
 def test_weight_gradients_add_up_in_fp32(monkeypatch):
-    """A thousand equal rows, one a chunk: bf16 sums would stand still after a few hundred."""
+    """A thousand equal rows: bf16 sums would stand still after a few hundred."""
     monkeypatch.setitem(losses.CHUNK, "cpu", V)
     weight = torch.zeros(V, E, requires_grad=True)
     token_logps(torch.ones(1000, E).bfloat16(), weight, torch.zeros(1000, dtype=torch.long)).sum().backward()
@@ -133,15 +133,16 @@ def test_weight_gradients_add_up_in_fp32(monkeypatch):
 
 
 class Logits(TorchDispatchMode):
-    """Watches matrices as wide as the vocabulary: the `largest` made, the most `alive` at a time."""
+    """Watches blocks of logits, (rows, columns): the `largest` made, the most `alive` at a time."""
 
-    def __init__(self):
+    def __init__(self, rows: int):
         super().__init__()
-        self.largest, self.alive, self.made = 0, 0, []
+        self.rows, self.largest, self.alive, self.made = rows, 0, 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.aten.t.default and isinstance(out, Tensor) and out.shape[1:] == (V,):
+        shape = out.shape if isinstance(out, Tensor) else ()
+        if len(shape) == 2 and shape[0] == self.rows and shape[1] not in (1, E):
             self.largest = max(self.largest, out.numel())
             self.made.append(weakref.ref(out))
         alive = [t for r in self.made if (t := r()) is not None]
@@ -150,18 +151,18 @@ class Logits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("n", [3, 10, 100])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_logits_exist_a_chunk_at_a_time(rows, n, monkeypatch):
-    """No more than CHUNK logits are ever made at once, and the last chunk is all that outlives its turn."""
-    monkeypatch.setitem(losses.CHUNK, "cpu", rows * V + 1)
+@pytest.mark.parametrize("columns", [2, 5])
+def test_logits_exist_a_block_at_a_time(columns, n, monkeypatch):
+    """No more than CHUNK logits are ever made at once, and the last block is all that outlives its turn."""
+    monkeypatch.setitem(losses.CHUNK, "cpu", columns * n + 1)
     hidden, weight, targets = inputs(n=n)
-    with Logits() as forward:
+    with Logits(n) as forward:
         logps = token_logps(hidden, weight, targets)
-    with Logits() as backward:
+    with Logits(n) as backward:
         logps.sum().backward()
     for watched in (forward, backward):
-        assert watched.largest == rows * V
-        assert watched.alive <= 2 * rows * V
+        assert watched.largest == columns * n
+        assert watched.alive <= 3 * columns * n
 
 
 # -------------------------------------------------------------------------------- score
