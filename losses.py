@@ -12,6 +12,7 @@ Legend: T packed tokens, N response tokens, E hidden size, V vocabulary, B pairs
 """
 
 import math
+import os
 from collections.abc import Iterator
 
 import torch
@@ -27,7 +28,7 @@ CHUNK = dict(cpu=2**21, cuda=2**27)  # logits held at a time: 8 MB in fp32, of a
 
 # -------------------------------------------------------------------------------- log-probs
 
-def block_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def plain_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Of a block of the vocabulary: each row's log-sum-exp, and its target's logit where that is in the block
     (0 <= target < columns), else 0.
 
@@ -39,7 +40,7 @@ def block_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return x.logsumexp(-1), picked.where(inside, 0)
 
 
-def block_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+def plain_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
     """The gradient of a block's logits, grad * (onehot(target) - exp(logits - lse)), lse over all blocks.
 
     logits (N, columns), targets, lse and grad (N,) -> (N, columns) in the type of logits.
@@ -48,6 +49,66 @@ def block_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -
     inside = ((targets >= 0) & (targets < d.shape[1])).nonzero().squeeze(1)
     d[inside, targets[inside]] += grad[inside]
     return d.to(logits.dtype)
+
+
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # on a CPU alone Triton need not be there
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _forward_kernel(logits, targets, lse, picked, columns, stride, BLOCK: tl.constexpr):
+        """One program a row: a running maximum and a running sum, rescaled as the maximum grows."""
+        row = tl.program_id(0).to(tl.int64)  # rows * stride passes 2^31 within a batch
+        logits += row * stride
+        top = tl.full((), float("-inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)  # (BLOCK,)
+            higher = tl.maximum(top, tl.max(x, 0))
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is no number
+            total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
+            top = higher
+        target = tl.load(targets + row)
+        inside = (target >= 0) & (target < columns)
+        value = tl.load(logits + tl.where(inside, target, 0)).to(tl.float32)
+        tl.store(picked + row, tl.where(inside, value, 0.0))
+        tl.store(lse + row, top + tl.log(total))
+
+    @triton.jit
+    def _backward_kernel(logits, targets, lse, grad, out, columns, stride, BLOCK: tl.constexpr):
+        """One program a row and BLOCK columns: grad * (onehot(target) - exp(logits - lse))."""
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * stride + at, mask=at < columns, other=float("-inf"))  # (BLOCK,)
+        onehot = tl.where(at == tl.load(targets + row), 1.0, 0.0)
+        d = tl.load(grad + row) * (onehot - tl.exp(x.to(tl.float32) - tl.load(lse + row)))
+        tl.store(out + row * columns + at, d.to(out.dtype.element_ty), mask=at < columns)
+
+
+def kernel_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """plain_forward by the Triton kernel: bf16, fp16 or fp32 logits with adjacent columns, read once."""
+    rows, columns = logits.shape
+    lse, picked = torch.empty(2, rows, dtype=torch.float32, device=logits.device)  # (N,) each
+    block = min(triton.next_power_of_2(columns), 8192)
+    _forward_kernel[(rows,)](logits, targets, lse, picked, columns, logits.stride(0), BLOCK=block,
+                             num_warps=8)
+    return lse, picked
+
+
+def kernel_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+    """plain_backward by the Triton kernel, into a new tensor."""
+    rows, columns = logits.shape
+    out = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device)  # (N, columns)
+    block = min(triton.next_power_of_2(columns), 8192)
+    grid = rows, triton.cdiv(columns, block)
+    _backward_kernel[grid](logits, targets, lse, grad.contiguous(), out, columns, logits.stride(0),
+                           BLOCK=block, num_warps=8)
+    return out
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype != torch.float64
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -70,11 +131,12 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        forward = kernel_forward if _on_gpu(hidden) else plain_forward
         exact = torch.promote_types(hidden.dtype, torch.float32)
         lse = torch.full(targets.shape, -math.inf, dtype=exact, device=hidden.device)  # (N,)
         picked = torch.zeros_like(lse)  # (N,)
         for part, _, logits in _TokenLogps.blocks(hidden, weight):
-            block_lse, block_picked = block_forward(logits, targets - part.start)
+            block_lse, block_picked = forward(logits, targets - part.start)
             lse, picked = torch.logaddexp(lse, block_lse), picked + block_picked
         ctx.save_for_backward(hidden, weight, targets, lse)
         return picked - lse  # (N,)
@@ -82,10 +144,11 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         hidden, weight, targets, lse = ctx.saved_tensors
+        backward = kernel_backward if _on_gpu(hidden) else plain_backward
         d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for part, w, logits in _TokenLogps.blocks(hidden, weight):
-            d = block_backward(logits, targets - part.start, lse, grad)  # (N, columns)
+            d = backward(logits, targets - part.start, lse, grad)  # (N, columns)
             if d_hidden is not None:
                 d_hidden += d @ w  # (N, E)
             if d_weight is not None:

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
+
+if not torch.cuda.is_available():  # before anyone imports Triton: its kernels run as numpy then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
