@@ -250,11 +250,12 @@ class Packed:
 
 
 class Cache:
-    """Keys and values of S slots with room for L tokens each; as a layout, one new token for each of the
-    first n slots.
+    """Static keys and values of S slots with room for L tokens each; as a layout, one new token for each of
+    the first n slots.
 
     `lengths` (S,) says how many tokens each slot holds: the new token lands there, sees 0..lengths, and the
-    caller adds one when it moves on. A slot is reused by writing over it: its mask follows its length.
+    caller adds one when it moves on. A slot is reused by writing over it: its mask follows its length. Every
+    product reads all L places: slices of them would be copied first, which costs more.
     Values are kept transposed: each product then reads the cache along the dimension it sums over.
     """
 
@@ -268,14 +269,6 @@ class Cache:
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.rows = torch.arange(slots, device=device)
         self.hidden: Tensor | None = None
-
-    def grow(self, length: int) -> None:
-        """Make room for `length` tokens a slot, a layer at a time. Attention reads all the room there is: in
-        whole tensors, as slices of larger ones would be copied for every product."""
-        for kept, dim in ((self.k, 2), (self.v, 3)):
-            for layer, x in enumerate(kept):
-                more = (*x.shape[:dim], length - x.shape[dim], *x.shape[dim + 1 :])
-                kept[layer] = torch.cat((x, x.new_zeros(more)), dim)  # (S, G, L, D) or (S, G, D, L)
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy what some slots hold into others."""

@@ -257,11 +257,9 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     if longest > model.config.max_position_embeddings:
         raise UserError(f"the longest prompt and {most} new tokens take {longest} places, "
                         f"the model has {model.config.max_position_embeddings}")
-    room = max(map(len, prompts)) // 64 * 64 + 64  # of a slot, in tokens; it grows as they are drawn
-    cache = Cache(model.config, slots, room, model.compute, device)
+    cache = Cache(model.config, slots, -(-longest // 64) * 64, model.compute, device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     owner: list[int | None] = [None] * slots  # which prompt each slot works on
-    reach = [0] * slots  # the length of a slot's prompt, less the step at which it was taken up
     drawn = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) tokens drawn so far
     noise = torch.zeros(slots, most, device=device)  # (S, most)
     ids = torch.zeros(slots, most, dtype=torch.long, device=device)  # (S, most)
@@ -294,7 +292,6 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             if not waiting or sum(map(len, taken)) >= PREFILL_TOKENS:
                 break
             owner[slot] = i = waiting.pop()
-            reach[slot] = len(prompts[i]) - step
             noise[slot] = uniforms(seed, *keys[i], most).to(device)
             taken.setdefault(tuple(prompts[i]), []).append(slot)
         rest = [prompt[shared:] for prompt in taken]
@@ -315,7 +312,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     if shared:
         model(torch.tensor(prompts[0][:shared], device=device),
               Packed([(shared, [])], device, cache, [list(range(slots))]))
-    step, changed = 0, True
+    changed = True
     while True:
         if changed:
             while waiting and (free := [s for s in range(slots) if owner[s] is None]):
@@ -330,15 +327,10 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
                 for x in (drawn, noise, ids, logps):
                     x[gaps] = x[last]
                 for gap, slot in zip(gaps, last, strict=True):
-                    owner[gap], reach[gap], owner[slot] = owner[slot], reach[slot], None
+                    owner[gap], owner[slot] = owner[slot], None
             at = torch.arange(len(busy), device=device)  # (n,)
             width = min(slots, -(-len(busy) // 8) * 8)  # a few shapes: kernels are made for every new one
             cache.lengths[len(busy) :] = shared  # idle slots compute too: where it harms nobody
-            furthest = max(reach[: len(busy)])
-        step += 1
-        if furthest + step > room:
-            room += 64
-            cache.grow(room)
         latest = ids[cache.rows[:width], drawn[:width] - 1]  # (width,)
         logits = model.logits(model(latest, cache)[: len(busy)])  # (n, V)
         cache.lengths[: len(busy)] += 1

@@ -84,7 +84,7 @@ def test_extreme_logits():
 
 
 def test_offsets_beyond_two_to_the_31():
-    """A third row that begins 2^31 numbers after the first: on a GPU a 32-bit offset would read from elsewhere
+    """A third row that begins 2^31 numbers after the first: on a GPU a 32-bit offset would read elsewhere
     (the interpreter's integers do not wrap, so there this shows only that such strides are taken)."""
     storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=DEVICE)  # mostly never touched
     logits = storage.as_strided((3, 50), (2**30 + 1024, 1))

@@ -1,0 +1,120 @@
+"""side_by_side.py - what the benchmarks share: children in processes of their own, in turns, and the result.
+
+A benchmark starts itself again as a child for every measurement: ours, peer, ours, peer, ... Whatever slows
+the machine for a while then hits both, and neither inherits the other's memory. A child's last line of output
+is one JSON object. The parent stays small: on Linux a child's peak memory is never below its parent's.
+
+    python bench/side_by_side.py       the machine: matrix products, copying, versions
+"""
+
+import argparse
+import json
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from run import default_device, environment, matmul_ceiling, read_jsonl, write_json
+
+
+def clock() -> float:
+    """Seconds, once the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def read_rows(path: str, count: int) -> list[dict]:
+    """The first `count` rows of a .jsonl file."""
+    return [row for _, row in read_jsonl(Path(path))][:count]
+
+
+def report(**values) -> None:
+    """A child's last words: its measurements and its peak memory."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    values["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if torch.cuda.is_available():
+        values["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    print(json.dumps(values), flush=True)
+
+
+def machine() -> None:
+    """Report what the machine reaches now: FLOP/s in bf16, and bytes a copy reads and writes a second."""
+    device = default_device()
+    a = torch.ones(2**26, device=device)
+    b, best = torch.empty_like(a), float("inf")
+    for _ in range(6):
+        start = clock()
+        b.copy_(a)
+        best = min(best, clock() - start)
+    report(**environment(), matmul_gflops=matmul_ceiling(torch.bfloat16, device) / 1e9,
+           copy_gb_per_s=2 * a.nbytes / best / 1e9)
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A benchmark's command line with the options that all have."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True, help="Hugging Face folder or hub id")
+    p.add_argument("--rounds", type=int, default=3, help="how often each side is measured")
+    p.add_argument("--name", help="of the file in bench/results (default: made of the arguments)")
+    p.add_argument("--child", help=argparse.SUPPRESS)
+    return p
+
+
+def plain(text: str) -> str:
+    """Paths in a text by their base names alone."""
+    return re.sub(r"[^\s=]*/(?=[^\s/])|/(?=\s|$)", "", text)
+
+
+def child(*command: str) -> dict:
+    """The JSON object that a Python child prints last; where the child fails, so does the benchmark."""
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{done.stdout}{' '.join(command)} failed with {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(top: list[dict], bottom: list[dict], *keys: str) -> dict[str, dict]:
+    """top / bottom of some measurements, round by round: median, extremes and all of them."""
+    table = {key: [a[key] / b[key] for a, b in zip(top, bottom, strict=True)] for key in keys}
+    return {key: dict(median=statistics.median(values), min=min(values), max=max(values), rounds=values)
+            for key, values in table.items()}
+
+
+def medians(reports: list[dict]) -> dict:
+    """The median of every number in the reports; of anything else the first."""
+    return {key: statistics.median(r[key] for r in reports) if isinstance(value, int | float) else value
+            for key, value in reports[0].items()}
+
+
+def measure(args: argparse.Namespace, names: list[str], summarise) -> None:
+    """Measure the children in turns, between two looks at the machine; write bench/results/NAME.json and
+    print it as one line. `summarise` makes the benchmark's own figures of each child's reports, one a round.
+    """
+    given = {key: plain(value) if isinstance(value, str) else value for key, value in vars(args).items()
+             if value is not None}
+    before, reports = child(__file__), {name: [] for name in names}
+    for k in range(args.rounds):
+        for name in names:
+            reports[name].append(child(*sys.argv, "--child", name))
+            print(f"round {k + 1} of {args.rounds}, {name}: {reports[name][-1]}", file=sys.stderr, flush=True)
+    result = dict(command="python bench/" + plain(" ".join(sys.argv)), settings=given, machine_before=before,
+                  machine_after=child(__file__), **summarise(reports),
+                  medians={name: medians(rounds) for name, rounds in reports.items()}, reports=reports)
+    files = [Path(given[key]).stem for key in ("model", "pairs", "shots") if key in given]
+    name = args.name or "-".join([Path(sys.argv[0]).stem, *files, *["growth"] * bool(given.get("growth"))])
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{name}.json", result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    machine()

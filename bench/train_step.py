@@ -1,0 +1,85 @@
+"""train_step.py - pairs a second of DPO, tokenising and reference included, against TRL's DPOTrainer.
+
+One epoch over ready pairs, 4 of them a step, fp32 weights with bf16 arithmetic, AdamW, no gradient
+checkpointing; the model that is trained is loaded before the clock starts. Rows of the file have prompt,
+context, chosen and rejected.
+
+    python bench/train_step.py --model DIR --pairs FILE.jsonl [--rows 32] [--rounds 3] [--peer none]
+    python bench/train_step.py --model DIR --pairs FILE.jsonl --growth --rounds 1
+
+--growth runs ours alone on the rows once, 4 and 16 times over: seconds a pair and memory must not grow.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from side_by_side import clock, measure, parser, ratios, read_rows, report
+
+from model import load
+from pairs import Pair, user_turn
+from run import Metrics, default_device, tune_allocator
+from sample import Tokenizer
+from train import Args, all_logps, train
+
+COPIES = dict(ours=1, ours_4x=4, ours_16x=16)  # child -> how often it takes the rows
+
+
+def make_pair(row: dict, id: str, tokenizer: Tokenizer) -> Pair:
+    """A ready pair of a file as the ids that the model is trained on."""
+    prompt = tokenizer.chat(user_turn(row["prompt"], row.get("context")))
+    chosen, rejected = tokenizer.response(row["chosen"]), tokenizer.response(row["rejected"])
+    return Pair(id, row["prompt"], row.get("context"), row["chosen"], [row["rejected"]], prompt, chosen,
+                [rejected], [prompt], [True, True])
+
+
+def ours(args, copies: int) -> None:
+    """An epoch as train.py runs it: reference log-probs by a model that is dropped again, then DPO."""
+    tune_allocator()
+    settings, device = Args(model=args.model, batch=4, beta=0.1, lr=1e-6), default_device()
+    rows, tokenizer = read_rows(args.pairs, args.rows), Tokenizer(args.model)
+    model = load(args.model, torch.float32, torch.bfloat16, device)
+    start = clock()
+    pairs = [make_pair(row, f"{i}-{copy}", tokenizer) for copy in range(copies) for i, row in enumerate(rows)]
+    reference = all_logps(load(args.model, torch.bfloat16, device=device), pairs, settings)
+    referred = clock() - start
+    summary = train(model, pairs, reference, settings, Metrics(Path(os.devnull)))
+    seconds = clock() - start
+    report(pairs=len(pairs), seconds=seconds, pairs_per_s=len(pairs) / seconds,
+           seconds_per_pair=seconds / len(pairs), seconds_reference=referred,
+           **{key: summary[key] for key in ("steps", "skipped", "tokens", "matmul_share")})
+
+
+def speed(reports: dict[str, list[dict]]) -> dict:
+    """Ours over the peer's, where there is one."""
+    return {} if len(reports) == 1 else dict(ratio=ratios(*reports.values(), "pairs_per_s", "peak_rss_mb"))
+
+
+def growth(reports: dict[str, list[dict]]) -> dict:
+    """Time of a pair and peak memory over those with the fewest pairs: 1 is ideal."""
+    return dict(growth={name: ratios(some, reports["ours"], "seconds_per_pair", "peak_rss_mb")
+                        for name, some in reports.items()})
+
+
+def program() -> None:
+    p = parser(__doc__)
+    p.add_argument("--pairs", required=True, help=".jsonl file with prompt, context, chosen and rejected")
+    p.add_argument("--rows", type=int, default=32, help="how many of them")
+    p.add_argument("--peer", choices=("trl", "none"), default="trl")
+    p.add_argument("--peer-batch", type=int, default=4, help="the peer's pairs a step")
+    p.add_argument("--peer-attention", default="sdpa", help="the peer's attention implementation")
+    p.add_argument("--growth", action="store_true", help="ours alone, on 1, 4 and 16 times the rows")
+    args = p.parse_args()
+    if args.child == "trl":
+        import peers
+        peers.dpo(args)
+    elif args.child:
+        ours(args, COPIES[args.child])
+    elif args.growth:
+        measure(args, list(COPIES), growth)
+    else:
+        measure(args, ["ours"] if args.peer == "none" else ["ours", args.peer], speed)
+
+
+if __name__ == "__main__":
+    program()
