@@ -167,7 +167,7 @@ class _Attention(torch.autograd.Function):
         (groups, n, size), m = k.shape, q.shape[1]
         rows = q.reshape(groups, -1, size) * size**-0.5  # (G, H/G * m, D): heads that share a key become rows
         scores = (rows @ k.transpose(1, 2)).view(-1, m, n).masked_fill_(~mask, -math.inf)  # (H, m, n)
-        p = scores.softmax(-1, dtype=torch.float32).to(q.dtype).view(groups, -1, n)  # (G, H/G * m, n)
+        p = upcast(scores).softmax(-1).to(q.dtype).view(groups, -1, n)  # (G, H/G * m, n)
         ctx.save_for_backward(rows, k, v, p)
         return (p @ v).view(-1, m, size)  # (H, m, D)
 
@@ -175,8 +175,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         rows, k, v, p = ctx.saved_tensors
         g = grad.reshape(rows.shape)  # (G, H/G * m, D)
-        d_p = (g @ v.transpose(1, 2)).float()  # (G, H/G * m, n)
-        d_s = d_p.sub_((d_p * p).sum(-1, keepdim=True)).mul_(p).to(p.dtype)  # (G, H/G * m, n)
+        d_p = upcast(g @ v.transpose(1, 2))  # (G, H/G * m, n)
+        d_s = ((d_p - (d_p * p).sum(-1, keepdim=True)) * p).to(p.dtype)  # (G, H/G * m, n)
         d_q = (d_s @ k * k.shape[-1] ** -0.5).view(grad.shape)  # (H, m, D)
         return d_q, d_s.transpose(1, 2) @ rows, p.transpose(1, 2) @ g, None
 

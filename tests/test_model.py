@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONFIG, random_model, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from model import Cache, Config, Decoder, Packed, load, save
+from model import Cache, Config, Decoder, Packed, _Attention, _RMSNorm, load, save
 from run import UserError
 
 transformers_logging.disable_progress_bar()
@@ -430,3 +431,27 @@ def test_qwen3_head_dim_absent_is_transformers_128():
     """Qwen3 is the family whose head size, where config.json is silent, is 128 and not hidden / heads."""
     raw = {**NEITHER, "model_type": "qwen3", "num_key_value_heads": 2}
     assert Config.from_dict(raw, "here").head_dim == AutoConfig.for_model(**raw).head_dim
+
+
+# -------------------------------------------------------------------------------- own backward passes
+
+@pytest.mark.parametrize("m", [5, 2])
+def test_attention_and_its_gradient(m):
+    """Spelled out, in fp64: torch's own, and finite differences; the last m of 5 tokens, shared heads."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(h, n, 4, generator=g, dtype=torch.float64, requires_grad=True)
+               for h, n in ((6, m), (2, 5), (2, 5)))
+    mask = torch.ones(m, 5, dtype=torch.bool).tril(5 - m)
+    expected = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=True)[0]
+    torch.testing.assert_close(_Attention.apply(q, k, v, mask), expected)
+    assert torch.autograd.gradcheck(lambda *x: _Attention.apply(*x, mask), (q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)])
+def test_rms_norm_and_its_gradient(shape):
+    """In fp64: torch's, and finite differences; for tokens and for heads."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(shape[-1:], generator=g, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(_RMSNorm.apply(x, weight, 1e-5), F.rms_norm(x, shape[-1:], weight, 1e-5))
+    assert torch.autograd.gradcheck(lambda x, w: _RMSNorm.apply(x, w, 1e-5), (x, weight))
