@@ -257,7 +257,8 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     if longest > model.config.max_position_embeddings:
         raise UserError(f"the longest prompt and {most} new tokens take {longest} places, "
                         f"the model has {model.config.max_position_embeddings}")
-    cache = Cache(model.config, slots, -(-longest // 64) * 64, model.compute, device)
+    room = -(-longest // 64) * 64  # a round number: odd ones make slow products
+    cache = Cache(model.config, slots, room, model.compute, device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     owner: list[int | None] = [None] * slots  # which prompt each slot works on
     drawn = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) tokens drawn so far
