@@ -452,13 +452,18 @@ def find(name: str | Path) -> Path:
     parts = str(name).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.exists():
         raise UserError(f"model {str(name)!r} is neither a folder nor a hub id (owner/name)")
+    return download(str(name), MODEL_FILES)
+
+
+def download(name: str, patterns: tuple[str, ...], kind: str = "model") -> Path:
+    """The folder of a hub repository's files that match the patterns; kind is model or dataset."""
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(MODEL_FILES)))
+        return Path(huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
     except GatedRepoError:
         raise UserError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"model {str(name)!r} is neither a folder nor a repository on the hub: check the "
-                        "name, and set HF_TOKEN if it is private") from None
+        raise UserError(f"{kind} {name!r} is neither a folder nor a repository on the hub: check the name, "
+                        "and set HF_TOKEN if it is private") from None
     except (HTTPError, OSError) as e:
         if isinstance(e, OSError) and e.errno is not None and not isinstance(e, ConnectionError):
             raise  # the disk, not the hub

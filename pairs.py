@@ -10,32 +10,38 @@
 Both are then trained under the same right prompt (x, c). --n-neg N draws N rejected responses for every
 chosen one. Each pair also keeps the prompts its rejected responses really came from, and its *context gain*
 log pi_ref(y|x, c) - log pi_ref(y|x), the reward MIPO maximises (Eq. 14).
-What differs from the paper: the sampling settings, which it does not give, are those of SAMPLING below;
+What differs from the paper: sampling settings, splits and which turn is taken of a conversation, which it
+does not give, are those of DATA and the loaders below; PRISM's contexts are by default the users' own words;
 identical pairs and empty responses are dropped and counted. Noise is as long as the chosen response (Table
-6's caption; appendix D says the rejected one).
+6's caption; R5 says the rejected one).
 
     python pairs.py --data demo --neg missing --model DIR --out FOLDER
 
 writes FOLDER/pairs.jsonl, one pair a line, and FOLDER/pairs.json, how they were made and what they are like.
 """
 
+import csv
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
 import random
 import re
 import string
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import torch
 
+from judge import PAPER, Judge, JudgeArgs, infer, rewrite, rubric_text
 from losses import sequence_logps
-from model import Decoder, find, load
+from model import Decoder, download, find, load
 from run import (UserError, default_device, derive, environment, gather, main, mine, option, parse, progress,
                  rank, read_grown, read_json, read_jsonl, write_json, write_jsonl)
 from sample import TEMPLATE_DATE, Sample, Sampling, Tokenizer, generate
@@ -46,9 +52,19 @@ SPLITS = ("train", "validation", "test")
 NEGATIVES = ("missing", "random", "reshuffle", "noise")
 GAINS = ("chosen", "chosen_per_token", "rejected", "rejected_per_token")
 PART = "pairs.jsonl.process-*"  # what processes other than the first have sampled
+SPLIT_SEED = 42  # the paper's data sets are split alike for every --seed: seeds then share their test rows
 SAMPLING = dict(demo=Sampling(1.0, 1.0, 96), jsonl=Sampling(1.0, 1.0, 256))  # pairs; method: the theory's own
+LETTERS = "ABCDEFGH"
 DEMO_CONTEXTS = 5  # contexts drawn for every demo training prompt: 600 pairs
-REQUEST = "{x} Please respect the following requirements made by the user: {c}"  # appendix D.2's user turn
+
+# The user's turn, by the data set's style. Appendix D.2's request and its frame for conversations, D.1's math
+# prompt with D.3's shots; the frame of multiple-choice questions is ours.
+REQUEST = "{x} Please respect the following requirements made by the user: {c}"
+SHORT = "Give me short 2-3 sentence answers to the following prompt: {x} Respond with short 2-3 sentences."
+MATH = ("You are a helpful math assistant. Solve the following problem step-by-step and give the final "
+        "answer after ####.")
+CHOICE = ("Answer this multiple-choice question. Think step by step, then end with a line of the form "
+          "'The answer is: <X>', where <X> is the letter of the right choice.\n\n{x}")
 
 
 # -------------------------------------------------------------------------------- data
@@ -62,36 +78,88 @@ class Example:
     split: str
     context: str | None = None
     user: str | None = None
-    reference: str | None = None
-    answer: str | None = None
+    reference: str | None = None  # a response to compare with: the one a person chose, or a strong model's
+    answer: str | None = None  # the right number or letter
     context_id: str | None = None
     group: str | None = None  # demo: "seen" or "unseen" context
     check: list | None = None  # demo: [checker name, arguments...]
     chosen: str | None = None
     rejected: str | None = None
+    style: str = "plain"  # of the user's turn: plain, short, math or choice
+    items: list[str] | None = None  # the context's parts, which a judge scores one by one
+    worse: str | None = None  # the response that a person preferred `reference` to
+    rubric: str | None = None  # how a judge compares two responses
+    choices: list[str] | None = None  # of a multiple-choice question
+    preference: dict | None = None  # Multi-Bench: what --contexts infer has put in the user's words
 
     def turn(self, context: str | None) -> str:
         """The user's turn with a context (this row's, another's or none)."""
-        return user_turn(self.prompt, context)
+        return user_turn(self.prompt, context, self.style)
 
 
-def user_turn(prompt: str, context: str | None) -> str:
+@functools.cache
+def shots() -> str:
+    """The eight worked examples of appendix D.3."""
+    form = "Example {}:\nQuestion: {question}\nAnswer: {answer}\n#### {short_answer}"
+    return "\n\n".join(form.format(i, **shot) for i, shot in enumerate(read_json(PAPER)["shots"], 1))
+
+
+def user_turn(prompt: str, context: str | None, style: str = "plain") -> str:
     """What the user says: the prompt, and the request to respect the context where there is one."""
-    return REQUEST.format(x=prompt, c=context) if context else prompt
+    if style == "math":
+        return f"{MATH}\n\n{shots()}\n\nNew question: {prompt}"
+    if style == "choice":
+        return CHOICE.replace("{x}", prompt)
+    text = REQUEST.replace("{x}", prompt).replace("{c}", context) if context else prompt
+    return SHORT.replace("{x}", text) if style == "short" else text
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Where a data set of the paper is, and how it is used."""
+
+    load: Callable[..., list[Example]]
+    hub: str
+    files: tuple[str, ...]  # what is fetched from the hub
+    sampling: Sampling  # of pairs: the authors' scripts
+    note: str  # what is chosen here where the paper is silent
+    terms: str  # licence and source
+    temperature: float = 0.1  # of evaluation, at top_p 0.9
+    contexts: str = "given"
 
 
 def load_examples(data: str, split: str, seed: int = 0) -> list[Example]:
-    """The examples of one split of `demo` or of a *.jsonl file, in a fixed order."""
+    """The examples of one split of a data set in a fixed order.
+
+    data: demo, a *.jsonl file, or one of DATA, with ":FOLDER" where it is not to come from the hub.
+    """
+    name, _, folder = data.partition(":")
     if data == "demo":
         examples = load_demo(seed)
     elif data.endswith(".jsonl"):
         examples = load_jsonl(Path(data), seed)
+    elif name in DATA:
+        examples = load_known(name, folder)
     else:
-        raise UserError(f"--data {data!r} is neither 'demo' nor a .jsonl file")
+        near = difflib.get_close_matches(name, DATA, n=1)
+        raise UserError(f"--data {data!r} is neither demo, a .jsonl file nor one of {', '.join(DATA)}"
+                        + (f" (did you mean {near[0]}?)" if near else ""))
     chosen = [e for e in examples if e.split == split]
     if not chosen:
         raise UserError(f"--data {data}: no example in the {split} part (of {len(examples)} in all)")
     return chosen
+
+
+@functools.cache
+def load_known(name: str, folder: str) -> list[Example]:
+    """A data set of the paper, from the hub or a folder; printed once: sizes, choices of ours, terms."""
+    d = DATA[name]
+    if folder and not all(Path(part).is_dir() for part in folder.split(",")):
+        raise UserError(f"--data {name}:{folder}: there is no such folder")
+    examples = d.load(folder) if folder else d.load(str(download(d.hub, d.files, "dataset")))
+    counts = ", ".join(f"{sum(e.split == s for e in examples)} {s}" for s in SPLITS)
+    print(f"{name}: {counts}; {d.note}. {d.terms}")
+    return examples
 
 
 def load_demo(seed: int) -> list[Example]:
@@ -150,7 +218,7 @@ def load_jsonl(path: Path, seed: int) -> list[Example]:
         if isinstance(row.get("context"), list):
             if not all(isinstance(item, str) for item in row["context"]):
                 raise UserError(f"{where}: column 'context' is a list, but not of texts only")
-            row["context"] = " ".join(row["context"])
+            row |= dict(items=row["context"], context=" ".join(row["context"]))
         if not row.get("prompt", "").strip():
             raise UserError(f"{where}: no 'prompt'")
         if "rejected" in row and "chosen" not in row:
@@ -170,6 +238,314 @@ def load_jsonl(path: Path, seed: int) -> list[Example]:
     if unused:
         print(f"{path}: columns not used: {', '.join(sorted(unused))}")
     return examples
+
+
+# -------------------------------------------------------------------------------- the paper's data sets
+
+def read_rows(folder: str, *patterns: str) -> list[dict]:
+    """The rows of the files that match the first pattern that any file matches: jsonl, json, csv, parquet."""
+    for pattern in patterns:
+        if files := sorted(Path(folder).glob(pattern)):
+            break
+    else:
+        raise UserError(f"{folder} has no {' or '.join(patterns)}")
+    rows: list[dict] = []
+    for file in files:
+        if file.suffix == ".jsonl":
+            rows += [row for _, row in read_jsonl(file)]
+        elif file.suffix == ".json":
+            rows += read_json(file)
+        elif file.suffix == ".csv":
+            csv.field_size_limit(sys.maxsize)
+            with open(file, newline="", encoding="utf-8") as f:
+                rows += csv.DictReader(f)
+        else:
+            try:
+                import pyarrow.parquet
+            except ImportError:
+                raise UserError(f"{file} is read with pyarrow: pip install pyarrow") from None
+            rows += pyarrow.parquet.read_table(file).to_pylist()
+    return rows
+
+
+def divide(examples: list[Example], key: Callable[[Example], str], **sizes: int | None) -> list[Example]:
+    """Give the parts (test=.., validation=.., train=..; None: all that is left) so many rows, by SPLIT_SEED.
+
+    Rows of one key stand in one part: what is too much of the last key's is left out.
+    """
+    groups: dict[str, list[Example]] = {}
+    for e in examples:
+        groups.setdefault(key(e), []).append(e)
+    left, whole = random.Random(SPLIT_SEED).sample(sorted(groups), len(groups)), []
+    for split, size in sizes.items():
+        part: list[Example] = []
+        while left and (size is None or len(part) < size):
+            part += groups[left.pop()]
+        whole += [dataclasses.replace(e, split=split) for e in part[:size]]
+    return whole
+
+
+def preferred(reference: str, others: list[str], *seed: str) -> tuple[str, str] | None:
+    """A chosen response and one rejected by seed, of another text; None where there is none."""
+    others = sorted({text for text in others if text.strip() and text != reference})
+    if not reference.strip() or not others:
+        return None
+    return reference, random.Random(derive("rejected", *seed)).choice(others)
+
+
+def load_prism(folder: str) -> list[Example]:
+    """PRISM (Kirk et al., 2024): the first turn of every conversation, with the user's own system_string."""
+    users = {row["user_id"]: row for row in read_rows(folder, "survey.jsonl")}
+    examples, dropped = [], 0
+    for row in read_rows(folder, "conversations.jsonl"):
+        turn = [t for t in row["conversation_history"] if t["turn"] == 0]
+        prompt = next((t["content"] for t in turn if t["role"] == "user"), "")
+        said = [t for t in turn if t["role"] == "model" and t["content"] not in (None, "", "EMPTY STRING")]
+        best = next((t["content"] for t in said if t["if_chosen"]), "")
+        pair = preferred(best, [t["content"] for t in said if not t["if_chosen"]], row["conversation_id"])
+        words = (users.get(row["user_id"], {}).get("system_string") or "").strip()
+        if pair is None or not prompt.strip() or not words:
+            dropped += 1
+            continue
+        examples.append(Example(row["conversation_id"], prompt, "", words, row["user_id"], pair[0],
+                                style="short", items=[words], worse=pair[1]))
+    print(f"prism: {dropped} conversations left out: no prompt, no system_string, nothing chosen or rejected")
+    return divide(examples, lambda e: e.user, test=194, validation=194, train=7294)
+
+
+def load_community(folder: str) -> list[Example]:
+    """Community Alignment (Zhang et al., 2025): English first turns, a row for each prompt and annotator."""
+    examples, seen, dropped = [], set(), 0
+    for row in read_rows(folder, "community_alignment.csv", "data/filtered_community_alignment.csv",
+                         "data/full_community_alignment.csv", "*.csv"):
+        if row["assigned_lang"] != "en":
+            continue
+        texts = {f"response_{x}": row[f"first_turn_response_{x}"] or "" for x in "abcd"}
+        texts = {x: text.removesuffix("<|end_of_text|>").strip() for x, text in texts.items()}
+        prompt, user = (row["first_turn_prompt"] or "").strip(), row["annotator_id"]
+        best = texts.pop(row["first_turn_preferred_response"], "")
+        pair = preferred(best, list(texts.values()), row["conversation_id"])
+        if pair is None or not prompt or (prompt, user) in seen:
+            dropped += 1
+            continue
+        seen.add((prompt, user))
+        examples.append(Example(row["conversation_id"], prompt, "", None, user, pair[0], style="short",
+                                worse=pair[1]))
+    print(f"community: {dropped} English rows left out: incomplete, or an annotator's prompt seen before")
+    return divide(examples, lambda e: e.user, test=200, validation=200, train=6564)
+
+
+def load_multibench(folder: str) -> list[Example]:
+    """Multifaceted Bench (Lee et al., 2024): a row for each of a prompt's four preferences."""
+    examples = []
+    for i, row in enumerate(read_rows(folder, "data/train-*.parquet", "*.parquet", "*.jsonl")):
+        if "preference_set" not in row:
+            raise UserError(f"{folder}: an old revision of Multifaceted Bench, without preference_set")
+        judged = row.get("rubrics") or row.get("rubric")
+        for j, (p, rubric) in enumerate(zip(row["preference_set"], judged, strict=True)):
+            examples.append(Example(f"mb{i:03}-{j}", row["prompt"], "", p["description"], None,
+                                    row["reference_answer"], items=[p["description"]], preference=p,
+                                    rubric=rubric_text(rubric)))
+    return divide(examples, lambda e: e.prompt, test=84, validation=84, train=None)
+
+
+def math_example(id: str, question: str, answer: str, reference: str | None, split: str) -> Example:
+    return Example(id, question, split, answer=str(number(str(answer))), reference=reference, style="math")
+
+
+def gsm_rows(folder: str, split: str) -> list[Example]:
+    return [math_example(f"gsm-{split}-{i}", r["question"], r["answer"].split("####")[-1], r["answer"], split)
+            for i, r in enumerate(read_rows(folder, f"main/{split}-*.parquet", f"{split}.jsonl"))]
+
+
+def load_gsm8k(folder: str) -> list[Example]:
+    """GSM8K (Cobbe et al., 2021): 5,000 training and 200 test problems; validation from the other training
+    ones."""
+    test = divide(gsm_rows(folder, "test"), lambda e: e.id, test=200)
+    return divide(gsm_rows(folder, "train"), lambda e: e.id, train=5000, validation=200) + test
+
+
+def load_svamp(folder: str) -> list[Example]:
+    """SVAMP (Patel et al., 2021), 700 and 300 problems, and 700 of GSM8K to train on too.
+
+    folder: SVAMP's, and GSM8K's after a comma, else that comes from the hub. All of SVAMP is in the training
+    or the test part, so validation is of 200 more problems of GSM8K.
+    """
+    folder, _, gsm = folder.partition(",")
+    whole = Path(folder, "SVAMP.json").exists()  # the authors' own file, not split yet
+
+    def some(split: str) -> list[Example]:
+        rows = read_rows(folder, "SVAMP.json" if whole else f"{split}.json", f"data/{split}-*.parquet")
+        bodies = [r["Body"].strip() for r in rows]
+        bodies = [b if b.endswith((".", "?", "!", ",")) else b + "." for b in bodies]
+        return [math_example(r["ID"], f"{b} {r['Question'].strip()}", r["Answer"], None, split)
+                for b, r in zip(bodies, rows, strict=True)]
+
+    svamp = divide(some(""), lambda e: e.id, train=700, test=300) if whole else some("train") + some("test")
+    gsm = gsm or str(download(DATA["gsm8k"].hub, DATA["gsm8k"].files, "dataset"))
+    return svamp + divide(gsm_rows(gsm, "train"), lambda e: e.id, train=700, validation=200)
+
+
+def choice_example(id: str, question: str, choices: list[str], right: int, split: str) -> Example:
+    """A multiple-choice question; its letters go by position, whatever the data call them."""
+    lines = [f"{letter}: {text}" for letter, text in zip(LETTERS, choices, strict=False)]
+    return Example(id, "\n".join([question, *lines]), split, answer=LETTERS[right], style="choice",
+                   choices=list(choices))
+
+
+def load_arc(folder: str, part: str) -> list[Example]:
+    """ARC (Clark et al., 2018): all training and validation questions, 500 of the test ones."""
+    examples = []
+    for split in SPLITS:
+        rows = [choice_example(r["id"], r["question"], r["choices"]["text"],
+                               r["choices"]["label"].index(r["answerKey"]), split)
+                for r in read_rows(folder, f"{part}/{split}-*.parquet", f"{part}/{split}.jsonl")]
+        examples += divide(rows, lambda e: e.id, test=500) if split == "test" else rows
+    return examples
+
+
+def load_mmlu(folder: str) -> list[Example]:
+    """MMLU (Hendrycks et al., 2021; in an earlier version of the paper): 5,000, 200 and 500 questions."""
+    examples = []
+    for split, file, size in (("train", "auxiliary_train", 5000), ("validation", "validation", 200),
+                              ("test", "test", 500)):
+        rows = [choice_example(f"{file}-{i}", r["question"], r["choices"], int(r["answer"]), split)
+                for i, r in enumerate(read_rows(folder, f"all/{file}-*.parquet", f"all/{file}.jsonl"))]
+        examples += divide(rows, lambda e: e.id, **{split: size})
+    return examples
+
+
+TALK, THINK, ASK = Sampling(0.1, 0.9, 512), Sampling(0.1, 0.9, 1024), Sampling(1.0, 0.9, 1024)
+DATA = dict(
+    prism=DataSet(
+        load_prism, "HannahRoseKirk/prism-alignment", ("survey.jsonl", "conversations.jsonl"), TALK,
+        "first turns, one rejected response by seed, users disjoint between parts; contexts are the users' "
+        "own system_string, where the paper had GPT-4o infer them (--contexts infer)",
+        "Human text CC-BY-4.0, model responses CC-BY-NC-4.0; Kirk et al., 2024, arXiv 2404.16019"),
+    community=DataSet(
+        load_community, "facebook/community-alignment-dataset", ("*.csv", "data/filtered*.csv"), TALK,
+        "English first turns, one rejected response by seed, annotators disjoint between parts; contexts are "
+        "inferred by --judge or by the model itself, where the paper asked GPT-4o",
+        "CC-BY-4.0; Zhang et al., 2025, arXiv 2507.09650", contexts="infer"),
+    multibench=DataSet(
+        load_multibench, "kaist-ai/Multifaceted-Bench", ("data/*.parquet",), THINK,
+        "split by prompt, validation out of the paper's 3,600 training rows; contexts are the preferences' "
+        "descriptions, which --contexts infer puts in the user's words; references are GPT-4's",
+        "CC-BY-4.0; Lee et al., 2024, arXiv 2405.17977"),
+    gsm8k=DataSet(
+        load_gsm8k, "openai/gsm8k", ("main/*.parquet",), THINK,
+        "validation is other training problems", "MIT; Cobbe et al., 2021, arXiv 2110.14168"),
+    svamp=DataSet(
+        load_svamp, "ChilleD/SVAMP", ("train.json", "test.json"), THINK,
+        "half of training and all of validation are GSM8K problems",
+        "MIT; Patel et al., 2021, arXiv 2103.07191"),
+    mmlu=DataSet(
+        load_mmlu, "cais/mmlu", ("all/auxiliary_train-*", "all/validation-*", "all/test-*"), ASK,
+        "not in the paper's last version: sizes are ours", "MIT; Hendrycks et al., 2021, arXiv 2009.03300",
+        temperature=1.0),
+)
+DATA |= {f"arc-{part.lower()}": DataSet(
+    functools.partial(load_arc, part=f"ARC-{part}"), "allenai/ai2_arc", (f"ARC-{part}/*.parquet",), ASK,
+    "prompt ours, letters by position", "CC-BY-SA-4.0; Clark et al., 2018, arXiv 1803.05457", temperature=1.0)
+    for part in ("Easy", "Challenge")}
+
+
+# -------------------------------------------------------------------------------- contexts
+
+def add_contexts(examples: list[Example], args: "DataArgs") -> list[Example]:
+    """The examples with their contexts: the data's own, inferred by a judge (--contexts infer; Multi-Bench:
+    put in the user's words), or those of a file. Rows that get none are dropped and counted.
+
+    Inferred ones are kept by the judge's cache, and written to a file beside it for --contexts FILE.
+    """
+    mode = contexts_of(args)
+    if mode == "given":
+        return examples
+    if mode == "infer":
+        asked = args if args.judge else dataclasses.replace(args, judge=args.model, judge_url="")
+        judge = Judge(asked, args.slots, args.date)
+        if examples[0].preference:
+            found = [said and [said] for said in rewrite(judge, [e.preference for e in examples])]
+        elif all(e.reference and e.worse for e in examples):
+            found = infer(judge, [(e.prompt, e.reference, e.worse) for e in examples])
+        else:
+            raise UserError(f"--contexts infer: {args.data} has no choice of two responses to infer from")
+        items = {e.id: texts for e, texts in zip(examples, found, strict=True) if texts}
+        file = Path(args.judge_cache).with_name(f"contexts-{args.data.partition(':')[0]}.jsonl")
+        known = {row["id"]: row["items"] for row in read_grown(file)} if not rank() else {}
+        write_jsonl(file, (dict(id=id, items=texts) for id, texts in sorted((known | items).items())))
+        print(f"contexts inferred by {judge.args.judge}, written to {file}")
+    else:
+        items = {row["id"]: row["items"] for _, row in read_jsonl(Path(mode))}
+    kept = [dataclasses.replace(e, items=items[e.id], context=" ".join(items[e.id]))
+            for e in examples if e.id in items]
+    print(f"contexts of {len(kept)} of {len(examples)} examples; the others are dropped")
+    if not kept:
+        raise UserError(f"--contexts {mode}: no example of {args.data} has a context")
+    return kept
+
+
+def note_of(args: "DataArgs") -> dict:
+    """What eval.json says of the data: which, where their contexts are from, choices of ours, licence."""
+    name, contexts = args.data.partition(":")[0], contexts_of(args)
+    by = (args.judge or Path(args.model).name) if contexts == "infer" else None
+    known = DATA.get(name)
+    return dict(name=name, contexts=contexts, inferred_by=by, note=known and known.note,
+                terms=known and known.terms)
+
+
+def contexts_of(args: "DataArgs") -> str:
+    """given, infer, or a file: --contexts, else what the data set needs."""
+    name = args.data.partition(":")[0]
+    return args.contexts or (DATA[name].contexts if name in DATA else "given")
+
+
+# -------------------------------------------------------------------------------- answers
+
+NUMBER = r"(?P<sign>[-+\u2212]?)\s*[$\u00a3\u20ac]?\s*(?P<minus>[-\u2212]?)" \
+         r"(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![\d,]*\d)(?!\s*/\s*\d)"
+
+
+def number(text: str) -> Decimal | None:
+    """The number that a text begins with, exactly: sign, currency, thousands commas and decimals are read,
+    marks before it ("**") and whatever follows are passed over. A fraction is none."""
+    found = re.match(r"[\s*_\\(=:]*" + NUMBER, text)
+    if found is None:
+        return None
+    value = Decimal(found["value"].replace(",", "")).normalize()
+    if value and (found["sign"] in ("-", "\u2212") or found["minus"]):
+        value = -value
+    return value.quantize(Decimal(1)) if value == value.to_integral_value() else value
+
+
+def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> str | None:
+    """The final answer of a response, None where there is none.
+
+    math: the number after the last ####; flexible: else the last number. choice: the letter after the last
+    "the answer is:"; flexible: else the last letter that stands alone.
+    """
+    if style == "math":
+        found = number(text.rpartition("####")[2]) if "####" in text else None
+        if found is None and flexible:
+            starts = re.finditer(r"(?<![\w.,])(?:[-+\u2212$\u00a3\u20ac]+\s?)?\.?\d", text)
+            read = (number(text[m.start():]) for m in reversed(list(starts)))
+            found = next((n for n in read if n is not None), None)
+        return None if found is None else str(found)
+    letters = LETTERS[:choices]
+    said = re.findall(rf"(?i:the (?:correct |right |best )?answer is)(?:\s*:[\s*(<\[]*([{letters}])(?![\w'])"
+                      rf"|[\s*(<\[]+([{letters}])(?=[.,;)*>\]]|\s*$|\s*\n))", text)
+    if not said and flexible:
+        said = re.findall(rf"(?<![\w'])()([{letters}])(?![\w']|\s+[a-z])", text)
+    return (said[-1][0] or said[-1][1]) if said else None
+
+
+def verify(example: Example, text: str, flexible: bool = False) -> bool | None:
+    """Whether a response is right, by the example's checker or answer; None where it has neither."""
+    if example.check:
+        return honours(example.check, text)
+    if example.answer is None or example.style not in ("math", "choice"):
+        return None
+    return extract(example.style, text, len(example.choices or ()), flexible) == example.answer
 
 
 # -------------------------------------------------------------------------------- demo checks
@@ -261,22 +637,28 @@ class Pair:
     finished: list[bool]  # chosen, then rejected
     gain_chosen: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, summed over tokens
     gain_rejected: list[float] | None = None
+    style: str = "plain"  # of the user's turn, as in Example
 
 
 def other_rows(examples: list[Example], seed: int, count: int = 1) -> list[list[Example]]:
     """For each row `count` others by seed, with another context (in data without contexts: another prompt).
     """
     key = (lambda e: e.context) if any(e.context for e in examples) else (lambda e: e.prompt)
-    if len({key(e) for e in examples}) < 2:
-        raise UserError("--neg random needs at least two different contexts (without contexts: two prompts)")
+    if len({key(e) for e in examples}) < 2 or len({e.user or e.id for e in examples}) < 2:
+        raise UserError("--neg random needs two different contexts, of two users where there are users "
+                        "(without contexts: two different prompts)")
     others = []
     for i, example in enumerate(examples):
         draw = random.Random(derive("random", seed, i))
         row: list[Example] = []
+        tries = 0
         while len(row) < count:
-            other = draw.choice(examples)
-            if key(other) != key(example):
+            other, tries = draw.choice(examples), tries + 1
+            if key(other) != key(example) and (other.user is None or other.user != example.user):
                 row.append(other)
+            elif tries > 100 * len(examples):
+                raise UserError(f"--neg random: no other user than {example.user!r} has another context than "
+                                f"example {example.id!r}")
         others.append(row)
     return others
 
@@ -332,7 +714,7 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
                 pairs[i] = Pair(e.id, e.prompt, e.context, tokenizer.decode(chosen.ids),
                                 [tokenizer.decode(r.ids) for r in rejected], prompts[i][0], chosen.ids,
                                 [r.ids for r in rejected], prompts[i][1:],
-                                [chosen.finished, *(r.finished for r in rejected)])
+                                [chosen.finished, *(r.finished for r in rejected)], style=e.style)
                 file.write(json.dumps(dataclasses.asdict(pairs[i]), ensure_ascii=False) + "\n")
                 file.flush()
 
@@ -351,7 +733,8 @@ def ready_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[Pair]:
         rejected = [] if e.rejected is None else [e.rejected]
         pairs.append(Pair(e.id, e.prompt, e.context, e.chosen, rejected, tokenizer.chat(e.turn(e.context)),
                           tokenizer.response(e.chosen), [tokenizer.response(r) for r in rejected],
-                          [tokenizer.chat(e.turn(None)) for _ in rejected], [True] * (1 + len(rejected))))
+                          [tokenizer.chat(e.turn(None)) for _ in rejected], [True] * (1 + len(rejected)),
+                          style=e.style))
     return pairs
 
 
@@ -529,10 +912,13 @@ def check_settings(folder: Path, made: dict, settings: dict) -> None:
 # -------------------------------------------------------------------------------- command line
 
 @dataclass
-class DataArgs:
+class DataArgs(JudgeArgs):
     """What every program that samples needs to be told; train.py and eval.py add to it."""
 
-    data: str = option("demo", "demo, or a .jsonl file of your own", "data")
+    data: str = option("demo", f"demo, a .jsonl file of your own, or {', '.join(DATA)}, with :FOLDER for a "
+                       "copy on disk", "data")
+    contexts: str = option("", "given; infer: by --judge, else by the model itself; or a file of inferred "
+                           "ones (default: given, community: infer)", "data")
     model: str = option("", "Hugging Face folder or hub id; tiny is the embedded model (default: tiny for "
                         f"demo, else {QWEN})", "data")
     limit: int = option(0, "use at most this many examples, 0 for all", "data")
@@ -568,9 +954,13 @@ class Args(PairArgs):
     out: str = option("", "folder for pairs.jsonl and pairs.json", "data")
 
 
-def sampling_for(args: DataArgs) -> Sampling:
-    """The data set's sampling settings with the user's changes."""
-    base = SAMPLING["demo" if args.data == "demo" else "jsonl"]
+def sampling_for(args: DataArgs, evaluation: bool = False) -> Sampling:
+    """The data set's sampling settings, of pairs or of evaluation, with the user's changes."""
+    name = args.data.partition(":")[0]
+    base = DATA[name].sampling if name in DATA else SAMPLING["demo" if name == "demo" else "jsonl"]
+    if evaluation:
+        temperature = DATA[name].temperature if name in DATA else 0.1
+        base = dataclasses.replace(base, temperature=temperature, top_p=0.9)
     changes = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
     return dataclasses.replace(base, top_k=args.top_k, **{k: v for k, v in changes.items() if v is not None})
 
@@ -581,16 +971,16 @@ def examples_for(args: DataArgs, split: str) -> list[Example]:
     if 0 < args.limit < len(examples):
         drawn = random.Random(derive("limit", args.seed)).sample(range(len(examples)), args.limit)
         examples = [examples[i] for i in sorted(drawn)]
-    return examples
+    return add_contexts(examples, args)
 
 
 def pair_settings(args: PairArgs, examples: list[Example]) -> dict:
     """All that decides what the pairs are: stored beside them, and compared before they are used again."""
     rows = [dataclasses.asdict(e) for e in examples]
     data = hashlib.sha256(repr(rows).encode()).hexdigest()[:12]
-    return dict(data=args.data, data_fingerprint=data, examples=len(examples), model=args.model,
-                neg=args.neg, n_neg=args.n_neg, seed=args.seed, date=args.date, dtype=args.dtype,
-                sampling=dataclasses.asdict(sampling_for(args)))
+    return dict(data=args.data, contexts=contexts_of(args), data_fingerprint=data, examples=len(examples),
+                model=args.model, neg=args.neg, n_neg=args.n_neg, seed=args.seed, date=args.date,
+                dtype=args.dtype, sampling=dataclasses.asdict(sampling_for(args)))
 
 
 def check_negatives(examples: list[Example], args: PairArgs) -> None:

@@ -84,10 +84,12 @@ def parse_all(cls: type, argv: list[str] | None = None, usage: str = "") -> list
         meta = field.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         kind = next((t for t in typing.get_args(hints[field.name]) if t is not type(None)), hints[field.name])
-        shown = "" if field.default in (None, "", False) else f" (default: {field.default})"
+        shown = "" if field.default in (None, "", False, ()) else f" (default: {field.default})"
         common = dict(default=field.default, help=(meta["help"] + shown).replace("%", "%%"))
         if field.name == "prompt":  # the only positional argument there is: `python sample.py "..."`
             group.add_argument(field.name, nargs="?", **common)
+        elif kind is tuple:
+            group.add_argument("--" + field.name.replace("_", "-"), nargs="+", metavar="FOLDER", **common)
         elif kind is bool:
             group.add_argument("--" + field.name.replace("_", "-"), action="store_true", **common)
         else:

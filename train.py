@@ -32,12 +32,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eval import TEMPERATURE, TOP_P, evaluation, learning_curve
+from eval import evaluation, learning_curve
 from eval import Args as EvalArgs
 from losses import Group, batches, dpo, score
 from model import Config, Decoder, find, load, save
-from pairs import (Pair, PairArgs, examples_for, honours, load_pairs, make_pairs, pairs_for, sampling_for,
-                   user_turn)
+from pairs import (Pair, PairArgs, examples_for, load_pairs, make_pairs, pairs_for, sampling_for, user_turn,
+                   verify)
 from run import (Metrics, UserError, default_device, derive, environment, fingerprint, gather, main,
                  matmul_ceiling, mine, option, parse_all, peak_memory, progress, rank, read_json, read_jsonl,
                  world, write_json)
@@ -289,9 +289,9 @@ def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metr
 class Selection:
     """Scores models on the validation part and keeps the best of them in the run folder's model/.
 
-    The score is the share of sampled responses that honour their context, where the data can check that
-    (win_rate), else the share of validation pairs whose margin is positive (margin_accuracy). Equal scores
-    leave the earlier model.
+    The score is the share of sampled responses that honour their context or solve their task, where the data
+    can check that (win_rate), else the share of validation pairs whose margin is positive (margin_accuracy).
+    Equal scores leave the earlier model.
     """
 
     def __init__(self, args: Args, folder: Path, source: Path):
@@ -299,7 +299,7 @@ class Selection:
         self.folder, self.source = folder, source
         self.examples = examples_for(self.args, "validation")
         self.best = dict(score=-math.inf)
-        self.name = "win_rate" if all(e.check for e in self.examples) else "margin_accuracy"
+        self.name = "win_rate" if verify(self.examples[0], "") is not None else "margin_accuracy"
         if self.name == "win_rate":
             self.tokenizer = Tokenizer(source, args.date)
         else:
@@ -311,14 +311,14 @@ class Selection:
         if self.name == "margin_accuracy":
             logps = all_logps(model, self.pairs, self.args, "validation")
             return dpo(logps, self.reference, self.args.beta)[1]["accuracy"].mean().item()
-        draws = dataclasses.replace(sampling_for(self.args), temperature=TEMPERATURE, top_p=TOP_P)
+        draws = sampling_for(dataclasses.replace(self.args, temperature=None, top_p=None), evaluation=True)
         share = mine(list(enumerate(self.examples)))
         prompts = [self.tokenizer.chat(e.turn(e.context)) for _, e in share]
         bar = progress(len(prompts), "responses", "validation")
         samples = generate(model.snapshot(), prompts, draws, self.tokenizer.stop_ids, self.args.seed,
                            [(i, 0) for i, _ in share], self.args.slots, bar)
         bar.close()
-        hits = gather([honours(e.check, self.tokenizer.decode(s.ids))
+        hits = gather([verify(e, self.tokenizer.decode(s.ids))
                        for (_, e), s in zip(share, samples, strict=True)])
         return sum(hits) / len(hits)
 
@@ -436,7 +436,8 @@ def given_pairs(args: Args, source: Path) -> list[Pair]:
     """The pairs of --pairs, after a check that this model's tokenizer made them."""
     pairs = load_pairs(Path(args.pairs))
     first = pairs[0]
-    if Tokenizer(source, args.date).chat(user_turn(first.prompt, first.context)) != first.prompt_ids:
+    turn = user_turn(first.prompt, first.context, first.style)
+    if Tokenizer(source, args.date).chat(turn) != first.prompt_ids:
         raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
                         "its tokenizer, chat template or --date is another one")
     if args.method == "dpo" and not first.rejected:

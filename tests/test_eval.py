@@ -224,7 +224,9 @@ def test_compare_by_hand():
     assert got["context_gain_per_token"]["mean"] == pytest.approx(sum(p) / 4)
     assert got["context_gain_per_token"]["high"] == pytest.approx((p[0] + p[1]) / 2)
     back = compare(ROWS, THEIRS, OURS)
-    assert all(back[key]["mean"] == pytest.approx(-got[key]["mean"]) for key in got)
+    assert all(back[key]["mean"] == pytest.approx(-got[key]["mean"])
+               for key in got if key not in ("score", "mcnemar_p"))
+    assert got["score"]["n"] == 0 and got["mcnemar_p"] is None  # no judge, no task
 
 
 def test_compare_with_a_system_that_has_no_gain():
@@ -272,7 +274,7 @@ def answered(tiny):
     """(base, tokenizer, arguments, responses) of GRID under the tiny model and another one as trained."""
     base, trained, tokenizer = load(tiny), random_model(seed=1), Tokenizer(tiny)
     tokenizer.stop_ids = frozenset(range(1, 320, 9))
-    args = Args(model="tiny", temperature=1.0, top_p=0.9, max_new_tokens=7, seed=3, slots=4)
+    args = Args(model="tiny", data="demo", temperature=1.0, top_p=0.9, max_new_tokens=7, seed=3, slots=4)
     return base, trained, tokenizer, args, respond(base, trained, tokenizer, GRID, args)
 
 
@@ -343,11 +345,12 @@ def test_the_base_model_as_trained_model_makes_no_difference(answered):
 
 
 def test_rows_without_contexts_have_no_gain(answered):
-    """A prompt alone is answered by every system; there is no second prompt to compare with."""
+    """A prompt alone is answered by the base and the trained model; there is no context to leave out."""
     base, _, tokenizer, args, _ = answered
     responses = respond(base, base, tokenizer, [row(0, "Why?"), row(1, "How?")], args)
     assert all(math.isnan(r.gain) for system in responses.values() for r in system)
-    assert [r.ids for r in responses["prompted"]] == [r.ids for r in responses["default"]]
+    assert list(responses) == ["default", "trained"]
+    assert [r.ids for r in responses["trained"]] == [r.ids for r in responses["default"]]
 
 
 # ------------------------------------------------------------------------------------------- program

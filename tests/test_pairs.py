@@ -42,7 +42,8 @@ def test_columns_become_an_example(tmp_path):
             "user": "ann", "id": "row-7", "split": "validation"}
     a, b, c = load_jsonl(write_rows(tmp_path / "a.jsonl", full, {"prompt": "x", "split": "test"},
                                     {"prompt": "y", "context": "z", "answer": None, "split": "train"}), 0)
-    assert a == Example("row-7", "Hi?", "validation", "I am old. I am tall.", "ann", "Hello.", "B")
+    assert a == Example("row-7", "Hi?", "validation", "I am old. I am tall.", "ann", "Hello.", "B",
+                        items=["I am old.", "I am tall."])
     assert (b.prompt, b.split, b.context, b.chosen) == ("x", "test", None, None)
     assert (c.prompt, c.split, c.context, c.answer) == ("y", "train", "z", None)
     assert len({a.id, b.id, c.id}) == 3

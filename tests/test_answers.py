@@ -1,0 +1,107 @@
+"""Final answers of math and multiple-choice responses: awkward strings by table, golds of the real files."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from pairs import Example, extract, number, verify
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+STRICT_MATH = [  # response, the number after the last ####
+    ("so 5 + 3 = 8\n#### 8", "8"), ("#### 1,080", "1080"), ("#### 1,234,567", "1234567"), ("#### -5", "-5"),
+    ("#### \u22125", "-5"), ("#### $18", "18"), ("#### $18.", "18"), ("#### -$7.50", "-7.5"),
+    ("#### $-7.5", "-7.5"), ("#### 72 clips", "72"), ("####72", "72"), ("####  72  ", "72"),
+    ("#### **72**", "72"), ("#### 50%", "50"), ("#### 0.5", "0.5"), ("#### .5", "0.5"), ("#### 3.0", "3"),
+    ("#### 1,080.25", "1080.25"), ("#### +4", "4"), ("#### \u20ac12", "12"), ("#### 007", "7"),
+    ("#### 18.00", "18"), ("#### 1000", "1000"), ("#### 0", "0"), ("#### -0", "0"), ("#### 4\n#### 6", "6"),
+    ("#### 4\nwait\n#### ", None), ("The answer is 8", None), ("#### eight", None), ("", None),
+    ("####", None), ("#### 1/2", None), ("#### 1,08,0", None), ("### 8", None), ("#### \n12", "12"),
+    ("#### = 12", "12"), ("#### 3km", "3"), ("#### \\(42\\)", "42"), ("#### 12.5 dollars", "12.5"),
+    ("#### 99999999999999999999", "99999999999999999999"),
+]
+LOOSE_MATH = [  # response without a readable ####, its last number
+    ("The answer is 8.", "8"), ("8 apples and 12 pears", "12"), ("it is -3", "-3"), ("10-3 is 7", "7"),
+    ("between 5-10", "10"), ("costs $1,080.50 in all", "1080.5"), ("no number", None),
+    ("#### eight, that is 8", "8"), ("x2 is a name, 9 is not", "9"), ("on 3, 4 and .5", "0.5"), ("60%", "60"),
+    ("a) 4 b) 6", "6"),
+]
+STRICT_CHOICE = [  # response, letter; four choices
+    ("The answer is: B", "B"), ("the answer is: B.", "B"), ("The answer is: <C>", "C"),
+    ("The answer is: **D**", "D"), ("The answer is: (A)", "A"), ("The answer is (A)", "A"),
+    ("The answer is B.", "B"), ("The answer is B", "B"), ("The correct answer is: C", "C"),
+    ("THE ANSWER IS: D", "D"), ("The answer is: A: shady areas", "A"),
+    ("The answer is: A\nThe answer is: B", "B"), ("The answer is: E", None), ("The answer is: b", None),
+    ("The answer is: Because", None), ("The answer is A good idea", None), ("B", None), ("Answer: B", None),
+    ("", None), ("The answer is:\nC", "C"), ("The answer is: <X>", None), ("The answer is: [B]", "B"),
+    ("the best answer is: D)", "D"),
+]
+LOOSE_CHOICE = [  # the last letter that stands alone
+    ("I choose B.", "B"), ("A dog barks, so C", "C"), ("(D)", "D"), ("A dog", None), ("B's", None),
+    ("E", None),
+]
+
+
+def test_the_table_is_long_enough():
+    assert sum(map(len, (STRICT_MATH, LOOSE_MATH, STRICT_CHOICE, LOOSE_CHOICE))) >= 40
+
+
+@pytest.mark.parametrize(("text", "value"), STRICT_MATH)
+def test_strict_math(text, value):
+    assert extract("math", text) == value
+
+
+@pytest.mark.parametrize(("text", "value"), LOOSE_MATH)
+def test_flexible_math(text, value):
+    assert extract("math", text, flexible=True) == value
+
+
+@pytest.mark.parametrize(("text", "letter"), STRICT_CHOICE)
+def test_strict_choice(text, letter):
+    assert extract("choice", text, 4) == letter
+
+
+@pytest.mark.parametrize(("text", "letter"), LOOSE_CHOICE)
+def test_flexible_choice(text, letter):
+    assert extract("choice", text, 4, flexible=True) == letter
+
+
+@pytest.mark.parametrize(("text", "value"), [row for row in STRICT_MATH if row[1] is not None])
+def test_flexible_agrees_where_strict_has_an_answer(text, value):
+    assert extract("math", text, flexible=True) == value
+
+
+def test_verify_compares_exact_decimals():
+    e = Example("1", "q", "test", answer=str(number("1,080.00")), style="math")
+    assert verify(e, "#### 1080") and verify(e, "#### $1,080.0") and not verify(e, "#### 1080.01")
+    assert verify(Example("1", "q", "test"), "#### 1") is None
+    assert verify(Example("1", "q", "test", answer="free text"), "free text") is None  # a column of own data
+
+
+def golds() -> list[tuple[str, str]]:
+    rows = []
+    for name in ("train", "test"):
+        lines = (SHARED / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        solutions = [json.loads(line)["answer"] for line in lines]
+        rows += [(solution, solution.rsplit("#### ", 1)[1]) for solution in solutions]
+    return rows
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real files are not at hand")
+def test_every_gold_answer_of_gsm8k():
+    rows = golds()
+    assert len(rows) == 7473 + 1319
+    for solution, gold in rows:  # by another way: what is not a digit, sign or point is dropped
+        exact = Decimal("".join(c for c in gold if c.isdigit() or c in "-."))
+        assert Decimal(extract("math", solution)) == exact == number(gold)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real files are not at hand")
+def test_every_gold_answer_of_svamp():
+    rows = json.loads((SHARED / "svamp" / "SVAMP.json").read_text(encoding="utf-8"))
+    assert len(rows) == 1000
+    for row in rows:
+        assert Decimal(number(str(row["Answer"]))) == Decimal(repr(row["Answer"]))
+        assert extract("math", f"#### {row['Answer']}") == str(int(row["Answer"]))
