@@ -187,8 +187,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (H, m, D)."""
     m, n = q.shape[1], k.shape[1]
     # Spelled out, the products run as bf16 matrix products: 2.5 times as fast as the CPU's flash kernel,
-    # forward and backward. Beyond 1,024 tokens the (m, n) tables would cost too much memory.
-    spelled_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and n <= 1024
+    # forward and backward. Beyond 1,024 x 1,024 the tables would cost too much memory.
+    spelled_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and m * n <= 2**20
     if m == n and not spelled_out:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
     mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)  # (m, n): where a row may look

@@ -10,14 +10,19 @@ from pathlib import Path
 
 import pytest
 
+import train
+from pairs import DATA
+from run import parse_all
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [line.strip() for line in TEXT.splitlines() if re.match(r"    (pip|python|torchrun) ", line)]
 SMALL = {  # what makes a command small; those on given pairs are small already
     "train.py": ["--limit", "12", "--max-new-tokens", "8"], "pairs.py": ["--limit", "12"],
-    "eval.py": ["--limit", "12"], "sample.py": ["--max-new-tokens", "8"],
+    "eval.py": ["--limit", "12"], "sample.py": ["--max-new-tokens", "8"], "judge.py": [],
 }  # fmt: skip
 ENDS = {"train.py": "summary.json", "pairs.py": "pairs.json", "eval.py": "eval.json"}
+OPTIONS = {"train.py": train.Args}  # of the commands that need the hub: test_datasets.py has a fake one
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,11 @@ def test_a_command_runs_to_its_end(command, folder):
     if "pytest" in command:
         assert command == "python -m pytest"
         return
-    argv = shlex.split(command.replace("MODEL", "tiny"))
+    argv = shlex.split(command.replace("MODEL", "tiny").replace("JUDGE", "tiny"))
     program = next(word for word in argv if word in SMALL)
+    if argv[argv.index("--data") + 1 if "--data" in argv else 0] in DATA:
+        assert parse_all(OPTIONS[program], argv[argv.index(program) + 1 :])
+        return
     if "--pairs" not in argv:
         argv += [word for flag, value in zip(SMALL[program][::2], SMALL[program][1::2], strict=True)
                  if flag not in argv for word in (flag, value)]
@@ -56,8 +64,10 @@ def test_a_command_runs_to_its_end(command, folder):
     new = {p.name for p in folder.rglob("*") if before.get(p) != p.stat().st_mtime_ns}
     if "--dry-run" in argv:
         assert "estimate" in done.stdout and not any(name.endswith((".json", ".jsonl")) for name in new)
-    elif program == "sample.py":
+    elif program in ("sample.py", "judge.py"):
         assert done.stdout.strip()
+    elif "--report" in argv:
+        assert {"report.md", "report.png"} <= new
     else:
         assert ENDS[program] in new
 
