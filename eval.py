@@ -244,9 +244,9 @@ def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, exampl
     responses = dict(known or {})
     if not known:
         right, wrong = (logps.pop(0)[:, 0] for _ in range(2))
-        alone = {p: scored(samples["default"][i], right[i], math.nan, right[i] - wrong[i])
-                 for i, p in enumerate(prompts)}
-        responses["default"] = [dataclasses.replace(alone[e.prompt]) for e in examples]
+        position = {prompt: i for i, prompt in enumerate(prompts)}
+        responses["default"] = [scored(samples["default"][i], right[i], math.nan, right[i] - wrong[i])
+                                for i in (position[e.prompt] for e in examples)]
     for column, system in enumerate(others):
         right, wrong, *without = (p[:, column] for p in logps)
         gains = np.where([bool(e.context) for e in examples], right - (without or [right])[0], np.nan)
@@ -808,9 +808,11 @@ def evaluation(args: Args) -> None:
               for name in args.judge.split(",") if name]
     # the run's seed made the split: another one would put training prompts into the test part; and its
     # contexts come from where training's came from, whoever judges
-    source = dict(seed=args.seed, contexts=args.contexts, judge="", judge_url="", model=base_name) | {
+    source = dict(judge=args.judge.split(",")[0], model=base_name) | {
         key: trained_with[key] for key in ("seed", "contexts", "judge", "judge_url") if key in trained_with}
     examples = examples_for(dataclasses.replace(args, **source), args.split)
+    if args.judge and not all(e.context for e in examples):
+        raise UserError(f"--judge: {args.data} has rows without a context, and contexts are what is judged")
     settings = dict(model=base_name, split=args.split, examples=fingerprint([vars(e) for e in examples]),
                     seed=args.seed, sampling=dataclasses.asdict(sampling), date=args.date, dtype=args.dtype)
     name = "" if args.split == "test" else f"-{args.split}"

@@ -513,8 +513,7 @@ def number(text: str) -> Decimal | None:
     if found is None:
         return None
     value = Decimal(found["value"].replace(",", "")).normalize()
-    if value and (found["sign"] in ("-", "\u2212") or found["minus"]):
-        value = -value
+    value = -value if found["sign"] in ("-", "\u2212") or found["minus"] else value
     return value.quantize(Decimal(1)) if value == value.to_integral_value() else value
 
 

@@ -180,6 +180,15 @@ def test_scores_win_tie_and_go_unread():
     assert difference["mean"] == pytest.approx(4 / 3)
 
 
+def test_default_rows_of_one_prompt_are_scored_apart(tiny):
+    """They hold one answer, but each row's context judges it anew."""
+    rows = [Example(i, "p", "test", f"ITEM{i}", reference="r") for i in "12"]
+    args = evaluation.Args(model=str(tiny), data="own.jsonl", max_new_tokens=4, slots=4)
+    answers = respond(random_model(), None, Tokenizer(tiny), rows, args)
+    judge_all(Scripted(ITEM1="2", ITEM2="5"), rows, answers, False)
+    assert [r.scores["scripted"] for r in answers["default"]] == [2.0, 5.0]
+
+
 def test_the_judges_own_accuracy_is_that_of_the_better_over_the_worse():
     _, found = judged()
     assert found["critic"]["strict"]["mean"] == 0.0 and found["critic"]["tie_tolerant"]["mean"] == 0.0
