@@ -45,17 +45,21 @@ def report(**values) -> None:
     print(json.dumps(values), flush=True)
 
 
-def machine() -> None:
-    """Report what the machine reaches now: FLOP/s in bf16, and bytes a copy reads and writes a second."""
-    device = default_device()
-    a = torch.ones(2**26, device=device)
+def copy_speed(count: int = 2**26) -> float:
+    """Bytes a second that a copy of `count` numbers reads and writes."""
+    a = torch.ones(count, device=default_device())
     b, best = torch.empty_like(a), float("inf")
     for _ in range(6):
         start = clock()
         b.copy_(a)
         best = min(best, clock() - start)
-    report(**environment(), matmul_gflops=matmul_ceiling(torch.bfloat16, device) / 1e9,
-           copy_gb_per_s=2 * a.nbytes / best / 1e9)
+    return 2 * a.nbytes / best
+
+
+def machine() -> None:
+    """Report what the machine reaches now: FLOP/s in bf16, and bytes a copy reads and writes a second."""
+    report(**environment(), matmul_gflops=matmul_ceiling(torch.bfloat16, default_device()) / 1e9,
+           copy_gb_per_s=copy_speed() / 1e9)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -1,0 +1,97 @@
+"""head.py - hidden states to token log-probs and back, against what one would write or install instead.
+
+    ours           losses.token_logps: blocks of the vocabulary, on a GPU the Triton kernels over them
+    materialised   log_softmax of all logits, gathered
+    torch          torch.nn.functional.linear_cross_entropy, reduction "none" (torch 2.13 and later)
+    liger, cce     Liger's fused linear cross-entropy, cut-cross-entropy's "none", where they are installed
+
+Every token has an upstream gradient of its own, as in DPO; hidden states and weight both get theirs. The
+model's shape by default, random numbers. Seconds are of the fastest of five; memory is the peak.
+
+    python bench/head.py --model DIR [--tokens 1024]
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from side_by_side import clock, measure, parser, ratios, report
+
+from losses import token_logps
+from model import Config, find
+from run import default_device, read_json, tune_allocator
+
+
+def materialised(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(hidden, weight).float()  # (N, V)
+    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)  # (N,)
+
+
+def fused_by_torch(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -F.linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def liger(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    return -liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def cce(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+HEADS = dict(ours=token_logps, materialised=materialised, torch=fused_by_torch, liger=liger, cce=cce)
+
+
+def available() -> list[str]:
+    """The heads that can run here."""
+    there = dict(torch=hasattr(F, "linear_cross_entropy"),
+                 liger=torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"),
+                 cce=torch.cuda.is_available() and importlib.util.find_spec("cut_cross_entropy"))
+    return [name for name in HEADS if there.get(name, True)]
+
+
+def run_head(head, tokens: int, size: int, vocabulary: int, device: torch.device) -> dict:
+    """Seconds forward and backward, and how far the log-probs are from fp64's on 64 tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    made = dict(generator=generator, device=device)
+    hidden = torch.randn(tokens, size, **made).bfloat16().requires_grad_()  # (N, E)
+    weight = torch.randn(vocabulary, size, **made).mul_(size**-0.5).bfloat16().requires_grad_()  # (V, E)
+    targets, upstream = torch.randint(vocabulary, (tokens,), **made), torch.rand(tokens, **made)  # (N,)
+    with torch.no_grad():
+        some = slice(0, 64)
+        exact = materialised(hidden[some].double(), weight.double(), targets[some]).double()
+        error = (head(hidden, weight, targets)[some] - exact).abs().max().item()
+    best = dict(seconds_forward=float("inf"), seconds_backward=float("inf"))
+    for _ in range(5):
+        hidden.grad = weight.grad = None
+        start = clock()
+        logps = head(hidden, weight, targets)
+        middle = clock()
+        logps.backward(upstream.to(logps.dtype))
+        for key, seconds in (("seconds_forward", middle - start), ("seconds_backward", clock() - middle)):
+            best[key] = min(best[key], seconds)
+    return dict(best, seconds=sum(best.values()), error=error)
+
+
+def compare(reports: dict[str, list[dict]]) -> dict:
+    """Every other head's time and memory over ours."""
+    return {name: ratios(some, reports["ours"], "seconds", "peak_rss_mb")
+            for name, some in reports.items() if name != "ours"}
+
+
+def program() -> None:
+    p = parser(__doc__)
+    p.add_argument("--tokens", type=int, default=1024, help="response tokens")
+    args = p.parse_args()
+    if not args.child:
+        measure(args, available(), compare)
+        return
+    tune_allocator()
+    c = Config.from_dict(read_json(find(args.model) / "config.json"))
+    report(**run_head(HEADS[args.child], args.tokens, c.hidden_size, c.vocab_size, default_device()))
+
+
+if __name__ == "__main__":
+    program()
