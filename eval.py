@@ -619,6 +619,7 @@ def outcome_figure(folder: Path, name: str, result: dict, examples: list[Example
                 left += share
         axis.set(yticks=range(len(judged)), yticklabels=[Path(j).name for j in judged], xlim=(0, 100),
                  xlabel="% of the rows, both orders", title="trained against personalised prompting")
+        axis.invert_yaxis()
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, frameon=False, fontsize="small")
         figure.savefig(folder / f"judges{name}.png", dpi=150)
         plt.close(figure)
@@ -634,7 +635,8 @@ def outcome_figure(folder: Path, name: str, result: dict, examples: list[Example
                     axis.hist(values, bins, alpha=0.5, color=colour, label=f"{system} (n = {len(values)})")
                     if len(values):
                         axis.axvline(values.mean(), color=colour)
-            axis.set(title="right answers" if right else "wrong answers", xlabel="entropy, nats")
+            axis.set(title="right answers" if right else "wrong answers", xlabel="entropy, nats",
+                     ylabel="responses")
             axis.legend(frameon=False, fontsize="small")
         figure.savefig(folder / f"entropy{name}.png", dpi=150)
         plt.close(figure)
@@ -756,10 +758,12 @@ def report_figure(found: dict, paper: dict, file: Path) -> None:
                       [mean - 100 * one["low"], 100 * one["high"] - mean])
             axis.errorbar(mean, y, xerr=np.reshape(spread, (2, 1)), fmt="o", color="tab:blue", capsize=3)
             if published := paper.get(model, {}).get(name, {}).get(data):
-                axis.plot(published[0], y, "o", markerfacecolor="none", color="gray")
+                axis.plot(published[0], y, "o", markerfacecolor="none", color="gray", label="the paper")
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="win rate or accuracy, %")
         axis.set_title(f"{model}\n{data}", fontsize="small")
         axis.set_ylim(len(names) - 0.5, -0.5)
+        if labelled := axis.get_legend_handles_labels()[0]:
+            axis.legend(handles=labelled[:1], frameon=False, fontsize="small")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 

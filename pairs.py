@@ -34,7 +34,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 
 import torch
@@ -109,9 +108,9 @@ def user_turn(prompt: str, context: str | None, style: str = "plain") -> str:
     if style == "math":
         return f"{MATH}\n\n{shots()}\n\nNew question: {prompt}"
     if style == "choice":
-        return CHOICE.replace("{x}", prompt)
-    text = REQUEST.replace("{x}", prompt).replace("{c}", context) if context else prompt
-    return SHORT.replace("{x}", text) if style == "short" else text
+        return CHOICE.format(x=prompt)
+    text = REQUEST.format(x=prompt, c=context) if context else prompt
+    return SHORT.format(x=text) if style == "short" else text
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,11 @@ def load_known(name: str, folder: str) -> list[Example]:
     d = DATA[name]
     if folder and not all(Path(part).is_dir() for part in folder.split(",")):
         raise UserError(f"--data {name}:{folder}: there is no such folder")
-    examples = d.load(folder) if folder else d.load(str(download(d.hub, d.files, "dataset")))
+    place = folder or str(download(d.hub, d.files, "dataset"))
+    try:
+        examples = d.load(place)
+    except (KeyError, ValueError) as e:  # a column or a label that is not there
+        raise UserError(f"{place} is not laid out as {d.hub} is: {type(e).__name__} {e}") from None
     counts = ", ".join(f"{sum(e.split == s for e in examples)} {s}" for s in SPLITS)
     print(f"{name}: {counts}; {d.note}. {d.terms}")
     return examples
@@ -350,7 +353,10 @@ def load_multibench(folder: str) -> list[Example]:
 
 
 def math_example(id: str, question: str, answer: str, reference: str | None, split: str) -> Example:
-    return Example(id, question, split, answer=str(number(str(answer))), reference=reference, style="math")
+    right = number(str(answer))
+    if right is None:
+        raise ValueError(f"{id}: no number in {answer!r}")
+    return Example(id, question, split, answer=right, reference=reference, style="math")
 
 
 def gsm_rows(folder: str, split: str) -> list[Example]:
@@ -476,7 +482,12 @@ def add_contexts(examples: list[Example], args: "DataArgs") -> list[Example]:
         write_jsonl(file, (dict(id=id, items=texts) for id, texts in sorted((known | items).items())))
         print(f"contexts inferred by {judge.args.judge}, written to {file}")
     else:
-        items = {row["id"]: row["items"] for _, row in read_jsonl(Path(mode))}
+        rows = read_jsonl(Path(mode))
+        for at, row in rows:
+            if not (isinstance(row.get("id"), str) and isinstance(row.get("items"), list) and row["items"]
+                    and all(isinstance(item, str) for item in row["items"])):
+                raise UserError(f"{mode}:{at}: not a line of contexts, {{\"id\": text, \"items\": [texts]}}")
+        items = {row["id"]: row["items"] for _, row in rows}
     kept = [dataclasses.replace(e, items=items[e.id], context=" ".join(items[e.id]))
             for e in examples if e.id in items]
     print(f"contexts of {len(kept)} of {len(examples)} examples; the others are dropped")
@@ -506,15 +517,18 @@ NUMBER = r"(?P<sign>[-+\u2212]?)\s*[$\u00a3\u20ac]?\s*(?P<minus>[-\u2212]?)" \
          r"(?P<value>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?![\d,]*\d)(?!\s*/\s*\d)"
 
 
-def number(text: str) -> Decimal | None:
-    """The number that a text begins with, exactly: sign, currency, thousands commas and decimals are read,
-    marks before it ("**") and whatever follows are passed over. A fraction is none."""
+def number(text: str) -> str | None:
+    """The number that a text begins with, exactly, in its shortest form: 1,080.50 is 1080.5, -$7 is -7.
+
+    Sign, currency, thousands commas and decimals are read, marks before it ("**") and whatever follows are
+    passed over. A fraction is none.
+    """
     found = re.match(r"[\s*_\\(=:]*" + NUMBER, text)
     if found is None:
         return None
-    value = Decimal(found["value"].replace(",", "")).normalize()
-    value = -value if found["sign"] in ("-", "\u2212") or found["minus"] else value
-    return value.quantize(Decimal(1)) if value == value.to_integral_value() else value
+    whole, _, decimals = found["value"].replace(",", "").partition(".")
+    value = (whole.lstrip("0") or "0") + ("." + decimals).rstrip("0").rstrip(".")
+    return "-" * (value != "0" and (found["sign"] in ("-", "\u2212") or found["minus"] != "")) + value
 
 
 def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> str | None:
@@ -529,7 +543,7 @@ def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> 
             starts = re.finditer(r"(?<![\w.,])(?:[-+\u2212$\u00a3\u20ac]+\s?)?\.?\d", text)
             read = (number(text[m.start():]) for m in reversed(list(starts)))
             found = next((n for n in read if n is not None), None)
-        return None if found is None else str(found)
+        return found
     letters = LETTERS[:choices]
     said = re.findall(rf"(?i:the (?:correct |right |best )?answer is)(?:\s*:[\s*(<\[]*([{letters}])(?![\w'])"
                       rf"|[\s*(<\[]+([{letters}])(?=[.,;)*>\]]|\s*$|\s*\n))", text)

@@ -416,7 +416,7 @@ def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
 def run_folder(grid: list[Args]) -> Path:
     """--out, or runs/ and a name made of the arguments. A folder that already holds a run is refused."""
     args, given = grid[0], [dataclasses.asdict(a) | dict(dry_run=False) for a in grid]
-    parts = (Path(args.data).stem, args.neg, Path(args.model).name, fingerprint(given)[:6])
+    parts = (Path(args.data.partition(":")[0]).stem, args.neg, Path(args.model).name, fingerprint(given)[:6])
     folder = Path(args.out) if args.out else Path("runs") / "-".join(parts)
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder} already holds a run: name another --out, or remove it")
