@@ -17,6 +17,7 @@ What differs from the paper: the words are D.2's; how fields stand on lines, whi
 """
 
 import concurrent.futures
+import contextlib
 import email.utils
 import hashlib
 import http.client
@@ -166,8 +167,8 @@ class Judge:
         """
         messages = [dict(role="system", content=system), dict(role="user", content=user)]
         body = dict(model=self.args.judge, messages=messages, temperature=0, max_tokens=most)
-        headers = {"Content-Type": "application/json"}
-        if secret := os.environ.get("OPENAI_API_KEY"):
+        headers, secret = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY", "")
+        if secret:
             headers["Authorization"] = f"Bearer {secret}"
         request = urllib.request.Request(self.url + "/chat/completions", json.dumps(body).encode(), headers)
         for attempt in range(ATTEMPTS):
@@ -175,13 +176,16 @@ class Judge:
             try:
                 with urllib.request.urlopen(request, timeout=self.args.judge_timeout) as answer:
                     reply = json.load(answer)["choices"][0]["message"]["content"]
-                if reply is None or isinstance(reply, str):
-                    return reply or ""  # a reply without text is one: unreadable, not missing
+                if reply is None or isinstance(reply, str):  # one without text is unreadable, not missing
+                    return (reply or "").encode("utf-8", "replace").decode()  # and no half surrogate pairs
                 problem = "a reply that is no text"
             except urllib.error.HTTPError as e:
-                said = e.read(500).decode("utf-8", "replace")
                 if e.code not in (408, 409, 425, 429) and e.code < 500:
-                    raise UserError(f"{self.url} refuses, {e.code}: {' '.join(said.split())[:200]}") from None
+                    said = ""
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        said = " ".join(e.read(500).decode("utf-8", "replace").split())
+                    said = said.replace(secret, "***") if secret else said
+                    raise UserError(f"{self.url} refuses, {e.code}: {said[:200]}") from None
                 problem, pause = f"{e.code} {e.reason}", retry_after(e.headers.get("Retry-After"), pause)
             except (OSError, http.client.HTTPException) as e:
                 problem = str(getattr(e, "reason", e)) or type(e).__name__
@@ -259,7 +263,7 @@ def compare(judge: Judge, rows: list[tuple[str, str, str]],
             label: str = "comparisons") -> list[tuple[float | None, bool]]:
     """(verdict, flipped) for each (criteria, a, b): 1 where a wins in both orders, 0 where b does, 1/2 where
     the verdict flips with the order; None where a reply can't be read."""
-    questions = [(COMPARE, f"{criteria}\nResponse_a: {quote(one)}\nResponse_b: {quote(two)}")
+    questions = [(COMPARE, f"{quote(criteria)}\nResponse_a: {quote(one)}\nResponse_b: {quote(two)}")
                  for criteria, a, b in rows for one, two in ((a, b), (b, a))]
     replies = judge.ask(questions, TOKENS["verdict"], label)
     verdicts = []

@@ -521,6 +521,28 @@ def test_data_with_checks_are_chosen_by_win_rate(tiny, tmp_path, monkeypatch):
     assert [(s.temperature, s.top_p, s.max_new_tokens) for s in seen] == [(0.1, 0.9, 5)]
 
 
+def test_tasks_are_chosen_by_accuracy(tiny, tmp_path, monkeypatch):
+    """Share of validation responses with the right letter, drawn as ARC is evaluated: at temperature 1."""
+    (tmp_path / "ARC-Easy").mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [dict(id=f"{split}{i}", question=f"{split} {i}?", answerKey="1" if i % 3 else "3",
+                     choices=dict(text=["red", "blue", "green"], label=["1", "2", "3"])) for i in range(6)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "ARC-Easy" / f"{split}.jsonl").write_text(lines)
+    args = Args(data=f"arc-easy:{tmp_path}", neg="random", model=str(tiny), max_new_tokens=5)
+    selection = train.Selection(args, tmp_path, tiny)
+    assert selection.name == "win_rate" and {e.split for e in selection.examples} == {"validation"}
+    seen = []
+
+    def generate(model, prompts, sampling, *_, **__) -> list[Sample]:
+        seen.append(sampling)
+        return [Sample(selection.tokenizer.response("The answer is: A")) for _ in prompts]
+
+    monkeypatch.setattr(train, "generate", generate)
+    assert selection.measure(load(tiny)) == pytest.approx(4 / 6)
+    assert [(s.temperature, s.top_p, s.max_new_tokens) for s in seen] == [(1.0, 0.9, 5)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_are_saved_in_the_type_asked_for(dtype, call, made):
     """The tensors' type and config.json's word for it."""
