@@ -480,6 +480,11 @@ def evaluate(examples: list[Example], responses: dict[str, list[Response]], judg
     return result
 
 
+def value(row: dict, key: str) -> float | None:
+    """A measurement of a system, which may have an interval, or not be there."""
+    return found["mean"] if isinstance(found := row.get(key), dict) else found
+
+
 def shown(v: dict, form: str, scale: float = 1) -> str:
     """63.1 [58.0, 68.2]: a mean with its interval; - where there is none."""
     if v["mean"] is None:
@@ -504,13 +509,12 @@ def table(result: dict) -> str:
     for part, block in result["parts"].items():
         title = "all" if part == "all" else f"{part} contexts"
         rows = block["systems"].values()
-        columns = [c for c in QUALITY if any(s.get(c[1]) is not None for s in rows)]
+        columns = [c for c in QUALITY if any(value(s, c[1]) is not None for s in rows)]
         lines += ["", f"{title:12} {'win rate %':>19} {'context gain, nats':>22} "
                   + " ".join(f"{name:>12}" for name, _, _ in columns)]
         for system, s in block["systems"].items():
-            values = [v["mean"] if isinstance(v := s.get(key), dict) else v for _, key, _ in columns]
-            quality = ["-" if v is None else format(v, form)
-                       for v, (_, _, form) in zip(values, columns, strict=True)]
+            quality = ["-" if value(s, key) is None else format(value(s, key), form)
+                       for _, key, form in columns]
             rate, gain = shown(s["win_rate"], ".1f", 100), shown(s["context_gain"], ".2f")
             lines.append(f"{system:12} {rate:>19} {gain:>22} " + " ".join(f"{v:>12}" for v in quality))
         for name, d in block["differences"].items():
@@ -670,11 +674,6 @@ def gather_runs(folders: list[str]) -> dict[str, dict[str, dict[str, list[dict]]
             rows.setdefault(name, {}).setdefault(data, []).append(
                 measured | dict(validation=score, judges=result.get("judges", {})))
     return found
-
-
-def value(run: dict, key: str) -> float | None:
-    """A measurement that may have an interval, or be missing."""
-    return run[key]["mean"] if isinstance(run[key], dict) else run[key]
 
 
 def best_strategy(rows: dict[str, dict[str, list[dict]]], data: str) -> str | None:

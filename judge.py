@@ -98,7 +98,7 @@ class Judge:
         self.who = f"{self.url} {args.judge}"
         if not self.url:  # a folder may be written anew under its name
             weights = find(args.judge).glob("*.safetensors")
-            self.who += " " + " ".join(str(f.stat().st_mtime_ns) for f in sorted(weights))
+            self.who += " ".join(["", date, *(str(f.stat().st_mtime_ns) for f in sorted(weights))])
         path = Path(args.judge_cache)
         self.file = path.with_name(path.name + f".process-{rank()}") if rank() else path
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +150,13 @@ class Judge:
         lock, stop = threading.Lock(), threading.Event()
 
         def one(key: str, question: tuple[str, str]) -> None:
-            reply = self._post(*question, most, stop)
+            if stop.is_set():  # one has failed: replies on their way are still kept, nothing else is asked
+                return
+            try:
+                reply = self._post(*question, most, stop)
+            except BaseException:
+                stop.set()
+                raise
             with lock:
                 keep(key, reply)
 
@@ -158,24 +164,39 @@ class Judge:
             try:
                 for done in concurrent.futures.as_completed([pool.submit(one, *job) for job in share]):
                     done.result()
-            finally:  # where one has failed, replies on their way are still kept, and nothing else is asked
+            finally:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
+
+    def _read(self, request: urllib.request.Request) -> bytes:
+        """A reply's body, within --judge-timeout as a whole: some servers send a byte now and then."""
+        deadline, body = time.monotonic() + self.args.judge_timeout, b""
+        opener = urllib.request.build_opener(NoRedirect)
+        with opener.open(request, timeout=self.args.judge_timeout) as answer:
+            while chunk := answer.read1(2**16):
+                body += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+            if answer.length:  # what the header promised and never came
+                raise http.client.IncompleteRead(body, answer.length)
+        return body
 
     def _post(self, system: str, user: str, most: int, stop: threading.Event) -> str:
         """One chat completion. A busy, broken, silent or senseless server is asked again; a refusal is not.
         """
         messages = [dict(role="system", content=system), dict(role="user", content=user)]
         body = dict(model=self.args.judge, messages=messages, temperature=0, max_tokens=most)
-        headers, secret = {"Content-Type": "application/json"}, os.environ.get("OPENAI_API_KEY", "")
+        headers = {"Content-Type": "application/json"}
+        secret = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not secret.isascii():
+            raise UserError("OPENAI_API_KEY holds letters that no key has")
         if secret:
             headers["Authorization"] = f"Bearer {secret}"
         request = urllib.request.Request(self.url + "/chat/completions", json.dumps(body).encode(), headers)
         for attempt in range(ATTEMPTS):
             pause = 2.0**attempt * random.uniform(0.5, 1)
             try:
-                with urllib.request.urlopen(request, timeout=self.args.judge_timeout) as answer:
-                    reply = json.load(answer)["choices"][0]["message"]["content"]
+                reply = json.loads(self._read(request))["choices"][0]["message"]["content"]
                 if reply is None or isinstance(reply, str):  # one without text is unreadable, not missing
                     return (reply or "").encode("utf-8", "replace").decode()  # and no half surrogate pairs
                 problem = "a reply that is no text"
@@ -189,7 +210,7 @@ class Judge:
                 problem, pause = f"{e.code} {e.reason}", retry_after(e.headers.get("Retry-After"), pause)
             except (OSError, http.client.HTTPException) as e:
                 problem = str(getattr(e, "reason", e)) or type(e).__name__
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError, RecursionError):
                 problem = "a reply that is no chat completion"
             if attempt + 1 == ATTEMPTS or stop.wait(pause):
                 break
@@ -197,11 +218,18 @@ class Judge:
                         "replies so far are kept: give the same command again")
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would send the key on to wherever it is redirected."""
+
+    def redirect_request(self, *args) -> None:
+        return None
+
+
 def retry_after(header: str | None, default: float) -> float:
     """Seconds to wait by a Retry-After header, a number or a date; at most a minute."""
     if header is None:
         return default
-    if header.strip().isdigit():
+    if re.fullmatch(r"\d+(\.\d*)?", header.strip()):
         return min(60.0, float(header))
     try:
         return min(60.0, max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time()))
@@ -211,21 +239,21 @@ def retry_after(header: str | None, default: float) -> float:
 
 # -------------------------------------------------------------------------------- questions and verdicts
 
-FIELD = re.compile(r"^(?=\W*(?:user|assistant|system|response[ _-]?[ab]|option [ab])\b[^:\n]{0,24}:)",
-                   re.I | re.M)
+NAMES = r"user|assistant|system|option[ _-]*[ab]|response[ _-]*(?:[ab]|options)"  # of the fields below
+FIELD = re.compile(rf"^(?=(?:[^\w\n]|_)*(?:{NAMES})(?![^\W_])[^:\n]*:)", re.I | re.M)
+MARKUP = re.compile(r"<(?=[|<]|/?s>|/?\w+_of_\w+>)|\[(?=/?INST\])", re.I)
 
 
 def quote(text: str) -> str:
     """Text that goes into a question, so that it stays text: lines that look like one of the question's
     fields are marked as quoted, and chat markup (<|im_end|>, [INST], <s>) is broken up."""
-    text = "\n".join(text.splitlines())  # every kind of line end
-    text = re.sub(r"<(?=\||/?s>|/?\w+_of_\w+>)|\[(?=/?INST\])", lambda m: m.group() + " ", text)
-    return FIELD.sub("> ", text)
+    text = "\n".join(text.encode("utf-8", "replace").decode().splitlines())  # every kind of line end
+    return FIELD.sub("> ", MARKUP.sub(lambda found: found.group() + " ", text))
 
 
 def read_score(reply: str) -> int | None:
     """The first whole number, clamped to 1..5."""
-    found = re.search(r"-?\d+", reply)
+    found = re.search(r"-?\d{1,4000}", reply)  # Python reads no longer ones
     return found and min(5, max(1, int(found.group())))
 
 
@@ -240,7 +268,7 @@ def read_object(reply: str) -> dict | None:
     for brace in re.finditer("{", reply):
         try:
             return json.JSONDecoder().raw_decode(reply[brace.start():])[0]
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             continue
     return None
 
@@ -280,7 +308,7 @@ def compare(judge: Judge, rows: list[tuple[str, str, str]],
 def infer(judge: Judge, rows: list[tuple[str, str, str]]) -> list[list[str] | None]:
     """The preferences that explain each (prompt, chosen, rejected): the values of the judge's JSON object.
 
-    Which response is option A follows from the prompt's hash, not from which was chosen.
+    Whether the chosen one is option A or B follows from a hash: either in half of the rows.
     """
     questions = []
     for prompt, chosen, rejected in rows:
@@ -299,14 +327,14 @@ def rewrite(judge: Judge, preferences: list[dict]) -> list[str | None]:
     example = read_json(PAPER)["preference_example"]
     keys = {"dimension": "dimension", "sub-dimension": "subdimension", "preference": "preference",
             "explanation": "description"}
-    questions = []
+    questions, blank = [], "fill this with your response"
     for p in preferences:
         new = {name: p[key] for name, key in keys.items()}
-        new["user-statement"] = "fill this with your response"
+        new["user-statement"] = blank
         questions.append((CREATIVE, REWRITE.format(example=json.dumps(example), new=json.dumps(new))))
     found = [read_object(reply) or {} for reply in judge.ask(questions, TOKENS["text"], "statements")]
     said = (o.get("user-statement") for o in found)
-    return [s.strip() if isinstance(s, str) and s.strip() else None for s in said]
+    return [s.strip() if isinstance(s, str) and s.strip() not in ("", blank) else None for s in said]
 
 
 def rubric_text(rubric: dict) -> str:
