@@ -427,9 +427,10 @@ DATA = dict(
         load_prism, "HannahRoseKirk/prism-alignment", ("survey.jsonl", "conversations.jsonl"), TALK,
         "first turns, one rejected response by seed, users disjoint between parts; contexts are the users' "
         "own system_string, where the paper had GPT-4o infer them (--contexts infer)",
-        "Human text CC-BY-4.0, model responses CC-BY-NC-4.0; Kirk et al., 2024, arXiv 2404.16019"),
+        "Human text CC-BY-4.0, model responses CC-BY-NC-4.0; Kirk et al., 2024, DOI 10.57967/hf/2113"),
     community=DataSet(
-        load_community, "facebook/community-alignment-dataset", ("*.csv", "data/filtered*.csv"), TALK,
+        load_community, "facebook/community-alignment-dataset",
+        ("community_alignment.csv", "data/filtered*.csv"), TALK,
         "English first turns, one rejected response by seed, annotators disjoint between parts; contexts are "
         "inferred by --judge or by the model itself, where the paper asked GPT-4o",
         "CC-BY-4.0; Zhang et al., 2025, arXiv 2507.09650", contexts="infer"),
