@@ -567,16 +567,22 @@ def side_by_side(examples: list[Example], responses: dict[str, list[Response]], 
 
 # -------------------------------------------------------------------------------- figures
 
+def pyplot():
+    """matplotlib's, without a screen; imported here, because that is slow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
 def learning_curve(folder: Path, candidate: int = 0) -> None:
     """metrics.jsonl -> learning_curve.png: prediction accuracies (the paper's Fig. 2), rewards, margin, loss.
 
     Faint points are steps, lines their running mean over a twentieth of the run.
     """
-    import matplotlib  # here, because it is slow to import
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     steps = [row for _, row in read_jsonl(folder / "metrics.jsonl")
              if row["candidate"] == candidate and "loss" in row]
     panels = [("prediction accuracy", dict(accuracy_chosen="chosen: reward > 0", accuracy="chosen > rejected",
@@ -605,11 +611,7 @@ def outcome_figure(folder: Path, name: str, result: dict, examples: list[Example
                    responses: dict[str, list[Response]]) -> None:
     """judges.png: each judge's wins, ties and losses of trained against prompted responses (Fig. 3), and
     entropy.png: the entropy over the answer letters where right and where wrong (Figs. 4, 5)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     judged = {j: r["pairwise"] for j, r in result.get("judges", {}).items() if "pairwise" in r}
     if judged:
         figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(judged)), layout="constrained")
@@ -737,11 +739,7 @@ def report(folders: list[str], out: Path) -> str:
 def report_figure(found: dict, paper: dict, file: Path) -> None:
     """A panel for each model and data set: every row's win rate, its standard deviation over seeds or its
     interval, and the paper's figure (hollow)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     panels = [(model, data) for model, rows in found.items()
               for data in sorted({data for row in rows.values() for data in row})]
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.4 * len(panels), 3.4), layout="constrained",
