@@ -596,8 +596,10 @@ def close(a, b) -> None:
         assert a == (pytest.approx(b, rel=1e-4, abs=1e-4) if isinstance(b, float) else b)
 
 
-def test_reused_responses_give_the_same_numbers(evaluated, tmp_path, monkeypatch):
-    """And the same lines; only the trained system is sampled again."""
+@pytest.mark.parametrize("own", [False, True])
+def test_reused_responses_give_the_same_numbers(own, evaluated, tmp_path, monkeypatch):
+    """And the same lines; only the trained system is sampled again, with the run's own folder nothing."""
+    source = evaluated if own else shutil.copytree(evaluated, tmp_path / "other")
     drawn, generate = [], evaluation.generate
 
     def spy(model, prompts, *rest, **options):
@@ -605,9 +607,9 @@ def test_reused_responses_give_the_same_numbers(evaluated, tmp_path, monkeypatch
         return generate(model, prompts, *rest, **options)
 
     monkeypatch.setattr(evaluation, "generate", spy)
-    program(["--model", evaluated, *EVAL, "--reuse", evaluated, "--out", tmp_path / "again"], tmp_path,
+    program(["--model", evaluated, *EVAL, "--reuse", source, "--out", tmp_path / "again"], tmp_path,
             evaluation.program)
-    assert drawn == [3]
+    assert drawn == ([] if own else [3])
     for key in ("parts", "contexts", "settings"):
         close(*(read_json(folder / "eval.json")[key] for folder in (tmp_path / "again", evaluated)))
     lines = [sorted((row for _, row in read_jsonl(folder / "responses.jsonl")),

@@ -107,7 +107,7 @@ def test_help_names_every_option(name, monkeypatch, capsys):
         flag = "prompt" if field.name == "prompt" else "--" + field.name.replace("_", "-")
         words = field.metadata["help"].split()
         at = [i for i, word in enumerate(options) if word == flag]
-        assert any(options[i + j : i + j + len(words)] == words for i in at for j in (1, 2))
+        assert any(options[i + j : i + j + len(words)] == words for i in at for j in (1, 2, 4))
 
 
 # ------------------------------------------------------------------------------------------- main
