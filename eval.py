@@ -612,21 +612,25 @@ def outcome_figure(folder: Path, name: str, result: dict, examples: list[Example
     """judges.png: each judge's wins, ties and losses of trained against prompted responses (Fig. 3), and
     entropy.png: the entropy over the answer letters where right and where wrong (Figs. 4, 5)."""
     plt = pyplot()
-    judged = {j: r["pairwise"] for j, r in result.get("judges", {}).items() if "pairwise" in r}
+    outcomes = ("wins", "ties", "losses")
+    judged = {}
+    for name, verdicts in result.get("judges", {}).items():
+        if n := sum(verdicts.get("pairwise", {}).get(key, 0) for key in outcomes):
+            judged[f"{Path(name).name} (n = {n})"] = verdicts["pairwise"]
     if judged:
         figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(judged)), layout="constrained")
         for y, p in enumerate(judged.values()):
             left = 0.0
-            for key, colour in (("wins", "tab:blue"), ("ties", "lightgray"), ("losses", "tab:orange")):
-                share = 100 * p[key] / max(1, p["wins"] + p["ties"] + p["losses"])
+            for key, colour in zip(outcomes, ("tab:blue", "lightgray", "tab:orange"), strict=True):
+                share = 100 * p[key] / sum(p[key] for key in outcomes)
                 axis.barh(y, share, left=left, color=colour, label=key if y == 0 else None)
                 if share >= 4:
                     axis.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize="small")
                 left += share
-        axis.set(yticks=range(len(judged)), yticklabels=[Path(j).name for j in judged], xlim=(0, 100),
+        axis.set(yticks=range(len(judged)), yticklabels=judged, xlim=(0, 100),
                  xlabel="% of the rows, both orders", title="trained against personalised prompting")
         axis.invert_yaxis()
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3, frameon=False, fontsize="small")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
         figure.savefig(folder / f"judges{name}.png", dpi=150)
         plt.close(figure)
     if examples[0].choices:

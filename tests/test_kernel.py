@@ -1,6 +1,7 @@
 """The Triton kernels of losses.py: on a GPU as they are, elsewhere under Triton's interpreter, against fp64.
 
 The interpreter shows that the arithmetic and the addresses are right, not that a GPU's races and limits are.
+Triton 3.6's needs a NumPy before 2.4.
 """
 
 import pytest

@@ -213,6 +213,17 @@ def test_pairwise_counts_wins_ties_losses_and_flips(monkeypatch):
     assert found["win_rate"]["mean"] == 0.5 and found["flip_rate"] == pytest.approx(1 / 3)
 
 
+def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path):
+    answers, found = judged()
+    evaluation.outcome_figure(tmp_path, "", dict(judges=dict(J=found)), TALK, answers)
+    assert not (tmp_path / "judges.png").exists()  # this judge's comparisons can't be read
+    read = dict(judges=dict(J=dict(pairwise=dict(wins=2, ties=1, losses=1))))
+    evaluation.outcome_figure(tmp_path, "-validation", read, TALK, answers)
+    rows = dict(default=[response("The answer is: A", entropy=0.25)] * 3)
+    evaluation.outcome_figure(tmp_path, "", {}, CHOICE, rows)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["entropy.png", "judges-validation.png"]
+
+
 # ------------------------------------------------------------------------------------------- report
 
 def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: float | None = None) -> str:
