@@ -614,9 +614,9 @@ def outcome_figure(folder: Path, name: str, result: dict, examples: list[Example
     plt = pyplot()
     outcomes = ("wins", "ties", "losses")
     judged = {}
-    for name, verdicts in result.get("judges", {}).items():
+    for judge, verdicts in result.get("judges", {}).items():
         if n := sum(verdicts.get("pairwise", {}).get(key, 0) for key in outcomes):
-            judged[f"{Path(name).name} (n = {n})"] = verdicts["pairwise"]
+            judged[f"{Path(judge).name} (n = {n})"] = verdicts["pairwise"]
     if judged:
         figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(judged)), layout="constrained")
         for y, p in enumerate(judged.values()):
