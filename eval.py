@@ -361,6 +361,7 @@ def judge_all(judge: Judge, examples: list[Example], responses: dict[str, list[R
         result["pairwise"] = dict(
             win_rate=bootstrap(outcome, clusters), **counts, unread=int(np.isnan(outcome).sum()),
             flip_rate=sum(flipped for _, flipped in verdicts) / max(1, sum(counts.values())),
+            flip_interval=wilson(np.array([float(flip) for won, flip in verdicts if won is not None])),
             length_controlled=length_controlled(outcome, longer),
             rubrics_unread=sum(r is None for r in written) if write_rubrics else None)
     return result
@@ -413,7 +414,8 @@ def system_row(examples: list[Example], responses: list[Response], judge: str = 
                           for e, r in zip(examples, responses, strict=True)] for flexible in (False, True))
         hits = [float(answer == e.answer) for e, answer in zip(examples, loose, strict=True)]
         more = dict(flexible=wilson(np.array(hits)), unparsed=strict.count(None) / len(strict),
-                    unparsed_flexible=loose.count(None) / len(loose))
+                    unparsed_flexible=loose.count(None) / len(loose),
+                    unparsed_interval=wilson(np.array([float(x is None) for x in strict])))
     if examples[0].choices:
         entropy = np.array([r.entropy for r in responses])
         more |= dict(choice_mi=wilson(np.array([r.choice_mi for r in responses])),
@@ -433,6 +435,9 @@ def system_row(examples: list[Example], responses: list[Response], judge: str = 
         nll_per_token=float(-sum(r.logp for r in responses) / tokens.sum()),
         context_gain=bootstrap(np.array([r.gain for r in responses]), clusters),
         prompt_gain=float(np.mean([r.prompt_gain for r in responses])),
+        tokens_interval=bootstrap(tokens.astype(float), clusters),
+        unfinished_interval=wilson(np.array([float(not r.finished) for r in responses])),
+        prompt_gain_interval=bootstrap(np.array([r.prompt_gain for r in responses]), clusters),
         **diversity([r.text for r in responses], prompts), **more,
     )  # fmt: skip
 

@@ -80,6 +80,8 @@ def test_a_tasks_row_has_strict_flexible_and_unparsed_shares():
     row = system_row(MATH, rows)
     assert row["win_rate"] == wilson(np.array([1.0, 0, 0, 0])) and row["flexible"]["mean"] == 0.5
     assert (row["unparsed"], row["unparsed_flexible"]) == (0.5, 0.25)
+    assert row["unparsed_interval"] == wilson(np.array([0.0, 1.0, 0.0, 1.0]))
+    assert row["tokens_interval"]["mean"] == row["tokens"] and row["unfinished_interval"]["mean"] == 0.0
 
 
 def test_a_tasks_difference_has_mcnemars_p_and_other_data_have_none():
@@ -211,6 +213,7 @@ def test_pairwise_counts_wins_ties_losses_and_flips(monkeypatch):
     found = judge_all(Scripted(GOOD="3", REF="3", WORSE="1"), TALK, answers, False)["pairwise"]
     assert [found[key] for key in ("wins", "ties", "losses", "unread")] == [1, 1, 1, 1]
     assert found["win_rate"]["mean"] == 0.5 and found["flip_rate"] == pytest.approx(1 / 3)
+    assert found["flip_interval"] == wilson(np.array([0.0, 1.0, 0.0]))
 
 
 def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path):
