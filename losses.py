@@ -165,32 +165,41 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _TokenLogps.apply(hidden, weight, targets)
 
 
+def common_prefix(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with, while one at least is left of each; 0 for a single one."""
+    first, last = min(sequences), max(sequences)  # the two that differ most
+    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return 0 if len(sequences) == 1 else max(0, min(alike, min(map(len, sequences)) - 1))
+
+
 def score(model, groups: list[Group]) -> list[list[Tensor]]:
     """Per-token log-probs of every response after its group's prefix: one (R,) tensor a response,
     differentiable.
 
-    Equal, in value and gradient, to scoring each prefix + response alone. Only positions that predict a
-    response token reach the head, and a response's last token, which predicts nothing, is not fed at all.
+    Equal, in value and gradient, to scoring each prefix + response alone. What all prefixes begin with (a
+    system prompt, worked examples) is computed once. Only positions that predict a response token reach the
+    head, and a response's last token, which predicts nothing, is not fed at all.
 
     With one group, prefix [5, 6] and responses [[7, 8], [9]], what is fed and what is read from it are
         tokens     5  6  7
         predicts      7  8
                       9
     """
-    ids, rows, targets, shapes = [], [], [], []
+    root = common_prefix([prefix for prefix, _ in groups])
+    ids, rows, targets, shapes = groups[0][0][:root], [], [], []
     for prefix, responses in groups:
         if not prefix or not all(responses):
             raise ValueError("score: a prefix or response without tokens has no log-probability")
-        last = len(ids) + len(prefix) - 1  # the prefix token that predicts every response's first token
-        ids += prefix
+        ids += prefix[root:]
+        last = len(ids) - 1  # the prefix token that predicts every response's first token
         for response in responses:
             rows += [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids += response[:-1]
             targets += response
-        shapes.append((len(prefix), [len(r) - 1 for r in responses]))
+        shapes.append((len(prefix) - root, [len(r) - 1 for r in responses]))
     ids, rows, targets = (torch.tensor(x, device=model.head.device) for x in (ids, rows, targets))
-    hidden = model(ids, model.pack(shapes))[rows]  # (N, E) of (T, E)
-    logps = token_logps(hidden, model.head, targets)  # (N,)
+    layout = model.pack(shapes, root)
+    logps = model(ids, layout, lambda hidden, head: token_logps(hidden[rows], head, targets))  # (N,)
     flat = iter(logps.split([len(r) for _, responses in groups for r in responses]))
     return [[next(flat) for _ in responses] for _, responses in groups]
 
@@ -201,7 +210,8 @@ def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
     batch, used = [], 0
     for i, (prefix, responses) in enumerate(groups):
         size = len(prefix) + sum(map(len, responses))
-        if batch and used + size > tokens:
+        root = common_prefix([groups[j][0] for j in batch] + [prefix])  # is computed once
+        if batch and used + size - len(batch) * root > tokens:
             yield batch
             batch, used = [], 0
         batch.append(i)

@@ -14,11 +14,11 @@ Legend: T packed tokens, E hidden size, F feed-forward size, H query heads, G ke
     python model.py DIR        prints the configuration and the parameter count, once every weight has loaded
 """
 
-import itertools
 import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,65 +144,84 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
     return keep * frequency + (1 - keep) * frequency / factor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, channel i paired with i + D/2: (a, b) -> (a cos - b sin, b cos + a sin).
-
-    x (T, heads, D); cos and sin (T, 1, D), the first half of sin negated.
-    """
+def half_turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin) for the two halves of each head, the first of sin negated."""
     y = upcast(x)
-    a, b = y.chunk(2, dim=-1)  # (T, heads, D/2) each
-    return (y * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """Its gradient is the opposite rotation: of the tokens nothing is kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return half_turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        return half_turn(grad, cos, -sin), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, channel i paired with i + D/2. x (T, heads, D); cos and sin (T, 1, D), the
+    first half of sin negated."""
+    return _Rotate.apply(x, cos, sin)
 
 
 # -------------------------------------------------------------------------------- layouts
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k' / sqrt(D)) v spelled out, and its gradient:
-    d v = p' d o,   d s = p * (d p - rowsum(p * d p)) with d p = d o v',   d q = d s k,   d k = d s' q.
+    """softmax(q k' / sqrt(D) + bias) v spelled out, and its gradient: with o the output,
+    d v = p' d o,   d s = p * (d o v' - rowsum(d o * o)),   d q = d s k,   d k = d s' q.
 
     Products run in the type of q, the softmax and its gradient in fp32; of the (m, n) tables only p is kept.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         (groups, n, size), m = k.shape, q.shape[1]
         rows = q.reshape(groups, -1, size) * size**-0.5  # (G, H/G * m, D): heads that share a key become rows
-        scores = (rows @ k.transpose(1, 2)).view(-1, m, n).masked_fill_(~mask, -math.inf)  # (H, m, n)
-        p = upcast(scores).softmax(-1).to(q.dtype).view(groups, -1, n)  # (G, H/G * m, n)
-        ctx.save_for_backward(rows, k, v, p)
-        return (p @ v).view(-1, m, size)  # (H, m, D)
+        scores = (rows @ k.transpose(1, 2)).view(-1, m, n).add_(bias)  # (H, m, n)
+        p = scores.softmax(-1).view(groups, -1, n)  # (G, H/G * m, n)
+        out = p @ v  # (G, H/G * m, D)
+        ctx.save_for_backward(rows, k, v, p, out)
+        return out.view(-1, m, size)  # (H, m, D)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, k, v, p = ctx.saved_tensors
+        rows, k, v, p, out = ctx.saved_tensors
         g = grad.reshape(rows.shape)  # (G, H/G * m, D)
-        d_p = upcast(g @ v.transpose(1, 2))  # (G, H/G * m, n)
-        d_s = ((d_p - (d_p * p).sum(-1, keepdim=True)) * p).to(p.dtype)  # (G, H/G * m, n)
+        mean = (upcast(g) * out).sum(-1, keepdim=True)  # (G, H/G * m, 1)
+        d_s = (g @ v.transpose(1, 2) - mean).mul_(p).to(p.dtype)  # (G, H/G * m, n)
         d_q = (d_s @ k * k.shape[-1] ** -0.5).view(grad.shape)  # (H, m, D)
         return d_q, d_s.transpose(1, 2) @ rows, p.transpose(1, 2) @ g, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, biases: dict[tuple[int, int], Tensor]) -> Tensor:
     """Causal grouped-query attention: q (H, m, D) of the last m tokens, k and v (G, n, D) of all n ->
-    (H, m, D)."""
+    (H, m, D). biases: the tables (m, n) made so far, 0 where a row may look and -inf where not."""
     m, n = q.shape[1], k.shape[1]
     # Spelled out, the products run as bf16 matrix products: 2.5 times as fast as the CPU's flash kernel,
     # forward and backward. Beyond 1,024 x 1,024 the tables would cost too much memory.
     spelled_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and m * n <= 2**20
     if m == n and not spelled_out:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-    mask = torch.ones(m, n, dtype=torch.bool, device=q.device).tril(n - m)  # (m, n): where a row may look
+    if (m, n) not in biases:
+        biases[m, n] = torch.full((m, n), -math.inf, dtype=q.dtype, device=q.device).triu(n - m + 1)
     if spelled_out:
-        return _Attention.apply(q, k, v, mask)
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0]  # (H, m, D)
+        return _Attention.apply(q, k, v, biases[m, n])
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], biases[m, n], enable_gqa=True)[0]
 
 
 class Packed:
     """Groups laid end to end: a prefix of P tokens, then n responses of R_1..R_n tokens that all continue it.
+    What all prefixes begin with may stand once before them, as their root.
 
-    The prefix attends to itself, each response to the prefix and to itself, both causally: exactly what every
-    prefix + response alone would see, with the prefix computed once. A plain sequence is a group without
-    responses.
+    The root attends to itself, a prefix to the root and itself, each response to all three, causally: exactly
+    what every root + prefix + response alone would see, with the root and the prefix computed once. A plain
+    sequence is a group without responses.
 
     With shapes [(2, [2, 1])] the five tokens have positions 0 1 2 3 2 and see (x)
 
@@ -213,16 +232,22 @@ class Packed:
         response 2  x x . . x
     """
 
-    def __init__(self, shapes: list[tuple[int, list[int]]], device: torch.device | str = "cpu",
-                 cache: "Cache | None" = None, slots: list[list[int]] = (), past: int = 0):
-        """shapes: (P, [R_1..R_n]) a group. cache, slots: where each group's keys and values are also written,
-        after the `past` tokens that those slots hold already and that the group (a plain sequence) continues.
+    def __init__(self, shapes: list[tuple[int, list[int]]], root: int = 0,
+                 device: torch.device | str = "cpu", cache: "Cache | None" = None,
+                 slots: list[list[int]] = (), past: int = 0):
+        """shapes: (P, [R_1..R_n]) a group; root: tokens before them. cache, slots: where the keys and values
+        of each group (a plain sequence) are also written, after `past` tokens that those slots hold already.
         """
         self.cache, self.slots, self.past = cache, slots, past
-        parts = [[prefix, *filter(None, responses)] for prefix, responses in shapes]  # a group's, in tokens
-        self.counts, self.lengths = list(map(len, parts)), [n for p in parts for n in p]
-        positions = [torch.arange(n) + (p[0] if i else 0) for p in parts for i, n in enumerate(p)]
-        self.positions = torch.cat(positions).to(device) + past  # (T,)
+        self.lengths, self.parents, starts = [root] * bool(root), [None] * bool(root), [past] * bool(root)
+        for prefix, responses in shapes:
+            here = len(self.lengths)  # the prefix; its responses come next
+            self.lengths += [prefix, *filter(None, responses)]
+            self.parents += [0 if root else None] + [here] * (len(self.lengths) - here - 1)
+            starts += [root + past] + [root + past + prefix] * (len(self.lengths) - here - 1)
+        positions = [torch.arange(n) + start for n, start in zip(self.lengths, starts, strict=True)]
+        self.positions = torch.cat(positions).to(device)  # (T,)
+        self.biases: dict[tuple[int, int], Tensor] = {}
 
     def begin(self, n: int) -> Tensor:
         """Positions of the n tokens, (T,)."""
@@ -230,15 +255,16 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
-        out = []
+        out, seen = [], []  # of each part: what it sends, and all the keys and values that it sees
         parts = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
-        for i, count in enumerate(self.counts):
-            q, k, v = next(parts)  # the prefix: (H, P, D) and twice (G, P, D)
-            if self.cache is not None:
-                k, v = self.cache.write(layer, self.slots[i], k, v, self.past)  # (G, past + P, D)
-            out.append(attention(q, k, v))  # (H, P, D)
-            for qi, ki, vi in itertools.islice(parts, count - 1):  # (H, R, D) and twice (G, R, D) a response
-                out.append(attention(qi, torch.cat((k, ki), 1), torch.cat((v, vi), 1)))  # (H, R, D)
+        for i, (qi, ki, vi) in enumerate(parts):  # (H, n, D) and twice (G, n, D)
+            if self.parents[i] is not None:
+                before_k, before_v = seen[self.parents[i]]
+                ki, vi = torch.cat((before_k, ki), 1), torch.cat((before_v, vi), 1)  # (G, start + n, D)
+            elif self.cache is not None:
+                ki, vi = self.cache.write(layer, self.slots[i], ki, vi, self.past)  # (G, past + n, D)
+            seen.append((ki, vi))
+            out.append(attention(qi, ki, vi, self.biases))  # (H, n, D)
         return torch.cat(out, 1).transpose(0, 1)  # (T, H, D)
 
 
@@ -261,7 +287,7 @@ class Cache:
         self.v = [torch.zeros(*shape, size, length, **made) for _ in layers]  # (S, G, D, L) a layer
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.rows = torch.arange(slots, device=device)
-        self.hidden: Tensor | None = None
+        self.bias: Tensor | None = None
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy what some slots hold into others."""
@@ -281,7 +307,8 @@ class Cache:
     def begin(self, n: int) -> Tensor:
         """Positions of the first n slots' new tokens, (n,)."""
         columns = torch.arange(self.v[0].shape[-1], device=self.rows.device)  # (L,)
-        self.hidden = (columns > self.lengths[:n, None])[:, None, None]  # (n, 1, 1, L)
+        hidden = (columns > self.lengths[:n, None])[:, None, None]  # (n, 1, 1, L)
+        self.bias = torch.zeros_like(hidden, dtype=self.v[0].dtype).masked_fill_(hidden, -math.inf)
         return self.lengths[:n]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -291,19 +318,36 @@ class Cache:
         self.v[layer][self.rows[:n], :, :, self.lengths[:n]] = v
         # the H/G query heads that share a key/value head become its query rows: nothing is repeated
         q = q.view(n, k.shape[1], -1, size) * size**-0.5  # (n, G, H/G, D)
-        scores = q @ self.k[layer][:n].transpose(2, 3)  # (n, G, H/G, L)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        probs = scores.masked_fill_(self.hidden, -math.inf).softmax(-1, dtype=exact).to(q.dtype)
+        scores = (q @ self.k[layer][:n].transpose(2, 3)).add_(self.bias)  # (n, G, H/G, L)
+        probs = scores.softmax(-1)  # (n, G, H/G, L), in fp32 inside
         return (probs @ self.v[layer][:n].transpose(2, 3)).view(n, heads, size)  # (n, H, D)
 
 
 # -------------------------------------------------------------------------------- decoder
 
+class _Linear(torch.autograd.Function):
+    """y = x W' + b in the type of x, to which fp32 masters are cast here and once more in backward: no cast
+    is kept.   d x = d y W,   d W = d y' x,   d b = sum of d y, the last two in the masters' type."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        d_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = (grad.T @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_bias = grad.sum(0, dtype=weight.dtype) if ctx.needs_input_grad[2] else None
+        return d_x, d_weight, d_bias
+
+
 class Linear(nn.Linear):
-    """nn.Linear that computes in its input's type; fp32 masters are cast here, gradients come back fp32."""
+    """nn.Linear (T, in) -> (T, out) that computes in its input's type."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return _Linear.apply(x, self.weight, self.bias)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -315,7 +359,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y = upcast(x)  # (..., E)
-        scale = (y.square().mean(-1, keepdim=True) + eps).rsqrt()  # (..., 1)
+        scale = (torch.linalg.vecdot(y, y)[..., None] / y.shape[-1] + eps).rsqrt()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
         return (y * scale).mul_(weight).to(x.dtype)
 
@@ -325,7 +369,8 @@ class _RMSNorm(torch.autograd.Function):
         g, n = upcast(grad), upcast(x) * scale  # (..., E)
         d_weight = (g * n).flatten(0, -2).sum(0)  # (E,)
         h = g * weight  # (..., E)
-        d_x = h.sub_(n.mul_((h * n).mean(-1, keepdim=True))).mul_(scale)  # (..., E)
+        mean = torch.linalg.vecdot(h, n)[..., None] / n.shape[-1]  # (..., 1)
+        d_x = h.sub_(n.mul_(mean)).mul_(scale)  # (..., E)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
 
 
@@ -358,6 +403,21 @@ class Attention(nn.Module):
         return self.o_proj(out.flatten(1))  # (T, E)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up with silu(z) = z s(z), s the logistic function; only the two arguments are kept.
+    d gate = d y * up * s(gate) (1 + gate (1 - s(gate))),   d up = d y * silu(gate)"""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -369,7 +429,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (T, E) via (T, F)
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))  # (T, E) via (T, F)
 
 
 class Block(nn.Module):
@@ -385,6 +445,21 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class _Tied(torch.autograd.Function):
+    """Rows of an embedding, and the whole of it to serve as the head: in backward the gradient of the rows is
+    added to the head's where that stands. (Autograd alone would add two tensors of V x E.)"""
+
+    @staticmethod
+    def forward(ctx, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(ids)
+        return weight[ids], weight.view_as(weight)  # (T, E), (V, E)
+
+    @staticmethod
+    def backward(ctx, d_rows: Tensor, d_head: Tensor):
+        ids, = ctx.saved_tensors
+        return None, d_head.index_add_(0, ids, d_rows) if ctx.needs_input_grad[1] else None
+
+
 class Decoder(nn.Module):
     """ids -> hidden states; `head` is the matrix that turns them into logits."""
 
@@ -392,7 +467,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.compute = config, compute
         self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size, sparse=True),
+            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
         ))  # fmt: skip
@@ -408,20 +483,26 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.head.device
 
-    def pack(self, shapes: list[tuple[int, list[int]]]) -> Packed:
+    def pack(self, shapes: list[tuple[int, list[int]]], root: int = 0) -> Packed:
         """The layout of groups of (prefix length, response lengths) on this model's device."""
-        return Packed(shapes, self.device)
+        return Packed(shapes, root, self.device)
 
-    def forward(self, ids: Tensor, layout: Packed | Cache) -> Tensor:
-        """ids (T,) -> final hidden states (T, E) in the compute type."""
+    def forward(self, ids: Tensor, layout: Packed | Cache,
+                read: Callable[[Tensor, Tensor], Tensor] = lambda hidden, head: hidden) -> Tensor:
+        """ids (T,) -> final hidden states (T, E) in the compute type, or what `read` makes of them and of the
+        head (V, E), which a tied model's gradient reaches best from in here."""
         frequencies = rotary_frequencies(self.config, ids.device)  # (D/2,)
         angle = layout.begin(len(ids))[:, None, None] * frequencies  # (T, 1, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1)  # (T, 1, D)
         sin = torch.cat((-angle.sin(), angle.sin()), dim=-1)  # (T, 1, D)
-        x = self.model.embed_tokens(ids).to(self.compute)  # (T, E)
+        if self.config.tie_word_embeddings:
+            x, head = _Tied.apply(ids, self.head)  # (T, E), (V, E)
+        else:
+            x, head = self.model.embed_tokens(ids), self.head  # (T, E), (V, E)
+        x = x.to(self.compute)
         for layer in self.model.layers:
             x = layer(x, cos, sin, layout)
-        return self.model.norm(x)
+        return read(self.model.norm(x), head)
 
     def snapshot(self) -> "Decoder":
         """A copy with its matrices in the compute type: what sampling from a model in training reads."""

@@ -145,14 +145,14 @@ def tune_allocator() -> None:
     time: on a CPU that costs more than the arithmetic of an elementwise operation on them.
     """
     if platform.libc_ver()[0] == "glibc":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first allocation
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # steps seldom repeat their shapes
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its maximum: larger blocks never fragment the heap
+        libc.mallopt(1, 0)  # M_MXFAST: no lists of small blocks to tidy up whenever a large one is freed
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: every block from the heap, where it will be used again
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back what the heap holds
-        libc.mallopt(-2, 2**30)  # M_TOP_PAD: the heap takes 1 GB of addresses at a time
         libc.malloc.restype = ctypes.c_void_p
-        libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(2**24))))  # the first of them now
+        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(half))))  # addresses, not memory
         maps = Path("/proc/self/maps").read_text().splitlines()
         for heap in (line.split()[0].split("-") for line in maps if line.endswith("[heap]")):
             start, end = (int(address, 16) for address in heap)

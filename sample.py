@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 
+from losses import common_prefix
 from model import Cache, Decoder, Packed, find, load
 from run import UserError, default_device, derive, main, option, parse, read_json
 
@@ -234,6 +235,27 @@ def uniforms(seed: int, row: int, sample: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(derive(seed, row, sample)))
 
 
+def replayed(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """work() as one CUDA graph, captured now: a call launches the same kernels over the same memory again,
+    all at once. On other devices work itself."""
+    if device.type != "cuda":
+        return work
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()  # what libraries set up at their first call cannot be captured
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
 @torch.inference_mode()
 def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_ids: frozenset[int],
              seed: int, keys: list[tuple[int, int]] | None = None, slots: int = 64, bar=None,
@@ -262,6 +284,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     owner: list[int | None] = [None] * slots  # which prompt each slot works on
     drawn = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) tokens drawn so far
+    latest = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) the last of them
     noise = torch.zeros(slots, most, device=device)  # (S, most)
     ids = torch.zeros(slots, most, dtype=torch.long, device=device)  # (S, most)
     logps = torch.zeros(slots, most, device=device)  # (S, most)
@@ -296,7 +319,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             noise[slot] = uniforms(seed, *keys[i], most).to(device)
             taken.setdefault(tuple(prompts[i]), []).append(slot)
         rest = [prompt[shared:] for prompt in taken]
-        layout = Packed([(len(p), []) for p in rest], device, cache, list(taken.values()), shared)
+        layout = Packed([(len(p), []) for p in rest], 0, device, cache, list(taken.values()), shared)
         ends = torch.tensor([len(p) for p in rest], device=device).cumsum(0) - 1  # each prompt's last token
         tokens = torch.tensor([t for p in rest for t in p], device=device)  # (T,)
         logits = model.logits(model(tokens, layout)[ends])  # (distinct prompts, V)
@@ -306,13 +329,16 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         drawn[at] = 0
         draw(at, logits[which])
 
+    @functools.lru_cache(1)  # widths only fall, and a graph keeps memory of its own
+    def step(width: int) -> Callable[[], Tensor]:
+        """What feeds the latest token of the first `width` slots, and returns logits (width, V)."""
+        return replayed(lambda: model.logits(model(latest[:width], cache)), device)
+
     # What all prompts begin with (a system prompt, worked examples) is computed once, into every slot.
-    first, final = min(prompts), max(prompts)
-    shared = next((i for i, (a, b) in enumerate(zip(first[:-1], final, strict=False)) if a != b),
-                  len(first) - 1) if first != final else 0
+    shared = common_prefix(prompts)
     if shared:
         model(torch.tensor(prompts[0][:shared], device=device),
-              Packed([(shared, [])], device, cache, [list(range(slots))]))
+              Packed([(shared, [])], 0, device, cache, [list(range(slots))]))
     changed = True
     while True:
         if changed:
@@ -332,8 +358,8 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             at = torch.arange(len(busy), device=device)  # (n,)
             width = min(slots, -(-len(busy) // 8) * 8)  # a few shapes: kernels are made for every new one
             cache.lengths[len(busy) :] = shared  # idle slots compute too: where it harms nobody
-        latest = ids[cache.rows[:width], drawn[:width] - 1]  # (width,)
-        logits = model.logits(model(latest, cache)[: len(busy)])  # (n, V)
+        latest[:width] = ids[cache.rows[:width], drawn[:width] - 1]
+        logits = step(width)()[: len(busy)]  # (n, V)
         cache.lengths[: len(busy)] += 1
         changed = draw(at, logits)
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from eval import evaluation, learning_curve
 from eval import Args as EvalArgs
-from losses import Group, batches, dpo, score
+from losses import Group, batches, common_prefix, dpo, score
 from model import Config, Decoder, find, load, save
 from pairs import (Pair, PairArgs, examples_for, load_pairs, make_pairs, pairs_for, sampling_for, user_turn,
                    verify)
@@ -62,7 +62,7 @@ class Args(PairArgs):
     batch: int = option(4, "pairs a step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood a token", "training")
-    pass_tokens: int | None = option(None, "most tokens in one forward and backward pass (default: 1024 on a "
+    pass_tokens: int | None = option(None, "most tokens in one forward and backward pass (default: 768 on a "
                                      "CPU, 8192 on a GPU)", "training")
     save_dtype: str = option("bfloat16", "type of the saved weights", "training", ("bfloat16", "float32"))
     eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
@@ -75,7 +75,7 @@ class Args(PairArgs):
         if self.lr is None:
             self.lr = TINY_LR if self.model == "tiny" else LR
         if self.pass_tokens is None:
-            self.pass_tokens = 8192 if default_device().type == "cuda" else 1024
+            self.pass_tokens = 8192 if default_device().type == "cuda" else 768
         self.test = self.test or self.model == "tiny"
         if min(self.batch, self.epochs, self.lr, self.beta, self.pass_tokens) <= 0:
             raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
@@ -209,9 +209,6 @@ def add_gradients(model: Decoder, pairs: list[Pair], step: list[int], reference:
         (loss.sum() / divisor).backward()
         columns = torch.stack([v.float() for v in values.values()]).T.tolist()  # (B, metrics)
         measured += [dict(zip(values, row, strict=True)) for row in columns]
-    for p in model.parameters():
-        if p.grad is not None and p.grad.is_sparse:  # an embedding that is not the head too
-            p.grad = p.grad.to_dense()
     sum_gradients(model)
     measured = gather(measured)
     means = {key: sum(m[key] for m in measured) / len(step) for key in measured[0]}
@@ -223,13 +220,14 @@ def flops(c: Config, groups: list[Group]) -> float:
     every weight and token, and 6 for every channel and pair of tokens that see each other, twice."""
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     weights = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
-    total = 0.0
+    root = common_prefix([prefix for prefix, _ in groups])
+    fed, seen, predicted = root, root * root / 2, 0  # tokens, pairs of them, response tokens
     for prefix, responses in groups:
-        p, r = len(prefix), [len(response) for response in responses]
-        seen = p * p / 2 + sum(n * p + n * n / 2 for n in r)
-        attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
-        total += 6 * (weights * (p + sum(r)) + c.vocab_size * c.hidden_size * sum(r) + attention)
-    return total
+        for start, n in [(root, len(prefix) - root), *((len(prefix), len(r)) for r in responses)]:
+            fed, seen = fed + n, seen + n * start + n * n / 2
+        predicted += sum(map(len, responses))
+    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
+    return 6 * (weights * fed + c.vocab_size * c.hidden_size * predicted + attention)
 
 
 def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metrics: Metrics,
@@ -239,6 +237,9 @@ def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metr
     epochs = [schedule(len(pairs), args, epoch) for epoch in range(args.epochs)]
     steps = [step for epoch in epochs for step in epoch]
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), 1e-8, 0.0, fused=True)
+    for p in model.parameters():  # made now and side by side: among a step's own tensors they break up memory
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                  exp_avg_sq=torch.zeros_like(p))
     ceiling = matmul_ceiling(model.compute, model.device)
     bar = progress(len(pairs) * args.epochs, "pairs", "training")
     start, spent, seen_tokens, seen_flops, skipped, in_a_row = time.perf_counter(), 0.0, 0, 0.0, 0, 0
@@ -263,7 +264,8 @@ def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metr
         seconds = time.perf_counter() - step_start
         groups = [group(pairs[i], args) for i in step]
         tokens = sum(len(prefix) + sum(map(len, responses)) for prefix, responses in groups)
-        work = flops(model.config, groups)
+        work = world() * sum(flops(model.config, [group(pairs[i], args) for i in part])
+                             for part in passes(pairs, step, args))  # of all processes, each with its share
         spent, seen_tokens, seen_flops = spent + seconds, seen_tokens + tokens, seen_flops + work
         metrics.log(candidate=candidate, step=number + 1, epoch=number // len(epochs[0]), **means,
                     grad_norm=norm, lr=lr, pairs=len(step), tokens=tokens, tokens_per_second=tokens / seconds,

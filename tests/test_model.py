@@ -11,10 +11,12 @@ from conftest import CONFIG, random_model, write_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
-from model import Cache, Config, Decoder, Packed, _Attention, _RMSNorm, load, save
+from model import (Cache, Config, Decoder, Packed, _Attention, _Linear, _RMSNorm, _SwiGLU, load, rotate,
+                   save)
 from run import UserError
 
 transformers_logging.disable_progress_bar()
@@ -149,7 +151,7 @@ def test_prefilled_slots_continue(saved):
     model, prompts, rest = load(folder), [IDS[:9], IDS[20:24]], IDS[100:106]
     cache, slots = Cache(model.config, 4, 40, torch.float32), [[2], [0, 3]]
     with torch.no_grad():
-        model(torch.cat(prompts), Packed([(9, []), (4, [])], "cpu", cache, slots))
+        model(torch.cat(prompts), Packed([(9, []), (4, [])], 0, "cpu", cache, slots))
         cache.lengths = torch.tensor([4, 0, 9, 4])
         steps = []
         for token in rest:
@@ -158,6 +160,23 @@ def test_prefilled_slots_continue(saved):
     for slot, prompt in ((2, prompts[0]), (0, prompts[1]), (3, prompts[1])):
         expected = theirs(oracle, torch.cat((prompt, rest)))[len(prompt):]
         close(torch.stack([s[slot] for s in steps]), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_decode_step_can_be_recorded(saved, name):
+    """Traced once, the operations of a step give later steps too: they depend on tensors that are written in
+    place (what was fed, how long each slot is) and on no number read from them, as a CUDA graph must."""
+    folder, _ = saved(name)
+    model = load(folder)
+    caches = [Cache(model.config, 3, 16, torch.float32) for _ in range(2)]
+    latest = IDS[:3].clone()
+    with torch.no_grad():
+        recorded = make_fx(lambda: model.logits(model(latest, caches[0])))()
+        for step in range(6):
+            latest.copy_(IDS[3 * step : 3 * step + 3])
+            torch.testing.assert_close(recorded(), model.logits(model(latest, caches[1])))
+            for cache in caches:
+                cache.lengths += torch.tensor([1, 2, step % 2])
 
 
 def test_a_reused_slot_forgets(saved):
@@ -180,22 +199,23 @@ GROUPS = {
 }
 
 
+@pytest.mark.parametrize("root", [0, 3])
 @pytest.mark.parametrize("shapes", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_groups_are_each_sequence_alone(saved, name, shapes):
-    """Every token of a pack has the logits it has in its own prefix + response."""
+def test_packed_groups_are_each_sequence_alone(saved, name, shapes, root):
+    """Every token of a pack has the logits it has in its own root + prefix + response."""
     folder, oracle = saved(name)
     model = load(folder)
-    ids = IDS[: sum(prefix + sum(responses) for prefix, responses in shapes)]
+    ids = IDS[: root + sum(prefix + sum(responses) for prefix, responses in shapes)]
     with torch.no_grad():
-        logits = model.logits(model(ids, model.pack(shapes)))
-    at = 0
+        logits = model.logits(model(ids, model.pack(shapes, root)))
+    at = root
     for prefix, responses in shapes:
-        head = slice(at, at + prefix)
-        close(logits[head], theirs(oracle, ids[head]))
+        head = torch.cat((ids[:root], ids[at : at + prefix]))
+        close(torch.cat((logits[:root], logits[at : at + prefix])), theirs(oracle, head))
         at += prefix
         for n in responses:
-            close(logits[at : at + n], theirs(oracle, torch.cat((ids[head], ids[at : at + n])))[prefix:])
+            close(logits[at : at + n], theirs(oracle, torch.cat((head, ids[at : at + n])))[root + prefix:])
             at += n
 
 
@@ -443,8 +463,48 @@ def test_attention_and_its_gradient(m):
                for h, n in ((6, m), (2, 5), (2, 5)))
     mask = torch.ones(m, 5, dtype=torch.bool).tril(5 - m)
     expected = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, enable_gqa=True)[0]
-    torch.testing.assert_close(_Attention.apply(q, k, v, mask), expected)
-    assert torch.autograd.gradcheck(lambda *x: _Attention.apply(*x, mask), (q, k, v))
+    bias = torch.zeros(m, 5, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(_Attention.apply(q, k, v, bias), expected)
+    assert torch.autograd.gradcheck(lambda *x: _Attention.apply(*x, bias), (q, k, v))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_and_its_gradient(bias):
+    """In fp64: finite differences; a frozen weight gets no gradient, and no pass keeps a cast of it."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True)
+               for s in ((4, 3), (5, 3), (5,)))
+    given = (x, w, b) if bias else (x, w, None)
+    torch.testing.assert_close(_Linear.apply(*given), F.linear(*given))
+    assert torch.autograd.gradcheck(_Linear.apply, given)
+    frozen = w.detach()
+    _Linear.apply(x, frozen, b).sum().backward()
+    torch.testing.assert_close(x.grad, frozen.sum(0).expand(4, 3))
+    assert frozen.grad is None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        _Linear.apply(x.detach().bfloat16(), w.detach().float().requires_grad_(), None)
+    assert {tuple(t.shape): t.dtype for t in kept} == {(4, 3): torch.bfloat16, (5, 3): torch.float32}
+
+
+def test_swiglu_and_its_gradient():
+    """In fp64: torch's own, and finite differences."""
+    g = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(4, 6, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(_SwiGLU.apply(gate, up), F.silu(gate) * up)
+    assert torch.autograd.gradcheck(_SwiGLU.apply, (gate, up))
+
+
+def test_rotation_and_its_gradient():
+    """In fp64: by complex numbers, channel i and i + D/2 as one; and finite differences."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 8, generator=g, dtype=torch.float64, requires_grad=True)
+    angle = torch.rand(3, 1, 4, generator=g, dtype=torch.float64)
+    cos = torch.cat((angle.cos(), angle.cos()), -1)
+    sin = torch.cat((-angle.sin(), angle.sin()), -1)
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
+    torch.testing.assert_close(rotate(x, cos, sin), torch.cat((turned.real, turned.imag), -1))
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin), (x,))
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)])
