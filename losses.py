@@ -205,13 +205,13 @@ def score(model, groups: list[Group]) -> list[list[Tensor]]:
 
 
 def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
-    """Indices of the groups in order, as many at a time as hold at most `tokens` tokens (one group at least).
-    """
+    """Indices of the groups in order, as many at a time as hold at most `tokens` tokens, what all prefixes of
+    a batch begin with not counted; one group at least."""
     batch, used = [], 0
     for i, (prefix, responses) in enumerate(groups):
         size = len(prefix) + sum(map(len, responses))
-        root = common_prefix([groups[j][0] for j in batch] + [prefix])  # is computed once
-        if batch and used + size - len(batch) * root > tokens:
+        root = common_prefix([groups[j][0] for j in [*batch, i]])
+        if batch and used + size - (len(batch) + 1) * root > tokens:
             yield batch
             batch, used = [], 0
         batch.append(i)
@@ -224,7 +224,7 @@ def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
 def sequence_logps(model, groups: list[Group], tokens: int = 4096, bar=None) -> list[list[float]]:
     """log pi(response | prefix) of each response of each group, summed over tokens, without gradient.
 
-    `tokens`: how many tokens one pass may hold; a pass has at least one group.
+    `tokens`: how many tokens one pass may hold (see batches).
     """
     sums = []
     for batch in batches(groups, tokens):

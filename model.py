@@ -29,6 +29,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError,
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from run import UserError, main, rank, read_json, write_json
 
@@ -144,29 +145,27 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
     return keep * frequency + (1 - keep) * frequency / factor
 
 
-def half_turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin) for the two halves of each head, the first of sin negated."""
-    y = upcast(x)
-    return torch.addcmul(y * cos, y.roll(y.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
 class _Rotate(torch.autograd.Function):
-    """Its gradient is the opposite rotation: of the tokens nothing is kept."""
+    """(a, b) -> (a cos - b sin, b cos + a sin); its gradient is the opposite rotation, for which nothing of
+    the tokens is kept."""
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return half_turn(x, cos, sin)
+        y = upcast(x)
+        return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         cos, sin = ctx.saved_tensors
-        return half_turn(grad, cos, -sin), None, None
+        return rotate(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, channel i paired with i + D/2. x (T, heads, D); cos and sin (T, 1, D), the
-    first half of sin negated."""
+    """Rotary position embedding of x (T, heads, D), channel i paired with i + D/2.
+
+    cos and sin (T, 1, D), the first half of sin negated.
+    """
     return _Rotate.apply(x, cos, sin)
 
 
@@ -176,7 +175,8 @@ class _Attention(torch.autograd.Function):
     """softmax(q k' / sqrt(D) + bias) v spelled out, and its gradient: with o the output,
     d v = p' d o,   d s = p * (d o v' - rowsum(d o * o)),   d q = d s k,   d k = d s' q.
 
-    Products run in the type of q, the softmax and its gradient in fp32; of the (m, n) tables only p is kept.
+    Products run in the type of q, the softmax and its gradient in fp32 inside; of the (m, n) tables only p is
+    kept.
     """
 
     @staticmethod
@@ -208,8 +208,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, biases: dict[tuple[int, int], Ten
     spelled_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and m * n <= 2**20
     if m == n and not spelled_out:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]
-    if (m, n) not in biases:
-        biases[m, n] = torch.full((m, n), -math.inf, dtype=q.dtype, device=q.device).triu(n - m + 1)
+    if (m, n) not in biases:  # a GPU's flash attention takes no tables, but knows this one by its name
+        biases[m, n] = causal_lower_right(m, n) if q.is_cuda else torch.full(
+            (m, n), -math.inf, dtype=q.dtype, device=q.device).triu(n - m + 1)
     if spelled_out:
         return _Attention.apply(q, k, v, biases[m, n])
     return F.scaled_dot_product_attention(q[None], k[None], v[None], biases[m, n], enable_gqa=True)[0]
@@ -232,20 +233,20 @@ class Packed:
         response 2  x x . . x
     """
 
-    def __init__(self, shapes: list[tuple[int, list[int]]], root: int = 0,
-                 device: torch.device | str = "cpu", cache: "Cache | None" = None,
-                 slots: list[list[int]] = (), past: int = 0):
-        """shapes: (P, [R_1..R_n]) a group; root: tokens before them. cache, slots: where the keys and values
-        of each group (a plain sequence) are also written, after `past` tokens that those slots hold already.
+    def __init__(self, shapes: list[tuple[int, list[int]]], device: torch.device | str = "cpu",
+                 cache: "Cache | None" = None, slots: list[list[int]] = (), past: int = 0, root: int = 0):
+        """shapes: (P, [R_1..R_n]) a group; root: tokens before all of them. Without a root: cache, slots:
+        where the keys and values of each group (a plain sequence) are also written, after the `past` tokens
+        that those slots hold already.
         """
         self.cache, self.slots, self.past = cache, slots, past
-        self.lengths, self.parents, starts = [root] * bool(root), [None] * bool(root), [past] * bool(root)
+        parts = [(root, None, 0)] if root else []  # (length, which part it continues, first position)
         for prefix, responses in shapes:
-            here = len(self.lengths)  # the prefix; its responses come next
-            self.lengths += [prefix, *filter(None, responses)]
-            self.parents += [0 if root else None] + [here] * (len(self.lengths) - here - 1)
-            starts += [root + past] + [root + past + prefix] * (len(self.lengths) - here - 1)
-        positions = [torch.arange(n) + start for n, start in zip(self.lengths, starts, strict=True)]
+            here, start = len(parts), past + root
+            parts.append((prefix, 0 if root else None, start))
+            parts += [(n, here, start + prefix) for n in responses if n]
+        self.lengths, self.parents, starts = map(list, zip(*parts, strict=True))
+        positions = [torch.arange(s, s + n) for n, s in zip(self.lengths, starts, strict=True)]
         self.positions = torch.cat(positions).to(device)  # (T,)
         self.biases: dict[tuple[int, int], Tensor] = {}
 
@@ -255,7 +256,7 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
-        out, seen = [], []  # of each part: what it sends, and all the keys and values that it sees
+        out, seen = [], {}  # of each part what it gathers; of those that are continued, what they have seen
         parts = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
         for i, (qi, ki, vi) in enumerate(parts):  # (H, n, D) and twice (G, n, D)
             if self.parents[i] is not None:
@@ -263,7 +264,8 @@ class Packed:
                 ki, vi = torch.cat((before_k, ki), 1), torch.cat((before_v, vi), 1)  # (G, start + n, D)
             elif self.cache is not None:
                 ki, vi = self.cache.write(layer, self.slots[i], ki, vi, self.past)  # (G, past + n, D)
-            seen.append((ki, vi))
+            if i in self.parents:
+                seen[i] = ki, vi
             out.append(attention(qi, ki, vi, self.biases))  # (H, n, D)
         return torch.cat(out, 1).transpose(0, 1)  # (T, H, D)
 
@@ -327,11 +329,11 @@ class Cache:
 
 class _Linear(torch.autograd.Function):
     """y = x W' + b in the type of x, to which fp32 masters are cast here and once more in backward: no cast
-    is kept.   d x = d y W,   d W = d y' x,   d b = sum of d y, the last two in the masters' type."""
+    is kept.   d x = d y W,   d W = d y' x,   d b = sum of d y; a frozen weight needs no x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -339,7 +341,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         d_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
         d_weight = (grad.T @ x).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        d_bias = grad.sum(0, dtype=weight.dtype) if ctx.needs_input_grad[2] else None
+        d_bias = upcast(grad).sum(0) if ctx.needs_input_grad[2] else None
         return d_x, d_weight, d_bias
 
 
@@ -367,11 +369,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         g, n = upcast(grad), upcast(x) * scale  # (..., E)
-        d_weight = (g * n).flatten(0, -2).sum(0)  # (E,)
+        d_weight = (g * n).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # (E,)
         h = g * weight  # (..., E)
         mean = torch.linalg.vecdot(h, n)[..., None] / n.shape[-1]  # (..., 1)
         d_x = h.sub_(n.mul_(mean)).mul_(scale)  # (..., E)
-        return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+        return d_x.to(x.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -447,7 +449,8 @@ class Block(nn.Module):
 
 class _Tied(torch.autograd.Function):
     """Rows of an embedding, and the whole of it to serve as the head: in backward the gradient of the rows is
-    added to the head's where that stands. (Autograd alone would add two tensors of V x E.)"""
+    added into the head's, where autograd alone would add two tensors of V x E. So what uses this head must
+    hand it a gradient tensor that nothing else holds, as token_logps does."""
 
     @staticmethod
     def forward(ctx, ids: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -485,12 +488,13 @@ class Decoder(nn.Module):
 
     def pack(self, shapes: list[tuple[int, list[int]]], root: int = 0) -> Packed:
         """The layout of groups of (prefix length, response lengths) on this model's device."""
-        return Packed(shapes, root, self.device)
+        return Packed(shapes, self.device, root=root)
 
     def forward(self, ids: Tensor, layout: Packed | Cache,
                 read: Callable[[Tensor, Tensor], Tensor] = lambda hidden, head: hidden) -> Tensor:
         """ids (T,) -> final hidden states (T, E) in the compute type, or what `read` makes of them and of the
-        head (V, E), which a tied model's gradient reaches best from in here."""
+        head (V, E): used through this argument, a tied embedding gets one gradient tensor, not two (_Tied).
+        """
         frequencies = rotary_frequencies(self.config, ids.device)  # (D/2,)
         angle = layout.begin(len(ids))[:, None, None] * frequencies  # (T, 1, D/2)
         cos = torch.cat((angle.cos(), angle.cos()), dim=-1)  # (T, 1, D)

@@ -148,11 +148,14 @@ def tune_allocator() -> None:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # steps seldom repeat their shapes
         libc = ctypes.CDLL(None)
         libc.mallopt(1, 0)  # M_MXFAST: no lists of small blocks to tidy up whenever a large one is freed
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: every block from the heap, where it will be used again
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too from the heap, where they are used again
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back what the heap holds
         libc.malloc.restype = ctypes.c_void_p
-        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(half))))  # addresses, not memory
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":  # addresses count as memory
+            memory = 2**30
+        share = memory // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(share))))  # the heap's addresses, all at once
         maps = Path("/proc/self/maps").read_text().splitlines()
         for heap in (line.split()[0].split("-") for line in maps if line.endswith("[heap]")):
             start, end = (int(address, 16) for address in heap)

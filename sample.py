@@ -240,13 +240,13 @@ def replayed(work: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     all at once. On other devices work itself."""
     if device.type != "cuda":
         return work
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side = torch.cuda.Stream(device)  # of this graph alone, like what libraries set up on it
+    side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        work()  # what libraries set up at their first call cannot be captured
-    torch.cuda.current_stream().wait_stream(side)
+        work()  # the first call sets up what cannot be captured
+    torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         out = work()
 
     def replay() -> Tensor:
@@ -319,7 +319,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             noise[slot] = uniforms(seed, *keys[i], most).to(device)
             taken.setdefault(tuple(prompts[i]), []).append(slot)
         rest = [prompt[shared:] for prompt in taken]
-        layout = Packed([(len(p), []) for p in rest], 0, device, cache, list(taken.values()), shared)
+        layout = Packed([(len(p), []) for p in rest], device, cache, list(taken.values()), shared)
         ends = torch.tensor([len(p) for p in rest], device=device).cumsum(0) - 1  # each prompt's last token
         tokens = torch.tensor([t for p in rest for t in p], device=device)  # (T,)
         logits = model.logits(model(tokens, layout)[ends])  # (distinct prompts, V)
@@ -329,7 +329,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         drawn[at] = 0
         draw(at, logits[which])
 
-    @functools.lru_cache(1)  # widths only fall, and a graph keeps memory of its own
+    @functools.cache
     def step(width: int) -> Callable[[], Tensor]:
         """What feeds the latest token of the first `width` slots, and returns logits (width, V)."""
         return replayed(lambda: model.logits(model(latest[:width], cache)), device)
@@ -338,7 +338,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     shared = common_prefix(prompts)
     if shared:
         model(torch.tensor(prompts[0][:shared], device=device),
-              Packed([(shared, [])], 0, device, cache, [list(range(slots))]))
+              Packed([(shared, [])], device, cache, [list(range(slots))]))
     changed = True
     while True:
         if changed:
@@ -356,7 +356,8 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
                 for gap, slot in zip(gaps, last, strict=True):
                     owner[gap], owner[slot] = owner[slot], None
             at = torch.arange(len(busy), device=device)  # (n,)
-            width = min(slots, -(-len(busy) // 8) * 8)  # a few shapes: kernels are made for every new one
+            # a few widths on a CPU, which makes kernels for every new shape; one on a GPU: a single graph
+            width = slots if device.type == "cuda" else min(slots, -(-len(busy) // 8) * 8)
             cache.lengths[len(busy) :] = shared  # idle slots compute too: where it harms nobody
         latest[:width] = ids[cache.rows[:width], drawn[:width] - 1]
         logits = step(width)()[: len(busy)]  # (n, V)

@@ -63,7 +63,7 @@ class Args(PairArgs):
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood a token", "training")
     pass_tokens: int | None = option(None, "most tokens in one forward and backward pass (default: 768 on a "
-                                     "CPU, 8192 on a GPU)", "training")
+                                     "CPU, 8192 on a GPU), a shared beginning not counted", "training")
     save_dtype: str = option("bfloat16", "type of the saved weights", "training", ("bfloat16", "float32"))
     eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
@@ -119,7 +119,7 @@ def schedule(count: int, args: Args, epoch: int) -> list[list[int]]:
 
 
 def passes(pairs: list[Pair], step: list[int], args: Args) -> list[list[int]]:
-    """This process's share of a step, cut into passes of at most `pass_tokens` tokens."""
+    """This process's share of a step, cut into passes of `pass_tokens` tokens (see batches)."""
     share = mine(step)
     return [[share[i] for i in part] for part in batches([group(pairs[i], args) for i in share],
                                                          args.pass_tokens)]
@@ -216,14 +216,14 @@ def add_gradients(model: Decoder, pairs: list[Pair], step: list[int], reference:
 
 
 def flops(c: Config, groups: list[Group]) -> float:
-    """Floating-point operations of a forward and backward pass over groups, matrix products alone: 6 for
+    """Floating-point operations of one forward and backward pass over groups, matrix products alone: 6 for
     every weight and token, and 6 for every channel and pair of tokens that see each other, twice."""
     heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     weights = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
     root = common_prefix([prefix for prefix, _ in groups])
     fed, seen, predicted = root, root * root / 2, 0  # tokens, pairs of them, response tokens
     for prefix, responses in groups:
-        for start, n in [(root, len(prefix) - root), *((len(prefix), len(r)) for r in responses)]:
+        for start, n in [(root, len(prefix) - root), *((len(prefix), len(r) - 1) for r in responses)]:
             fed, seen = fed + n, seen + n * start + n * n / 2
         predicted += sum(map(len, responses))
     attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
@@ -237,7 +237,8 @@ def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metr
     epochs = [schedule(len(pairs), args, epoch) for epoch in range(args.epochs)]
     steps = [step for epoch in epochs for step in epoch]
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), 1e-8, 0.0, fused=True)
-    for p in model.parameters():  # made now and side by side: among a step's own tensors they break up memory
+    for p in filter(lambda p: p.requires_grad, model.parameters()):
+        # made now, side by side: scattered among a step's own tensors they would break up memory
         optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
                                   exp_avg_sq=torch.zeros_like(p))
     ceiling = matmul_ceiling(model.compute, model.device)
@@ -265,7 +266,7 @@ def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metr
         groups = [group(pairs[i], args) for i in step]
         tokens = sum(len(prefix) + sum(map(len, responses)) for prefix, responses in groups)
         work = world() * sum(flops(model.config, [group(pairs[i], args) for i in part])
-                             for part in passes(pairs, step, args))  # of all processes, each with its share
+                             for part in passes(pairs, step, args))  # the other processes' shares are alike
         spent, seen_tokens, seen_flops = spent + seconds, seen_tokens + tokens, seen_flops + work
         metrics.log(candidate=candidate, step=number + 1, epoch=number // len(epochs[0]), **means,
                     grad_norm=norm, lr=lr, pairs=len(step), tokens=tokens, tokens_per_second=tokens / seconds,

@@ -68,7 +68,7 @@ def sample(args, turns: list[str], batch: int = 64) -> None:
         return ids[:, inputs.input_ids.shape[1] :].tolist()
 
     generate(turns[:2], 4)
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     start, count = clock(), 0
     for i in range(0, len(turns), batch):
         for ids in generate(turns[i : i + batch], args.max_new):

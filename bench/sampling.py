@@ -1,10 +1,12 @@
 """sampling.py - new tokens a second of sampling at temperature 1, against generate of transformers.
 
 Responses end by themselves or after --max-new tokens; tokens count up to the end token, which is included. 64
-responses are sampled together. Model load and a warm-up of 4 tokens are done before the clock starts.
+responses are sampled together, in every round with another seed: a round with longer responses has more
+tokens a second. Model load and a warm-up of 4 tokens are done before the clock starts.
 
     python bench/sampling.py --model DIR --pairs FILE.jsonl [--rows 64] [--max-new 128] [--rounds 3]
     python bench/sampling.py --model DIR --shots FILE.txt [--samples 8]
+    python bench/sampling.py --model DIR --pairs FILE.jsonl --profile
 
 With --shots there is one prompt, the text of a file, and --samples responses to it.
 """
@@ -12,7 +14,7 @@ With --shots there is one prompt, the text of a file, and --samples responses to
 from pathlib import Path
 
 import torch
-from side_by_side import clock, measure, parser, ratios, read_rows, report
+from side_by_side import clock, measure, parser, profiled, ratios, read_rows, report
 
 from model import load
 from pairs import user_turn
@@ -35,10 +37,15 @@ def ours(args) -> None:
     def sample(count: int, most: int) -> int:
         """Sample responses to the first `count` turns, and count their tokens."""
         samples = generate(model, [tokenizer.chat(turn) for turn in turns[:count]], Sampling(1.0, 1.0, most),
-                           tokenizer.stop_ids, 0, keys[:count], slots=64)
+                           tokenizer.stop_ids, args.seed, keys[:count], slots=64)
         return sum(len(s.ids) for s in samples)
 
     sample(2, 4)
+    if args.profile:
+        start = clock()
+        operations = profiled(lambda: sample(len(turns), args.max_new))
+        report(responses=len(turns), seconds=clock() - start, seconds_of_operations=operations)
+        return
     start = clock()
     count = sample(len(turns), args.max_new)
     seconds = clock() - start
@@ -58,6 +65,7 @@ def program() -> None:
     p.add_argument("--rows", type=int, default=64, help="how many of the pairs' prompts")
     p.add_argument("--samples", type=int, default=8, help="responses to the prompt of --shots")
     p.add_argument("--max-new", type=int, default=128, help="longest response, in tokens")
+    p.add_argument("--profile", action="store_true", help="ours alone, once: what the time goes to")
     p.add_argument("--peer-attention", default="sdpa", help="the peer's attention implementation")
     args = p.parse_args()
     if args.child == "transformers":
@@ -65,6 +73,9 @@ def program() -> None:
         peers.sample(args, user_turns(args))
     elif args.child:
         ours(args)
+    elif args.profile:
+        args.rounds = 1
+        measure(args, ["ours"], lambda reports: {})
     else:
         measure(args, ["ours", "transformers"], speed)
 

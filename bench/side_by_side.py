@@ -15,13 +15,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from run import default_device, environment, matmul_ceiling, read_jsonl, write_json
+from run import default_device, environment, matmul_ceiling, read_jsonl, tune_allocator, write_json
 
 
 def clock() -> float:
@@ -56,10 +58,31 @@ def copy_speed(count: int = 2**26) -> float:
     return 2 * a.nbytes / best
 
 
+def fresh_memory(count: int = 2**28) -> float:
+    """Seconds that a byte costs when a process writes it for the first time, above those of writing it."""
+    seconds, a = [], torch.empty(count)
+    for _ in range(2):
+        start = time.perf_counter()
+        a.fill_(1)
+        seconds.append(time.perf_counter() - start)
+    return (seconds[0] - seconds[1]) / a.nbytes
+
+
 def machine() -> None:
-    """Report what the machine reaches now: FLOP/s in bf16, and bytes a copy reads and writes a second."""
+    """Report what the machine reaches now: FLOP/s in bf16, bytes a copy reads and writes a second, seconds a
+    GB of fresh memory costs a process (on huge pages, as training takes it)."""
+    tune_allocator()
+    fresh = fresh_memory()
     report(**environment(), matmul_gflops=matmul_ceiling(torch.bfloat16, default_device()) / 1e9,
-           copy_gb_per_s=copy_speed() / 1e9)
+           copy_gb_per_s=copy_speed() / 1e9, fresh_seconds_per_gb=1e9 * fresh)
+
+
+def profiled(work: Callable[[], None]) -> dict[str, float]:
+    """Seconds that each torch operation itself takes on the host in a piece of work, longest first."""
+    with profile(activities=[ProfilerActivity.CPU]) as p:
+        work()
+    seconds = {event.key: event.self_cpu_time_total / 1e6 for event in p.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:24])
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -69,6 +92,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--rounds", type=int, default=3, help="how often each side is measured")
     p.add_argument("--name", help="of the file in bench/results (default: made of the arguments)")
     p.add_argument("--child", help=argparse.SUPPRESS)
+    p.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # the number of the round
     return p
 
 
@@ -107,13 +131,14 @@ def measure(args: argparse.Namespace, names: list[str], summarise) -> None:
     before, reports = child(__file__), {name: [] for name in names}
     for k in range(args.rounds):
         for name in names:
-            reports[name].append(child(*sys.argv, "--child", name))
+            reports[name].append(child(*sys.argv, "--child", name, "--seed", str(k)))
             print(f"round {k + 1} of {args.rounds}, {name}: {reports[name][-1]}", file=sys.stderr, flush=True)
     result = dict(command="python bench/" + plain(" ".join(sys.argv)), settings=given, machine_before=before,
                   machine_after=child(__file__), **summarise(reports),
                   medians={name: medians(rounds) for name, rounds in reports.items()}, reports=reports)
     files = [Path(given[key]).stem for key in ("model", "pairs", "shots") if key in given]
-    name = args.name or "-".join([Path(sys.argv[0]).stem, *files, *["growth"] * bool(given.get("growth"))])
+    modes = [key for key in ("growth", "profile") if given.get(key)]
+    name = args.name or "-".join([Path(sys.argv[0]).stem, *files, *modes])
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{name}.json", result)

@@ -6,6 +6,7 @@ context, chosen and rejected.
 
     python bench/train_step.py --model DIR --pairs FILE.jsonl [--rows 32] [--rounds 3] [--peer none]
     python bench/train_step.py --model DIR --pairs FILE.jsonl --growth --rounds 1
+    python bench/train_step.py --model DIR --pairs FILE.jsonl --profile
 
 --growth runs ours alone on the rows once, 4 and 16 times over: seconds a pair and memory must not grow.
 """
@@ -14,7 +15,7 @@ import os
 from pathlib import Path
 
 import torch
-from side_by_side import clock, measure, parser, ratios, read_rows, report
+from side_by_side import clock, measure, parser, profiled, ratios, read_rows, report
 
 from model import load
 from pairs import Pair, user_turn
@@ -43,8 +44,14 @@ def ours(args, copies: int) -> None:
     pairs = [make_pair(row, f"{i}-{copy}", tokenizer) for copy in range(copies) for i, row in enumerate(rows)]
     reference = all_logps(load(args.model, torch.bfloat16, device=device), pairs, settings)
     referred = clock() - start
-    summary = train(model, pairs, reference, settings, Metrics(Path(os.devnull)))
+    nowhere = Metrics(Path(os.devnull))
+    summary = train(model, pairs, reference, settings, nowhere)
     seconds = clock() - start
+    if args.profile:  # the second time around, when memory is there
+        start = clock()
+        operations = profiled(lambda: train(model, pairs, reference, settings, nowhere))
+        report(pairs=len(pairs), seconds=clock() - start, seconds_of_operations=operations)
+        return
     report(pairs=len(pairs), seconds=seconds, pairs_per_s=len(pairs) / seconds,
            seconds_per_pair=seconds / len(pairs), seconds_reference=referred,
            **{key: summary[key] for key in ("steps", "skipped", "tokens", "matmul_share")})
@@ -68,6 +75,7 @@ def program() -> None:
     p.add_argument("--peer", choices=("trl", "none"), default="trl")
     p.add_argument("--peer-batch", type=int, default=4, help="the peer's pairs a step")
     p.add_argument("--peer-attention", default="sdpa", help="the peer's attention implementation")
+    p.add_argument("--profile", action="store_true", help="ours alone, once: what the time goes to")
     p.add_argument("--growth", action="store_true", help="ours alone, on 1, 4 and 16 times the rows")
     args = p.parse_args()
     if args.child == "trl":
@@ -75,6 +83,9 @@ def program() -> None:
         peers.dpo(args)
     elif args.child:
         ours(args, COPIES[args.child])
+    elif args.profile:
+        args.rounds = 1
+        measure(args, ["ours"], lambda reports: {})
     elif args.growth:
         measure(args, list(COPIES), growth)
     else:

@@ -182,10 +182,11 @@ ROOTED = {  # what all prefixes begin with, and the groups
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def oracle_folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def oracle_folder(tmp_path_factory, request):
     """A tiny Llama whose pad token is its end token."""
-    return write_model(tmp_path_factory.mktemp("oracle"), pad_token_id=EOS, scale=0.2)
+    return write_model(tmp_path_factory.mktemp("oracle"), pad_token_id=EOS, scale=0.2,
+                       tie_word_embeddings=request.param)
 
 
 @pytest.fixture()
@@ -221,7 +222,6 @@ def gradients(model) -> dict[str, Tensor]:
 def test_score_is_each_sequence_alone(oracle_folder, oracle, groups):
     """Values and all gradients are those of transformers' full logits, one sequence at a time."""
     model = load(oracle_folder)
-    oracle.zero_grad()
     scored = score(model, groups)
     assert [[len(lp) for lp in group] for group in scored] == [[len(r) for r in rs] for _, rs in groups]
     ours = [lp for group in scored for lp in group]
@@ -249,11 +249,10 @@ def test_what_all_prefixes_begin_with_is_fed_once(exact, root, groups):
 
 
 def test_a_shared_root_makes_room_in_a_batch():
-    """Two groups of 8 tokens that share 5 take 11 together; a third that shares 2 takes 8 - 2, and makes the
-    others take 16 - 2."""
+    """Of two groups of 8 tokens that share 5 a batch counts 3 each; with a third that shares 2, 6 each."""
     a, b, c = (([1, 2, *rest], [[7, 8]]) for rest in ([3, 4, 5, 5], [3, 4, 5, 6], [9, 9, 9, 9]))
-    for tokens, expected in ((10, [[0], [1], [2]]), (11, [[0, 1], [2]]), (19, [[0, 1], [2]]),
-                             (20, [[0, 1, 2]])):
+    for tokens, expected in ((5, [[0], [1], [2]]), (6, [[0, 1], [2]]), (17, [[0, 1], [2]]),
+                             (18, [[0, 1, 2]])):
         assert list(batches([a, b, c], tokens)) == expected
 
 
@@ -267,11 +266,29 @@ def test_the_end_token_counts(oracle_folder, oracle):
     torch.testing.assert_close(with_end[:-1], without)
 
 
-def test_score_leaves_its_groups_alone(exact):
+@pytest.mark.parametrize("given", [GROUPS, ROOTED["two_of_each"][1]], ids=["no_root", "root"])
+def test_score_leaves_its_groups_alone(exact, given):
     """Ids go in and come out as they were."""
-    groups = copy.deepcopy(GROUPS)
+    groups = copy.deepcopy(given)
     score(exact[0], groups)
-    assert groups == GROUPS
+    assert groups == given
+
+
+def test_a_tied_gradient_by_the_long_way(exact):
+    """Hidden states and then the head give the gradients of the head read inside the forward pass."""
+    model, targets = exact[0], torch.tensor([6, 7, 8])
+    grads = []
+    for inside in (True, False):
+        model.zero_grad()
+        layout, ids = model.pack([(3, [])]), torch.tensor([5, 6, 7])
+        if inside:
+            logps = model(ids, layout, lambda hidden, head: token_logps(hidden, head, targets))
+        else:
+            logps = token_logps(model(ids, layout), model.head, targets)
+        logps.square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [

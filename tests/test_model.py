@@ -151,7 +151,7 @@ def test_prefilled_slots_continue(saved):
     model, prompts, rest = load(folder), [IDS[:9], IDS[20:24]], IDS[100:106]
     cache, slots = Cache(model.config, 4, 40, torch.float32), [[2], [0, 3]]
     with torch.no_grad():
-        model(torch.cat(prompts), Packed([(9, []), (4, [])], 0, "cpu", cache, slots))
+        model(torch.cat(prompts), Packed([(9, []), (4, [])], "cpu", cache, slots))
         cache.lengths = torch.tensor([4, 0, 9, 4])
         steps = []
         for token in rest:
@@ -484,7 +484,7 @@ def test_linear_and_its_gradient(bias):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         _Linear.apply(x.detach().bfloat16(), w.detach().float().requires_grad_(), None)
-    assert {tuple(t.shape): t.dtype for t in kept} == {(4, 3): torch.bfloat16, (5, 3): torch.float32}
+    assert [(tuple(t.shape), t.dtype) for t in kept] == [((4, 3), torch.bfloat16), ((5, 3), torch.float32)]
 
 
 def test_swiglu_and_its_gradient():

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
-from conftest import write_model
-from losses import dpo
+from conftest import random_model, write_model
+from losses import dpo, score
 from model import load
 from pairs import Pair, honours, load_examples, load_pairs
 from run import Metrics, UserError, read_json, read_jsonl
@@ -230,6 +231,28 @@ def test_sft_does_not_see_the_rejected(fit):
         assert [row["loss"] for row in a] == [row["loss"] for row in b]
         assert all(torch.equal(x, y) for s, t in zip(first, gradients, strict=True)
                    for x, y in zip(s, t, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- the count
+
+@pytest.mark.parametrize("groups, fed, seen, predicted", [
+    ([([5, 6, 7], [[8, 9], [10]])], 3 + 1, 4.5 + 3.5, 3),
+    ([([5, 6, 7], [[8, 9], [10]]), ([5, 6, 8, 9], [[7], [11, 12, 13]])],
+     2 + 1 + 1 + 2 + 2, 2 + 2.5 + 3.5 + 6 + 10, 7),
+], ids=["alone", "sharing"])  # fmt: skip
+def test_flops_are_those_that_run(groups, fed, seen, predicted):
+    """Counted by hand; and for the products with weights as torch counts a forward and backward pass, but for
+    the logits that backward makes again."""
+    model = random_model()
+    c = model.config
+    width = c.num_attention_heads * c.head_dim
+    weights = c.num_hidden_layers * c.hidden_size * (
+        2 * width + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    head = c.vocab_size * c.hidden_size * predicted
+    assert train.flops(c, groups) == 6 * (weights * fed + head + 2 * c.num_hidden_layers * width * seen)
+    with FlopCounterMode(display=False) as counter:
+        torch.stack([lp.sum() for responses in score(model, groups) for lp in responses]).sum().backward()
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == 6 * weights * fed + 8 * head
 
 
 # ------------------------------------------------------------------------------------------- negatives

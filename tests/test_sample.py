@@ -11,6 +11,7 @@ import torch
 import trl
 from conftest import random_model, write_tokenizer
 from tokenizers.processors import TemplateProcessing
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
@@ -477,6 +478,21 @@ def test_prompts_taken_up_in_several_passes_change_nothing(tiny, monkeypatch):
     one_by_one = generate(model, prompts, s, frozenset(range(40)), 0)
     assert [x.ids for x in one_by_one] == [x.ids for x in at_once]
     assert [len(p) for p in packs if isinstance(p, list)] == [1] * 16
+
+
+def test_text_from_a_recorded_step(tiny, monkeypatch):
+    """A decode step that is traced once for each width and then replayed, as a CUDA graph is, gives the same
+    text: slots are refilled and closed up between the replays."""
+    model, prompts, s = load(tiny), tiny_prompts(30), Sampling(1.0, 0.9, 8)
+    expected, traced = generate(model, prompts, s, frozenset(range(40)), 0, slots=16), []
+
+    def record(work, device):
+        traced.append(make_fx(work)())
+        return traced[-1]
+
+    monkeypatch.setattr(sample, "replayed", record)
+    assert generate(model, prompts, s, frozenset(range(40)), 0, slots=16) == expected
+    assert len(traced) == 2  # of 16 rows and of 8
 
 
 def test_default_keys_are_the_rows(tiny):
