@@ -234,15 +234,16 @@ class Packed:
     """
 
     def __init__(self, shapes: list[tuple[int, list[int]]], device: torch.device | str = "cpu",
-                 cache: "Cache | None" = None, slots: list[list[int]] = (), past: int = 0, root: int = 0):
-        """shapes: (P, [R_1..R_n]) a group; root: tokens before all of them. Without a root: cache, slots:
-        where the keys and values of each group (a plain sequence) are also written, after the `past` tokens
-        that those slots hold already.
+                 cache: "Cache | None" = None, slots: list[list[int] | None] = (), root: int = 0):
+        """shapes: (P, [R_1..R_n]) a group; root: tokens before all of them. With a cache all that continues
+        the cache's root, and slots says where each group, a plain sequence, is also written: into some slots,
+        or, None, as the cache's root itself.
         """
-        self.cache, self.slots, self.past = cache, slots, past
-        parts = [(root, None, 0)] if root else []  # (length, which part it continues, first position)
+        self.cache, self.slots = cache, [*[[]] * bool(root), *slots]
+        self.past = cache.shared if cache else 0
+        parts = [(root, None, self.past)] if root else []  # (length, which part it continues, first position)
         for prefix, responses in shapes:
-            here, start = len(parts), past + root
+            here, start = len(parts), self.past + root
             parts.append((prefix, 0 if root else None, start))
             parts += [(n, here, start + prefix) for n in responses if n]
         self.lengths, self.parents, starts = map(list, zip(*parts, strict=True))
@@ -256,14 +257,15 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
-        out, seen = [], {}  # of each part what it gathers; of those that are continued, what they have seen
+        out = []
+        seen = {None: self.cache.root[layer]} if self.past else {}  # part -> all its keys and values
         parts = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
         for i, (qi, ki, vi) in enumerate(parts):  # (H, n, D) and twice (G, n, D)
-            if self.parents[i] is not None:
+            if self.parents[i] in seen:
                 before_k, before_v = seen[self.parents[i]]
                 ki, vi = torch.cat((before_k, ki), 1), torch.cat((before_v, vi), 1)  # (G, start + n, D)
-            elif self.cache is not None:
-                ki, vi = self.cache.write(layer, self.slots[i], ki, vi, self.past)  # (G, past + n, D)
+            if self.cache:
+                self.cache.write(layer, self.slots[i], ki, vi)
             if i in self.parents:
                 seen[i] = ki, vi
             out.append(attention(qi, ki, vi, self.biases))  # (H, n, D)
@@ -271,13 +273,13 @@ class Packed:
 
 
 class Cache:
-    """Static keys and values of S slots with room for L tokens each; as a layout, one new token for each of
-    the first n slots.
+    """Static keys and values of S slots with room for L tokens each, which all continue one root of A tokens
+    that is kept once (A may be 0); as a layout, one new token for each of the first n slots.
 
-    `lengths` (S,) says how many tokens each slot holds: the new token lands there, sees 0..lengths, and the
-    caller adds one when it moves on. A slot is reused by writing over it: its mask follows its length. Every
-    product reads all L places: slices of them would be copied first, which costs more.
-    Values are kept transposed: each product then reads the cache along the dimension it sums over.
+    `lengths` (S,) says how many tokens each slot holds after the root: the new token lands there, sees the
+    root and 0..lengths, and the caller adds one when it moves on. A slot is reused by writing over it: what
+    it sees follows its length. Every product reads all L places: slices of them would be copied first, which
+    costs more. Values are kept transposed: each product then reads along the dimension it sums over.
     """
 
     def __init__(self, config: Config, slots: int, length: int, dtype: torch.dtype,
@@ -287,42 +289,57 @@ class Cache:
         layers = range(config.num_hidden_layers)
         self.k = [torch.zeros(*shape, length, size, **made) for _ in layers]  # (S, G, L, D) a layer
         self.v = [torch.zeros(*shape, size, length, **made) for _ in layers]  # (S, G, D, L) a layer
+        self.root: list[tuple[Tensor, Tensor]] = []  # (G, A, D) and (G, A, D) a layer, once there is one
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.rows = torch.arange(slots, device=device)
         self.bias: Tensor | None = None
+
+    @property
+    def shared(self) -> int:
+        """A, the tokens of the root."""
+        return self.root[0][0].shape[1] if self.root else 0
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy what some slots hold into others."""
         for x in (*self.k, *self.v, self.lengths):
             x[target] = x[source]
 
-    def write(self, layer: int, slots: list[int], k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
-        """Store keys and values (G, n, D) of the tokens after the first `past` in every slot named; return
-        all the keys and values that one such slot then holds, (G, past + n, D) each."""
-        end = past + k.shape[1]
-        self.k[layer][slots, :, past:end] = k
-        self.v[layer][slots, :, :, past:end] = v.transpose(1, 2)
-        if not past:
-            return k, v
-        return self.k[layer][slots[0], :, :end], self.v[layer][slots[0], :, :, :end].transpose(1, 2)
+    def write(self, layer: int, slots: list[int] | None, k: Tensor, v: Tensor) -> None:
+        """Store keys and values (G, A + n, D) of a sequence: what follows the root in every slot named, or,
+        None, all of it as the root."""
+        if slots is None:
+            self.root.append((k.contiguous(), v.contiguous()))
+        elif slots:
+            n = k.shape[1] - self.shared
+            self.k[layer][slots, :, :n] = k[:, self.shared :]
+            self.v[layer][slots, :, :, :n] = v[:, self.shared :].transpose(1, 2)
 
     def begin(self, n: int) -> Tensor:
         """Positions of the first n slots' new tokens, (n,)."""
         columns = torch.arange(self.v[0].shape[-1], device=self.rows.device)  # (L,)
         hidden = (columns > self.lengths[:n, None])[:, None, None]  # (n, 1, 1, L)
         self.bias = torch.zeros_like(hidden, dtype=self.v[0].dtype).masked_fill_(hidden, -math.inf)
-        return self.lengths[:n]
+        return self.lengths[:n] + self.shared
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (n, H, D), k and v (n, G, D), the new token's -> (n, H, D)."""
-        n, heads, size = q.shape
+        (n, heads, size), groups = q.shape, k.shape[1]
         self.k[layer][self.rows[:n], :, self.lengths[:n]] = k
         self.v[layer][self.rows[:n], :, :, self.lengths[:n]] = v
         # the H/G query heads that share a key/value head become its query rows: nothing is repeated
-        q = q.view(n, k.shape[1], -1, size) * size**-0.5  # (n, G, H/G, D)
+        q = q.view(n, groups, -1, size) * size**-0.5  # (n, G, H/G, D)
         scores = (q @ self.k[layer][:n].transpose(2, 3)).add_(self.bias)  # (n, G, H/G, L)
-        probs = scores.softmax(-1)  # (n, G, H/G, L), in fp32 inside
-        return (probs @ self.v[layer][:n].transpose(2, 3)).view(n, heads, size)  # (n, H, D)
+        if not self.root:
+            return (scores.softmax(-1) @ self.v[layer][:n].transpose(2, 3)).view(n, heads, size)  # (n, H, D)
+        # and those of all slots become rows of the root's, which is read once
+        root_k, root_v = self.root[layer]
+        rows = q.transpose(0, 1).reshape(groups, -1, size)  # (G, n * H/G, D)
+        far = (rows @ root_k.transpose(1, 2)).view(groups, n, -1, self.shared)  # (G, n, H/G, A)
+        probs = torch.cat((far.transpose(0, 1), scores), -1).softmax(-1)  # (n, G, H/G, A + L)
+        far, near = probs.split((self.shared, scores.shape[-1]), -1)  # (n, G, H/G, A), (n, G, H/G, L)
+        far = far.transpose(0, 1).reshape(groups, -1, self.shared) @ root_v  # (G, n * H/G, D)
+        near = near @ self.v[layer][:n].transpose(2, 3)  # (n, G, H/G, D)
+        return near.add_(far.view(groups, n, -1, size).transpose(0, 1)).view(n, heads, size)  # (n, H, D)
 
 
 # -------------------------------------------------------------------------------- decoder

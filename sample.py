@@ -5,7 +5,7 @@ are kept as they are: nothing is decoded and tokenised again. Temperature, top-p
 says; nothing is inherited from generation_config.json except the ids that stop a response.
 What differs from the paper: every draw depends on (seed, row, sample) alone, so the text does not change with
 the batch, its order or its size: exactly in fp32, and in bf16 where a matrix product rounds each row alike
-however many there are (CPUs: measured; GPUs: not quite).
+however many there are (CPUs: measured; GPUs: not quite) and all prompts begin with the same 64-token blocks.
 
 Legend: S slots, V vocabulary, E hidden size, T tokens of a packed prefill.
 
@@ -279,7 +279,8 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
     if longest > model.config.max_position_embeddings:
         raise UserError(f"the longest prompt and {most} new tokens take {longest} places, "
                         f"the model has {model.config.max_position_embeddings}")
-    room = -(-longest // 64) * 64  # a round number: odd ones make slow products
+    shared = common_prefix(prompts) // 64 * 64  # worked examples, say: computed, kept and read once
+    room = -(-(longest - shared) // 64) * 64  # a round number: odd ones make slow products
     cache = Cache(model.config, slots, room, model.compute, device)
     stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     owner: list[int | None] = [None] * slots  # which prompt each slot works on
@@ -313,19 +314,20 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         """Prefill waiting prompts into the free slots, each distinct one once; draw their first tokens."""
         taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
         for slot in free:
-            if not waiting or sum(map(len, taken)) >= PREFILL_TOKENS:
+            if not waiting or sum(len(p) - shared for p in taken) >= PREFILL_TOKENS:
                 break
             owner[slot] = i = waiting.pop()
             noise[slot] = uniforms(seed, *keys[i], most).to(device)
             taken.setdefault(tuple(prompts[i]), []).append(slot)
         rest = [prompt[shared:] for prompt in taken]
-        layout = Packed([(len(p), []) for p in rest], device, cache, list(taken.values()), shared)
-        ends = torch.tensor([len(p) for p in rest], device=device).cumsum(0) - 1  # each prompt's last token
-        tokens = torch.tensor([t for p in rest for t in p], device=device)  # (T,)
+        root = common_prefix(rest)  # a system prompt, say
+        layout = Packed([(len(p) - root, []) for p in rest], device, cache, list(taken.values()), root)
+        tokens = torch.tensor([*rest[0][:root], *(t for p in rest for t in p[root:])], device=device)  # (T,)
+        ends = torch.tensor([len(p) - root for p in rest], device=device).cumsum(0) + root - 1  # last tokens
         logits = model.logits(model(tokens, layout)[ends])  # (distinct prompts, V)
         which = torch.tensor([g for g, group in enumerate(taken.values()) for _ in group], device=device)
         at = torch.tensor([slot for group in taken.values() for slot in group], device=device)
-        cache.lengths[at] = torch.tensor([len(p) for p in taken], device=device)[which]
+        cache.lengths[at] = torch.tensor([len(p) for p in rest], device=device)[which]
         drawn[at] = 0
         draw(at, logits[which])
 
@@ -334,11 +336,8 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
         """What feeds the latest token of the first `width` slots, and returns logits (width, V)."""
         return replayed(lambda: model.logits(model(latest[:width], cache)), device)
 
-    # What all prompts begin with (a system prompt, worked examples) is computed once, into every slot.
-    shared = common_prefix(prompts)
     if shared:
-        model(torch.tensor(prompts[0][:shared], device=device),
-              Packed([(shared, [])], device, cache, [list(range(slots))]))
+        model(torch.tensor(prompts[0][:shared], device=device), Packed([(shared, [])], device, cache, [None]))
     changed = True
     while True:
         if changed:
@@ -358,7 +357,7 @@ def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_
             at = torch.arange(len(busy), device=device)  # (n,)
             # a few widths on a CPU, which makes kernels for every new shape; one on a GPU: a single graph
             width = slots if device.type == "cuda" else min(slots, -(-len(busy) // 8) * 8)
-            cache.lengths[len(busy) :] = shared  # idle slots compute too: where it harms nobody
+            cache.lengths[len(busy) :] = 0  # idle slots compute too: where it harms nobody
         latest[:width] = ids[cache.rows[:width], drawn[:width] - 1]
         logits = step(width)()[: len(busy)]  # (n, V)
         cache.lengths[: len(busy)] += 1

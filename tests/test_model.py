@@ -145,25 +145,32 @@ def test_slots_of_different_lengths_step_together(saved, name):
     close(torch.stack([s[1] for s in steps[7:]]), theirs(oracle, b))
 
 
-def test_prefilled_slots_continue(saved):
-    """Prompts packed into slots (one of them into two) continue as if every token had been fed at once."""
+@pytest.mark.parametrize("shared", [0, 1, 6])
+def test_prefilled_slots_continue(saved, shared):
+    """Prompts packed into slots (one of them into two), after a root or none, continue as if every token had
+    been fed at once."""
     folder, oracle = saved("qwen3")
-    model, prompts, rest = load(folder), [IDS[:9], IDS[20:24]], IDS[100:106]
+    model, rest = load(folder), IDS[100:106]
+    root, prompts = IDS[50 : 50 + shared], [IDS[:9], IDS[20:24]]
     cache, slots = Cache(model.config, 4, 40, torch.float32), [[2], [0, 3]]
     with torch.no_grad():
+        if shared:
+            model(root, Packed([(shared, [])], "cpu", cache, [None]))
+        assert cache.shared == shared
         model(torch.cat(prompts), Packed([(9, []), (4, [])], "cpu", cache, slots))
         cache.lengths = torch.tensor([4, 0, 9, 4])
         steps = []
         for token in rest:
             steps.append(model.logits(model(token.expand(4), cache)))
             cache.lengths += 1
-    for slot, prompt in ((2, prompts[0]), (0, prompts[1]), (3, prompts[1])):
-        expected = theirs(oracle, torch.cat((prompt, rest)))[len(prompt):]
+    for slot, prompt in ((2, prompts[0]), (0, prompts[1]), (3, prompts[1]), (1, IDS[:0])):
+        expected = theirs(oracle, torch.cat((root, prompt, rest)))[shared + len(prompt):]
         close(torch.stack([s[slot] for s in steps]), expected)
 
 
+@pytest.mark.parametrize("shared", [0, 5])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_decode_step_can_be_recorded(saved, name):
+def test_a_decode_step_can_be_recorded(saved, name, shared):
     """Traced once, the operations of a step give later steps too: they depend on tensors that are written in
     place (what was fed, how long each slot is) and on no number read from them, as a CUDA graph must."""
     folder, _ = saved(name)
@@ -171,6 +178,8 @@ def test_a_decode_step_can_be_recorded(saved, name):
     caches = [Cache(model.config, 3, 16, torch.float32) for _ in range(2)]
     latest = IDS[:3].clone()
     with torch.no_grad():
+        for cache in caches[: 2 * bool(shared)]:
+            model(IDS[50 : 50 + shared], Packed([(shared, [])], "cpu", cache, [None]))
         recorded = make_fx(lambda: model.logits(model(latest, caches[0])))()
         for step in range(6):
             latest.copy_(IDS[3 * step : 3 * step + 3])

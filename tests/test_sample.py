@@ -17,7 +17,7 @@ from transformers import logging as transformers_logging
 
 import sample
 from losses import score
-from model import load
+from model import Cache, load
 from run import UserError
 from sample import Sampling, Tokenizer, filtered_probs, generate, pick
 
@@ -478,6 +478,21 @@ def test_prompts_taken_up_in_several_passes_change_nothing(tiny, monkeypatch):
     one_by_one = generate(model, prompts, s, frozenset(range(40)), 0)
     assert [x.ids for x in one_by_one] == [x.ids for x in at_once]
     assert [len(p) for p in packs if isinstance(p, list)] == [1] * 16
+
+
+@pytest.mark.parametrize("alike", [63, 64, 200])
+def test_what_all_prompts_begin_with_changes_nothing(tiny, monkeypatch, alike):
+    """fp32: kept once for all slots, from 64 tokens on, it gives the text of prompts computed whole."""
+    model, beginning, kept = load(tiny), [5 + i % 200 for i in range(alike)], []
+    prompts = [[*beginning, 300 + i, *p] for i, p in enumerate(tiny_prompts(12))]
+    s, write = Sampling(1.0, 1.0, 6), Cache.write
+    monkeypatch.setattr(Cache, "write", lambda cache, layer, slots, k, v: (
+        kept.append(k.shape[1]) if slots is None else None, write(cache, layer, slots, k, v)))
+    got = generate(model, prompts, s, frozenset(range(40)), 0, slots=5)
+    assert set(kept) == ({alike // 64 * 64} if alike >= 64 else set())
+    monkeypatch.setattr(sample, "common_prefix", lambda sequences: 0)
+    expected = generate(model, prompts, s, frozenset(range(40)), 0, slots=5)
+    assert [x.ids for x in got] == [x.ids for x in expected]
 
 
 def test_text_from_a_recorded_step(tiny, monkeypatch):
