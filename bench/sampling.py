@@ -42,9 +42,7 @@ def ours(args) -> None:
 
     sample(2, 4)
     if args.profile:
-        start = clock()
-        operations = profiled(lambda: sample(len(turns), args.max_new))
-        report(responses=len(turns), seconds=clock() - start, seconds_of_operations=operations)
+        report(**profiled(lambda: sample(len(turns), args.max_new)))
         return
     start = clock()
     count = sample(len(turns), args.max_new)

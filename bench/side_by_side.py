@@ -77,12 +77,14 @@ def machine() -> None:
            copy_gb_per_s=copy_speed() / 1e9, fresh_seconds_per_gb=1e9 * fresh)
 
 
-def profiled(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds that each torch operation itself takes on the host in a piece of work, longest first."""
+def profiled(work: Callable[[], None]) -> dict:
+    """Host seconds of all torch operations in a piece of work, and the share that each takes itself."""
     with profile(activities=[ProfilerActivity.CPU]) as p:
         work()
-    seconds = {event.key: event.self_cpu_time_total / 1e6 for event in p.key_averages()}
-    return dict(sorted(seconds.items(), key=lambda item: -item[1])[:24])
+    spent = {event.key: event.self_cpu_time_total for event in p.key_averages()}
+    total = sum(spent.values())
+    shares = {key: value / total for key, value in sorted(spent.items(), key=lambda item: -item[1])}
+    return dict(seconds=total / 1e6, shares={key: value for key, value in shares.items() if value > 0.005})
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

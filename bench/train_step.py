@@ -48,9 +48,7 @@ def ours(args, copies: int) -> None:
     summary = train(model, pairs, reference, settings, nowhere)
     seconds = clock() - start
     if args.profile:  # the second time around, when memory is there
-        start = clock()
-        operations = profiled(lambda: train(model, pairs, reference, settings, nowhere))
-        report(pairs=len(pairs), seconds=clock() - start, seconds_of_operations=operations)
+        report(**profiled(lambda: train(model, pairs, reference, settings, nowhere)))
         return
     report(pairs=len(pairs), seconds=seconds, pairs_per_s=len(pairs) / seconds,
            seconds_per_pair=seconds / len(pairs), seconds_reference=referred,
