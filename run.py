@@ -152,7 +152,8 @@ def tune_allocator() -> None:
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back what the heap holds
         libc.malloc.restype = ctypes.c_void_p
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":  # addresses count as memory
+        policy = Path("/proc/sys/vm/overcommit_memory")
+        if policy.exists() and policy.read_text().strip() == "2":  # addresses count as memory
             memory = 2**30
         share = memory // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(share))))  # the heap's addresses, all at once

@@ -5,6 +5,7 @@ is built once by ../shared/tools/make_smollm2.py where that script is at hand; t
 skipped elsewhere.
 """
 
+import http.server
 import json
 import os
 import subprocess
@@ -36,6 +37,30 @@ CONFIG = dict(
     tie_word_embeddings=True, max_position_embeddings=2048, hidden_act="silu", eos_token_id=1,
     architectures=["LlamaForCausalLM"], torch_dtype="float32",
 )  # fmt: skip
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """What fake hubs share: requests are written down, `answer(path)` answers them with `send`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.server.asked.append((self.command, path))
+        self.answer(path)
+
+    do_HEAD = do_GET
+
+    def send(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args) -> None:
+        pass
 
 
 def random_model(seed: int = 0, scale: float = 0.1, **changes) -> Decoder:

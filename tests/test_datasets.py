@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import write_model
+from conftest import FakeHub, write_model
 from tokenizers import Tokenizer
 
 import pairs
@@ -435,14 +435,10 @@ def test_a_misspelt_name(wrong, right):
 
 # ------------------------------------------------------------------------------------------- from a hub
 
-class Answer(http.server.BaseHTTPRequestHandler):
+class Answer(FakeHub):
     """A hub's answers about the data sets in the server's root: revision, tree, HEAD and GET of files."""
 
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.server.asked.append((self.command, path))
+    def answer(self, path: str) -> None:
         route = re.fullmatch(rf"(?:/api)?/datasets/([^/]+/[^/]+)/(\w+)/(?:main|{SHA})/?(.*)", path)
         repository, verb, name = route.groups() if route else ("none", "", "")
         folder = self.server.root / repository
@@ -458,17 +454,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
             body = files[name].read_bytes()
         else:
             status, headers = 404, {"X-Error-Code": "RepoNotFound"}
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args) -> None:
-        pass
+        self.send(status, body, **headers)
 
 
 def command(folder: Path, root: Path, *flags: str | Path) -> tuple[subprocess.CompletedProcess, list]:

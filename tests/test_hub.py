@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import FakeHub, random_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -32,15 +32,11 @@ STRAY = {"README.md": b"# tiny", "pytorch_model.bin": b"pickle", "onnx/model.onn
 
 # ------------------------------------------------------------------------------------------- a fake hub
 
-class Answer(http.server.BaseHTTPRequestHandler):
+class Answer(FakeHub):
     """owner/tiny is whole, owner/gated closed, owner/locked lists its files but keeps them; others are not.
     """
 
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.server.asked.append((self.command, path))
+    def answer(self, path: str) -> None:
         files, name = self.server.files, "/".join(path.split("/")[5:])
         if "gated" in path or "/locked/resolve/" in path:
             self.send(403, b"", **{"X-Error-Code": "GatedRepo"})
@@ -56,19 +52,6 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.send(200, files[name], **{"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
         else:
             self.send(404, b"", **{"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def send(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args) -> None:
-        pass
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eval as evaluation
@@ -95,11 +95,28 @@ def shares() -> list[tuple[list, list]]:
 def work() -> None:
     """The worker: arguments are the model's folder, one for results, and whether to train as well."""
     folder, out, trains = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "train"
-    result: dict = dict(shares=shares())
+    (out / f"{rank()}-shares.json").write_text(json.dumps(shares()))
     if trains:
-        result |= {key: experiment(folder, out, *key) for key in EXPERIMENTS}
-        result["broken"] = experiment(folder, out, "dpo", 8192, 5, scale=2.0)
-    torch.save(result, out / f"{rank()}.pt")
+        for i, key in enumerate(EXPERIMENTS):
+            store(experiment(folder, out, *key), out / f"{rank()}-{i}")
+        store(experiment(folder, out, "dpo", 8192, 5, scale=2.0), out / f"{rank()}-broken")
+
+
+def store(found: dict, stem: Path) -> None:
+    """Weights and gradients as safetensors; metrics, which process 0 alone has, as JSON."""
+    tensors = dict(weights=found["weights"])
+    if "gradients" in found:
+        tensors["gradients"] = torch.stack(found["gradients"])  # (steps, parameters)
+        stem.with_suffix(".json").write_text(json.dumps(found["metrics"]))
+    save_file(tensors, stem.with_suffix(".safetensors"))
+
+
+def restore(stem: Path) -> dict:
+    """What `store` wrote."""
+    found, metrics = load_file(stem.with_suffix(".safetensors")), stem.with_suffix(".json")
+    if not metrics.exists():
+        return found
+    return found | dict(gradients=list(found["gradients"]), metrics=json.loads(metrics.read_text()))
 
 
 # ------------------------------------------------------------------------------------------- in fp64
@@ -116,7 +133,12 @@ def start(count: int, folder: Path, out: Path, kind: str) -> list[dict]:
             for r in range(count)]
     errors = [p.communicate()[1] for p in each]
     assert not any(p.returncode for p in each), "\n".join(errors)
-    return [torch.load(out / f"{r}.pt") for r in range(count)]
+    results = [dict(shares=json.loads((out / f"{r}-shares.json").read_text())) for r in range(count)]
+    if kind == "train":
+        for r, result in enumerate(results):
+            result |= {key: restore(out / f"{r}-{i}") for i, key in enumerate(EXPERIMENTS)}
+            result["broken"] = restore(out / f"{r}-broken")
+    return results
 
 
 @pytest.fixture(scope="module")
