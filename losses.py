@@ -1,271 +1,212 @@
-"""losses.py - sequence log-probabilities and the objectives built on them.
+"""losses.py - the objectives, and the log-probabilities of responses that they are made of.
 
-Everything MIPO trains on is a sum of token log-probs, so two functions carry the file:
-    token_logps   hidden states -> log-prob of each target token (Eq. 5's log pi), logits one chunk at a time
-    score         groups (prefix, responses) -> those log-probs with every prefix computed once
-The objectives are pure functions of small tensors, one entry a pair, the paper's equation beside the line.
-What differs from the paper: nothing in the mathematics; Eq. 11's partition term cancels in the difference.
+    dpo     Eqs. 5, 8 and 10: with MIPO's pairs its optimum is pointwise mutual information (Eqs. 9, 14)
+    sft     token cross-entropy on the chosen responses
 
-Legend: T packed tokens, N response tokens, E hidden size, V vocabulary, B pairs.
+Each is a pure function of small tensors, one row a pair. Below them stand the functions that produce these
+tensors: `token_logps`, hidden states -> the log-prob of each target token, and `response_logps`, which scores
+all responses of a prompt with the prompt computed once. What differs from the paper: nothing in the
+mathematics; the partition term of Eq. 11 cancels in the difference.
+
+Legend: B pairs, N rejected responses of a pair, T tokens, R tokens of one response, E hidden size,
+        V vocabulary.
 
     python losses.py           DPO at the reference: loss ln 2, margin 0
 """
 
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+import fast
+from model import Decoder, Packed
 from run import main
 
-Group = tuple[list[int], list[list[int]]]  # (prefix ids, ids of each response that continues it)
-
-CHUNK = dict(cpu=2**21, cuda=2**27)  # logits held at a time: 8 MB in fp32, of a CPU's cache; a GPU: 256 MB
+Group = tuple[list[int], list[list[int]]]  # (ids of a prefix, ids of each response that continues it)
 
 
-# -------------------------------------------------------------------------------- log-probs
+# ------------------------------------------------------------------------- objectives
 
-def plain_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a block of the vocabulary: each row's log-sum-exp, and its target's logit where that is in the block
-    (0 <= target < columns), else 0.
+def dpo(logps: Tensor, reference: Tensor, beta: float,
+        label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Direct preference optimisation of one chosen against N rejected responses (Eq. 5; N > 1: Eq. 8).
 
-    logits (N, columns), targets (N,) int64 -> (N,) and (N,), fp32 or, from fp64, fp64.
+    logps, reference (B, 1 + N): log pi(y|x,c) and log pi_ref(y|x,c), summed over the response's tokens with
+    the end token, never averaged over length; column 0 is the chosen response. label_smoothing: the share of
+    pairs taken to be the wrong way round.
+
+    Returns the loss of each pair (B,) and, detached, one value a pair (B,) of every metric. At pi = pi_ref
+    the loss is ln(1 + N) and the margin 0.
     """
-    x = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (N, columns)
-    inside = (targets >= 0) & (targets < x.shape[1])
-    picked = x.gather(1, targets.clamp(0, x.shape[1] - 1)[:, None]).squeeze(1)  # (N,)
-    return x.logsumexp(-1), picked.where(inside, 0)
+    # Eq. 11: r = beta log(pi / pi_ref) + beta log Z(x, c). The last term is the same for all responses of a
+    # prompt, and only differences count.
+    rewards = beta * (logps - reference)  # (B, 1 + N)
+
+    # Eqs. 5 and 10: -log sigmoid(r_chosen - r_rejected), which for N = 1 is this softmax; Eq. 8 for N > 1.
+    log_share = rewards.log_softmax(-1)  # (B, 1 + N)
+    loss = -(1 - label_smoothing) * log_share[:, 0]  # (B,)
+    if label_smoothing:
+        loss = loss - label_smoothing * log_share[:, 1:].mean(-1)
+
+    chosen, rejected = rewards[:, 0], rewards[:, 1:]  # (B,), (B, N)
+    metrics = dict(
+        loss=loss,
+        margin=chosen - rejected.mean(-1),
+        accuracy=chosen > rejected.amax(-1),
+        reward_chosen=chosen,
+        reward_rejected=rejected.mean(-1),
+        accuracy_chosen=chosen > 0,  # the two curves of Fig. 2
+        accuracy_rejected=(rejected < 0).float().mean(-1),
+        logp_chosen=logps[:, 0],
+        logp_rejected=logps[:, 1:].mean(-1),
+    )
+    return loss, {name: value.detach().float() for name, value in metrics.items()}
 
 
-def plain_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of a block's logits, grad * (onehot(target) - exp(logits - lse)), lse over all blocks.
+def sft(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Supervised fine-tuning on the chosen response: its negative log-likelihood, summed over tokens.
 
-    logits (N, columns), targets, lse and grad (N,) -> (N, columns) in the type of logits.
+    logps (B, 1). Returns (B,), which the trainer divides by all tokens of the batch, and metrics (B,).
     """
-    d = (logits - lse[:, None]).exp_().mul_(-grad[:, None])  # (N, columns)
-    inside = ((targets >= 0) & (targets < d.shape[1])).nonzero().squeeze(1)
-    d[inside, targets[inside]] += grad[inside]
-    return d.to(logits.dtype)
+    loss = -logps[:, 0]  # (B,)
+    detached = loss.detach().float()
+    return loss, dict(loss=detached, logp_chosen=-detached)
 
 
-if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # on a CPU alone Triton need not be there
-    import triton
-    import triton.language as tl
+@dataclass(frozen=True)
+class Objective:
+    """What a method trains on. A new one is a function of log-probs and a row of OBJECTIVES."""
 
-    @triton.jit
-    def _forward_kernel(logits, targets, lse, picked, columns, stride, BLOCK: tl.constexpr):
-        """One program a row: a running maximum and a running sum, rescaled as the maximum grows."""
-        row = tl.program_id(0).to(tl.int64)  # rows * stride passes 2^31 within a batch
-        logits += row * stride
-        top = tl.full((), float("-inf"), tl.float32)
-        total = tl.full((), 0.0, tl.float32)
-        for start in range(0, columns, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + at, mask=at < columns, other=float("-inf")).to(tl.float32)  # (BLOCK,)
-            higher = tl.maximum(top, tl.max(x, 0))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # -inf - -inf is no number
-            total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
-            top = higher
-        target = tl.load(targets + row)
-        inside = (target >= 0) & (target < columns)
-        value = tl.load(logits + tl.where(inside, target, 0)).to(tl.float32)
-        tl.store(picked + row, tl.where(inside, value, 0.0))
-        tl.store(lse + row, top + tl.log(total))
-
-    @triton.jit
-    def _backward_kernel(logits, targets, lse, grad, out, columns, stride, BLOCK: tl.constexpr):
-        """One program a row and BLOCK columns: grad * (onehot(target) - exp(logits - lse))."""
-        row = tl.program_id(0).to(tl.int64)
-        at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * stride + at, mask=at < columns, other=float("-inf"))  # (BLOCK,)
-        onehot = tl.where(at == tl.load(targets + row), 1.0, 0.0)
-        d = tl.load(grad + row) * (onehot - tl.exp(x.to(tl.float32) - tl.load(lse + row)))
-        tl.store(out + row * columns + at, d.to(out.dtype.element_ty), mask=at < columns)
+    loss: Callable  # (logps (B, 1 + N), reference (B, 1 + N), lengths (B,), args) -> loss (B,), metrics (B,)
+    rejected: bool  # whether rejected responses are scored beside the chosen one
+    reference: bool  # whether the start model's log-probs are needed
+    mean_over: str  # a step's loss is the mean over its "pairs" or over their chosen "tokens"
 
 
-def kernel_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """plain_forward by the Triton kernel: bf16, fp16 or fp32 logits with adjacent columns, read once."""
-    rows, columns = logits.shape
-    lse, picked = torch.empty(2, rows, dtype=torch.float32, device=logits.device)  # (N,) each
-    block = min(triton.next_power_of_2(columns), 8192)
-    _forward_kernel[(rows,)](logits, targets, lse, picked, columns, logits.stride(0), BLOCK=block,
-                             num_warps=8)
-    return lse, picked
+def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> tuple[Tensor, dict[str, Tensor]]:
+    """dpo, and where --nll asks for it the chosen response's negative log-likelihood a token beside it."""
+    loss, metrics = dpo(logps, reference, args.beta, args.label_smoothing)
+    if args.nll:
+        loss = loss - args.nll * logps[:, 0] / lengths
+        metrics["loss"] = loss.detach().float()
+    return loss, metrics
 
 
-def kernel_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """plain_backward by the Triton kernel, into a new tensor."""
-    rows, columns = logits.shape
-    out = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device)  # (N, columns)
-    block = min(triton.next_power_of_2(columns), 8192)
-    grid = rows, triton.cdiv(columns, block)
-    _backward_kernel[grid](logits, targets, lse, grad.contiguous(), out, columns, logits.stride(0),
-                           BLOCK=block, num_warps=8)
-    return out
+def sft_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> tuple[Tensor, dict[str, Tensor]]:
+    """sft needs no reference and no arguments."""
+    return sft(logps)
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype != torch.float64
+OBJECTIVES = dict(
+    dpo=Objective(dpo_loss, rejected=True, reference=True, mean_over="pairs"),
+    sft=Objective(sft_loss, rejected=False, reference=False, mean_over="tokens"),
+)
 
 
-class _TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], forward and backward a block of the vocabulary at a time.
-
-    Forward keeps only the log-sum-exp of each row, gathered block by block; backward makes each block's
-    logits again. With upstream gradient g:
-        d logits = g * (onehot(target) - softmax)    d hidden = d logits @ W    d W = d logits.T @ hidden
-    """
-
-    @staticmethod
-    def blocks(hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Slices of the vocabulary, each with its rows of the weight in hidden's type and all its logits."""
-        width = max(1, CHUNK[hidden.device.type] // len(hidden))
-        width -= width % 64 if width > 64 else 0
-        for start in range(0, len(weight), width):
-            part = slice(start, start + width)
-            w = weight[part].to(hidden.dtype)  # (columns, E)
-            yield part, w, F.linear(hidden, w)  # (N, columns)
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        forward = kernel_forward if _on_gpu(hidden) else plain_forward
-        exact = torch.promote_types(hidden.dtype, torch.float32)
-        lse = torch.full(targets.shape, -math.inf, dtype=exact, device=hidden.device)  # (N,)
-        picked = torch.zeros_like(lse)  # (N,)
-        for part, _, logits in _TokenLogps.blocks(hidden, weight):
-            block_lse, block_picked = forward(logits, targets - part.start)
-            lse, picked = torch.logaddexp(lse, block_lse), picked + block_picked
-        ctx.save_for_backward(hidden, weight, targets, lse)
-        return picked - lse  # (N,)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        backward = kernel_backward if _on_gpu(hidden) else plain_backward
-        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for part, w, logits in _TokenLogps.blocks(hidden, weight):
-            d = backward(logits, targets - part.start, lse, grad)  # (N, columns)
-            if d_hidden is not None:
-                d_hidden += d @ w  # (N, E)
-            if d_weight is not None:
-                d_weight[part] = d.T @ hidden  # (columns, E)
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None
-
+# ------------------------------------------------------------------------- log-probs
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target token under softmax(hidden @ weight.T).
+    """The log-probability of each target token: log softmax(hidden @ weight.T)[target].
 
-    hidden (N, E) in the compute type, weight (V, E) of any float type, targets (N,) int64 -> (N,) fp32, or
-    fp64 from fp64. At most CHUNK logits exist at once, in both directions; the log-softmax runs in fp32.
+    hidden (T, E) in the compute type, weight (V, E), targets (T,) int64 -> (T,) in fp32 (in fp64 from fp64).
+    The logits never exist all at once: fast.py computes them slice by slice, in both directions.
     """
-    return _TokenLogps.apply(hidden, weight, targets)
+    return fast.linear_logps(hidden, weight, targets)
 
 
-def common_prefix(sequences: list[list[int]]) -> int:
-    """How many tokens all sequences begin with, while one at least is left of each; 0 for a single one."""
-    first, last = min(sequences), max(sequences)  # the two that differ most
-    alike = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return 0 if len(sequences) == 1 else max(0, min(alike, min(map(len, sequences)) - 1))
+def response_logps(model: Decoder, groups: list[Group]) -> list[list[Tensor]]:
+    """Log-probs of the tokens of every response after its group's prefix: one (R,) tensor a response.
 
+    Equal, in value and gradient, to scoring each prefix + response alone, but every prefix is computed once,
+    and so is what all prefixes begin with (a chat template, worked examples). Only positions that predict a
+    response token reach the output layer. A response's last token predicts nothing and is not fed at all.
 
-def score(model, groups: list[Group]) -> list[list[Tensor]]:
-    """Per-token log-probs of every response after its group's prefix: one (R,) tensor a response,
-    differentiable.
+    With one group, prefix [5, 6] and responses [[7, 8], [9]], what is fed and what is predicted from it are
 
-    Equal, in value and gradient, to scoring each prefix + response alone. What all prefixes begin with (a
-    system prompt, worked examples) is computed once. Only positions that predict a response token reach the
-    head, and a response's last token, which predicts nothing, is not fed at all.
-
-    With one group, prefix [5, 6] and responses [[7, 8], [9]], what is fed and what is read from it are
-        tokens     5  6  7
-        predicts      7  8
-                      9
+        fed         5  6  7
+        predicted      7  8
+                       9
     """
-    root = common_prefix([prefix for prefix, _ in groups])
-    ids, rows, targets, shapes = groups[0][0][:root], [], [], []
+    root = common_prefix_length([prefix for prefix, _ in groups])
+    ids = groups[0][0][:root]  # all tokens that are fed
+    rows: list[int] = []  # for every response token, the position in `ids` that predicts it
+    targets: list[int] = []  # all response tokens
+    shapes = []
     for prefix, responses in groups:
         if not prefix or not all(responses):
-            raise ValueError("score: a prefix or response without tokens has no log-probability")
+            raise ValueError("response_logps: an empty prefix or response has no log-probability")
         ids += prefix[root:]
-        last = len(ids) - 1  # the prefix token that predicts every response's first token
+        last = len(ids) - 1  # the prefix's last token predicts the first token of every response
         for response in responses:
             rows += [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids += response[:-1]
             targets += response
-        shapes.append((len(prefix) - root, [len(r) - 1 for r in responses]))
-    ids, rows, targets = (torch.tensor(x, device=model.head.device) for x in (ids, rows, targets))
-    layout = model.pack(shapes, root)
-    logps = model(ids, layout, lambda hidden, head: token_logps(hidden[rows], head, targets))  # (N,)
-    flat = iter(logps.split([len(r) for _, responses in groups for r in responses]))
-    return [[next(flat) for _ in responses] for _, responses in groups]
+        shapes.append((len(prefix) - root, [len(response) - 1 for response in responses]))
+
+    ids, rows, targets = (torch.tensor(values, device=model.device) for values in (ids, rows, targets))
+    hidden = model(ids, Packed(shapes, root, device=model.device))  # (T, E)
+    logps = token_logps(hidden[rows], model.head, targets)  # (response tokens,)
+    lengths = [len(response) for _, responses in groups for response in responses]
+    each = iter(logps.split(lengths))  # (R,) each
+    return [[next(each) for _ in responses] for _, responses in groups]
 
 
-def batches(groups: list[Group], tokens: int) -> Iterator[list[int]]:
-    """Indices of the groups in order, as many at a time as hold at most `tokens` tokens, what all prefixes of
-    a batch begin with not counted; one group at least."""
-    batch, used = [], 0
+def common_prefix_length(sequences: list[list[int]]) -> int:
+    """Length of the longest common prefix that leaves each sequence at least one token; 0 for just one."""
+    if len(sequences) == 1:
+        return 0
+    first, last = min(sequences), max(sequences)  # in lexicographic order, so these two differ the earliest
+    longest = min(map(len, sequences)) - 1
+    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return max(0, min(next(differ, longest), longest))
+
+
+def split_by_tokens(groups: list[Group], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of the groups, in order, as many at a time as hold at most `max_tokens` tokens; at least one.
+
+    What all prefixes of a chunk begin with is counted once, as it is computed once.
+    """
+    chunk: list[int] = []
+    used = 0
     for i, (prefix, responses) in enumerate(groups):
         size = len(prefix) + sum(map(len, responses))
-        root = common_prefix([groups[j][0] for j in [*batch, i]])
-        if batch and used + size - (len(batch) + 1) * root > tokens:
-            yield batch
-            batch, used = [], 0
-        batch.append(i)
+        root = common_prefix_length([groups[j][0] for j in [*chunk, i]])
+        if chunk and used + size - (len(chunk) + 1) * root > max_tokens:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(i)
         used += size
-    if batch:
-        yield batch
+    if chunk:
+        yield chunk
 
 
 @torch.no_grad()
-def sequence_logps(model, groups: list[Group], tokens: int = 4096, bar=None) -> list[list[float]]:
+def sequence_logps(model: Decoder, groups: list[Group], max_tokens: int = 4096,
+                   bar=None) -> list[list[float]]:
     """log pi(response | prefix) of each response of each group, summed over tokens, without gradient.
 
-    `tokens`: how many tokens one pass may hold (see batches).
+    max_tokens: how many tokens one forward pass may hold (see split_by_tokens). bar: a progress bar that
+    counts groups.
     """
-    sums = []
-    for batch in batches(groups, tokens):
-        sums += [[lp.sum().item() for lp in group] for group in score(model, [groups[i] for i in batch])]
+    sums: list[list[float]] = []
+    for chunk in split_by_tokens(groups, max_tokens):
+        for responses in response_logps(model, [groups[i] for i in chunk]):
+            sums.append([logps.sum().item() for logps in responses])
         if bar is not None:
-            bar.update(len(batch))
+            bar.update(len(chunk))
     return sums
 
 
-# -------------------------------------------------------------------------------- objectives
+# ------------------------------------------------------------------------- command line
 
-def dpo(logps: Tensor, reference: Tensor, beta: float,
-        label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Direct preference optimisation of one chosen against N rejected responses; with MIPO's pairs its
-    optimum is pointwise MI (Eqs. 9, 14).
-
-    logps, reference (B, 1 + N): log pi(y|x) and log pi_ref(y|x) summed over response tokens, end token
-    included, never averaged over length; column 0 is the chosen response. Returns the loss of each pair (B,)
-    and, detached, one value a pair (B,) of every metric. At pi = pi_ref the loss is ln(N + 1), the margin 0.
-    label_smoothing: the share of pairs taken to have the wrong side chosen.
-    """
-    rewards = beta * (logps - reference)  # (B, 1 + N): Eq. 11, without the log Z(x) that all share
-    log_share = rewards.log_softmax(-1)  # (B, 1 + N): Eq. 8; for N = 1 log sigmoid(+-margin), Eqs. 5 and 10
-    loss = -(1 - label_smoothing) * log_share[:, 0]  # (B,)
-    if label_smoothing:
-        loss = loss - label_smoothing * log_share[:, 1:].mean(-1)
-    chosen, rejected = rewards[:, 0], rewards[:, 1:]  # (B,), (B, N)
-    metrics = dict(
-        loss=loss, margin=chosen - rejected.mean(-1), accuracy=chosen > rejected.amax(-1),
-        reward_chosen=chosen, reward_rejected=rejected.mean(-1),
-        accuracy_chosen=chosen > 0, accuracy_rejected=(rejected < 0).float().mean(-1),  # Fig. 2's curves
-        logp_chosen=logps[:, 0], logp_rejected=logps[:, 1:].mean(-1),
-    )  # fmt: skip
-    return loss, {key: value.detach().float() for key, value in metrics.items()}
-
-
-def demo() -> None:
-    logps = torch.tensor([[-12.0, -15.0], [-30.0, -33.0]])
-    loss, metrics = dpo(logps, logps, beta=0.1)
+def program() -> None:
+    logps = torch.tensor([[-12.0, -15.0], [-30.0, -33.0]])  # (B, 2): two pairs
+    loss, metrics = dpo(logps, reference=logps, beta=0.1)
     print(f"loss {loss.mean():.6f} = ln 2 = {math.log(2):.6f}; margins {metrics['margin'].tolist()}")
 
 
 if __name__ == "__main__":
-    main(demo)
+    main(program)

@@ -9,16 +9,16 @@ whole or not at all.
 """
 
 import argparse
-import ctypes
+import codecs
 import dataclasses
 import datetime
 import difflib
 import errno
 import hashlib
+import inspect
 import io
 import itertools
 import json
-import math
 import os
 import platform
 import resource
@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import fast
+
 
 class UserError(Exception):
     """A mistake the user can mend: `main` prints its one line and leaves with exit code 2."""
@@ -39,82 +41,112 @@ class UserError(Exception):
 
 # -------------------------------------------------------------------------------- arguments
 
-def option(default, help: str, group: str = "options", choices: tuple | None = None, many: bool = False):
+def option(default, help: str, group: str = "options", choices: tuple | None = None, sweep: bool = False,
+           positional: bool = False):
     """A dataclass field that is also a command-line flag, with its help line and its `--help` group.
 
-    many: the flag takes a list, a,b,c, and `parse_all` makes one instance of each.
+    choices: the values allowed. sweep: the flag takes a list, a,b,c, and `parse_all` makes one instance of
+    each. positional: the argument is given without a flag, `python sample.py "..."`, and may be left out.
     """
-    return dataclasses.field(default=default,
-                             metadata=dict(help=help, group=group, choices=choices, many=many))
-
-
-def listed(kind: type):
-    """The parser of a comma-separated list of `kind`."""
-    def values(text: str) -> tuple:
-        return tuple(kind(item) for item in text.split(","))
-
-    values.__name__ = kind.__name__  # argparse names it where a value is wrong
-    return values
+    return dataclasses.field(default=default, metadata=dict(help=help, group=group, choices=choices,
+                                                            sweep=sweep, positional=positional))
 
 
 def parse(cls: type, argv: list[str] | None = None, usage: str = ""):
-    """Command line -> an instance of the dataclass `cls`, which has no `many` options."""
+    """Command line -> an instance of the dataclass `cls`, which has no `sweep` options."""
     return parse_all(cls, argv, usage)[0]
 
 
 def parse_all(cls: type, argv: list[str] | None = None, usage: str = "") -> list:
-    """Command line -> instances of the dataclass `cls`: one for each combination of its `many` options.
+    """Command line -> instances of the dataclass `cls`: one for each combination of its `sweep` options.
 
-    A bool field is a switch; `X | None` reads an X.
+    A bool field is a switch; a tuple field reads one or more words; `X | None` reads an X. A wrong or unknown
+    argument is a UserError. usage: what `--help` prints above the options.
 
     >>> @dataclasses.dataclass
     ... class Args:
-    ...     lr: float = option(1e-6, "peak learning rate", many=True)
+    ...     lr: float = option(1e-6, "peak learning rate", sweep=True)
     >>> parse_all(Args, ["--lr", "5e-7,1e-6"])
     [Args(lr=5e-07), Args(lr=1e-06)]
     >>> parse_all(Args, ["--rl", "5e-7"])
     Traceback (most recent call last):
     run.UserError: unknown argument --rl (did you mean --lr?); --help lists them all
     """
-    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, exit_on_error=False)
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        meta = field.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        kind = next((t for t in typing.get_args(hints[field.name]) if t is not type(None)), hints[field.name])
-        shown = "" if field.default in (None, "", False, ()) else f" (default: {field.default})"
-        common = dict(default=field.default, help=(meta["help"] + shown).replace("%", "%%"))
-        if field.name == "prompt":  # the only positional argument there is: `python sample.py "..."`
-            group.add_argument(field.name, nargs="?", **common)
-        elif kind is tuple:
-            group.add_argument("--" + field.name.replace("_", "-"), nargs="+", metavar="FOLDER", **common)
-        elif kind is bool:
-            group.add_argument("--" + field.name.replace("_", "-"), action="store_true", **common)
-        else:
-            metavar = kind.__name__.upper() + ",..." * meta["many"]
-            group.add_argument("--" + field.name.replace("_", "-"),
-                               type=listed(kind) if meta["many"] else kind, choices=meta["choices"],
-                               metavar=None if meta["choices"] else metavar, **common)
+    parser = parser_of(cls, usage)
     try:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
         raise UserError(f"{e}; --help lists all arguments") from None
     if unknown:
         flag = unknown[0].split("=")[0]
-        known = [s for action in parser._actions for s in action.option_strings]
-        near = difflib.get_close_matches(flag, known, n=1, cutoff=0.65)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        flags = [flag_of(field) for field in dataclasses.fields(cls)]
+        nearest = difflib.get_close_matches(flag, flags, n=1, cutoff=0.65)
+        hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         raise UserError(f"unknown argument {flag}{hint}; --help lists them all")
-    many = [field.name for field in dataclasses.fields(cls) if field.metadata["many"]]
-    lists = [v if isinstance(v := getattr(args, name), tuple) else (v,) for name in many]
-    return [cls(**vars(args) | dict(zip(many, values, strict=True))) for values in itertools.product(*lists)]
+
+    values = {}  # field -> its values: several only where a sweep was asked for
+    for field in dataclasses.fields(cls):
+        value = getattr(args, field.name)
+        is_list = field.metadata["sweep"] and isinstance(value, tuple)  # a sweep's default is a single value
+        values[field.name] = value if is_list else (value,)
+    combinations = itertools.product(*values.values())
+    return [cls(**dict(zip(values, combination, strict=True))) for combination in combinations]
+
+
+def parser_of(cls: type, usage: str) -> argparse.ArgumentParser:
+    """The command line of a dataclass: what the class itself declares comes before what it inherits."""
+    parser = argparse.ArgumentParser(description=usage, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False, exit_on_error=False)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    groups = dict(options=parser)  # argparse has a group of this title for what is given to the parser itself
+    names = [name for base in cls.__mro__ for name in inspect.get_annotations(base) if name in fields]
+    for name in dict.fromkeys(names):  # once each
+        title = fields[name].metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_argument(groups[title], fields[name], hints[name])
+    return parser
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """What a field is called on the command line."""
+    return field.name if field.metadata["positional"] else "--" + field.name.replace("_", "-")
+
+
+def add_argument(group, field: dataclasses.Field, hint) -> None:
+    """Add a field to a parser or to a group of its options. hint: the field's type."""
+    meta = field.metadata
+    default = "" if field.default in (None, "", False, ()) else f" (default: {field.default})"
+    text = (meta["help"] + default).replace("%", "%%")  # argparse fills in what follows a %
+    kind = next((t for t in typing.get_args(hint) if t is not type(None)), hint)  # X of `X | None`
+    if kind is bool:
+        settings = dict(action="store_true")
+    elif kind is tuple:
+        settings = dict(nargs="+", metavar="STR")
+    elif meta["choices"]:
+        settings = dict(type=kind, choices=meta["choices"])
+    elif meta["positional"]:
+        settings = dict(type=kind, nargs="?")
+    elif meta["sweep"]:
+        settings = dict(type=list_of(kind), metavar=kind.__name__.upper() + ",...")
+    else:
+        settings = dict(type=kind, metavar=kind.__name__.upper())
+    group.add_argument(flag_of(field), default=field.default, help=text, **settings)
+
+
+def list_of(kind: type):
+    """The parser of a comma-separated list of `kind`."""
+    def parse_list(text: str) -> tuple:
+        return tuple(kind(item) for item in text.split(","))
+
+    parse_list.__name__ = kind.__name__  # argparse names it where a value is wrong
+    return parse_list
 
 
 def main(program) -> typing.NoReturn:
     """Run `program()` as a script: a user's mistake, an interrupt or a full disk ends in one clear line."""
-    tune_allocator()
+    fast.tune_allocator()
     start_processes()
     name = Path(sys.argv[0]).name + (f" (process {rank()})" if rank() else "")
     try:
@@ -131,43 +163,17 @@ def main(program) -> typing.NoReturn:
     except OSError as e:
         if e.errno is None:
             raise
-        told = f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+        message = f"{e.strerror}: {e.filename}" if e.filename else e.strerror
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            told += "; what was written is kept: make room and give the same command again"
-        print(f"{name}: error: {told}", file=sys.stderr)
+            message += "; what was written is kept: make room and give the same command again"
+        print(f"{name}: error: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def tune_allocator() -> None:
-    """Keep freed memory in the process, on huge pages (Linux with glibc).
-
-    By default the kernel takes every large tensor's pages back and zeroes them again at each step, 4 KB at a
-    time: on a CPU that costs more than the arithmetic of an elementwise operation on them.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # steps seldom repeat their shapes
-        libc = ctypes.CDLL(None)
-        libc.mallopt(1, 0)  # M_MXFAST: no lists of small blocks to tidy up whenever a large one is freed
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks too from the heap, where they are used again
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back what the heap holds
-        libc.malloc.restype = ctypes.c_void_p
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        policy = Path("/proc/sys/vm/overcommit_memory")
-        if policy.exists() and policy.read_text().strip() == "2":  # addresses count as memory
-            memory = 2**30
-        share = memory // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(share))))  # the heap's addresses, all at once
-        maps = Path("/proc/self/maps").read_text().splitlines()
-        for heap in (line.split()[0].split("-") for line in maps if line.endswith("[heap]")):
-            start, end = (int(address, 16) for address in heap)
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE
 
 
 # -------------------------------------------------------------------------------- processes
 
 def start_processes() -> None:
-    """Join torchrun's process group, where there are several: NCCL on GPUs, gloo on CPUs. Process 0 speaks.
-    """
+    """Join torchrun's processes, where there are several: NCCL on GPUs, gloo on CPUs. Only rank 0 prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -179,28 +185,45 @@ def start_processes() -> None:
 
 
 def rank() -> int:
+    """The number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def mine(items: list) -> list:
+def shard(items: list) -> list:
     """This process's share: the items are dealt out like cards, so that shares are alike."""
     return items[rank() :: world()]
 
 
 def gather(share: list) -> list:
-    """The inverse of `mine`: every process's share in, the whole list in its order out, on every process."""
+    """The inverse of `shard`: every process passes its share and gets all items, in their order."""
     if world() == 1:
         return share
     shares: list = [None] * world()
     dist.all_gather_object(shares, share)
-    whole: list = [None] * sum(map(len, shares))
-    for r, part in enumerate(shares):
-        whole[r :: world()] = part
-    return whole
+    items: list = [None] * sum(map(len, shares))
+    for r in range(world()):
+        items[r :: world()] = shares[r]
+    return items
+
+
+def broadcast(value):
+    """Process 0's value, on every process; what the others pass is ignored."""
+    if world() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if world() > 1:
+        dist.barrier()
 
 
 # -------------------------------------------------------------------------------- files
@@ -225,30 +248,29 @@ def write_jsonl(path: Path, rows) -> None:
     write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_json(path: Path):
-    """The JSON value in a file; a missing or broken file is a UserError that names it."""
+def parse_json(text: str | bytes):
+    """The JSON value in a text. Whatever is wrong with the text is a ValueError that says what."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not JSON: {e}") from None
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # JSON can hold half a surrogate pair, text cannot
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeError):
+        raise
+    except ValueError:  # Python reads at most 4,300 digits
+        raise ValueError("an integer has too many digits") from None
 
 
-def read_jsonl(path: Path) -> list[tuple[int, dict]]:
+def parse_lines(data: bytes, path: Path) -> list[tuple[int, dict]]:
     """(line number, object) of every non-blank line; anything but an object is a UserError with file:line."""
     rows = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # JSON can hold half a surrogate pair, text cannot
-        except (json.JSONDecodeError, UnicodeError) as e:
+            row = parse_json(line)
+        except ValueError as e:
             raise UserError(f"{path}:{number}: not a JSON object: {e}") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: not a JSON object but a {type(row).__name__}")
@@ -256,12 +278,69 @@ def read_jsonl(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def read_grown(path: Path) -> list[dict]:
-    """The objects of a file that grows a line at a time; half a last line, if there is one, is cut off it."""
+def read_json(path: Path):
+    """The JSON value in a file; a missing or broken file is a UserError that names it."""
+    try:
+        return parse_json(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON: {e}") from None
+
+
+def read_jsonl(path: Path) -> list[tuple[int, dict]]:
+    """(line number, object) of every non-blank line; anything but an object is a UserError with file:line."""
+    try:
+        return parse_lines(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+
+
+def read_appended(path: Path) -> list[dict]:
+    """The objects of a .jsonl file that grows a line at a time; of a missing file, none.
+
+    A last line that was only partly written is removed from the file, but only from a file that is certainly
+    of this kind: its other lines are objects, or its only line begins as an object does. Any other file is a
+    UserError and stays as it is.
+    """
     data = path.read_bytes() if path.exists() else b""
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
-    return [row for _, row in read_jsonl(path)] if data else []
+    end = data.rfind(b"\n") + 1
+    rows = [row for _, row in parse_lines(data[:end], path)]
+    unfinished = data[end:]
+    if not unfinished:
+        return rows
+    try:
+        row = parse_json(unfinished)
+    except ValueError:
+        row = None
+    if isinstance(row, dict):  # only its line end is missing
+        with open(path, "ab") as f:
+            f.write(b"\n")
+        return [*rows, row]
+    if not rows and not begins_object(unfinished):
+        raise UserError(f"{path} does not hold JSON objects, one a line: name another file")
+    os.truncate(path, end)
+    return rows
+
+
+def begins_object(data: bytes) -> bool:
+    """Whether the data are the beginning of a JSON object: nothing is wrong with them but that they end."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)  # without half a character at its end
+        parse_json(text)
+    except json.JSONDecodeError as e:
+        if not text.startswith("{"):
+            return False
+        if e.msg.startswith("Unterminated string"):
+            return True
+        rest = text[e.pos :]  # what json could not read
+        if e.msg.startswith("Invalid \\uXXXX"):
+            return len(rest) < 6
+        endings = ("true", "false", "null", "NaN", "-Infinity", ".", "e-", "e+")  # of values and numbers
+        return any(ending.startswith(rest) for ending in endings)
+    except ValueError:
+        return False
+    return False
 
 
 def fingerprint(*parts) -> str:
@@ -269,7 +348,7 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def derive(*parts) -> int:
+def seed_from(*parts) -> int:
     """A 63-bit seed from any tuple of numbers and strings: independent streams, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
@@ -278,33 +357,38 @@ def derive(*parts) -> int:
 
 def environment() -> dict:
     """Versions, git revision, device and threads: what a reader needs to repeat a number."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-                         capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return dict(python=platform.python_version(), torch=torch.__version__, git=git.stdout.strip() or None,
+    return dict(python=platform.python_version(), torch=torch.__version__, git=git_revision(),
                 device=device, threads=torch.get_num_threads(), time=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
+def git_revision() -> str | None:
+    """The revision of this code, with -dirty where it was changed; None without git or outside a checkout."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+                             capture_output=True, encoding="utf-8", errors="replace", check=False)
+    except OSError:  # there is no git, or it can't be started: nothing that should stop a run
+        return None
+    return git.stdout.strip() or None
+
+
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.machine())
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s that this machine's processes reach together on a large square matrix product, measured here."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best * world()
+def default_dtype() -> str:
+    """The type that products should run in on this machine: bfloat16 where those are fast, else float32."""
+    return "bfloat16" if fast.has_bf16_products(default_device()) else "float32"
 
 
 def peak_memory() -> float:
@@ -329,8 +413,7 @@ class Metrics:
 
 
 def progress(total: int, unit: str, label: str) -> tqdm:
-    """A progress bar with rate and ETA on a terminal; a plain line about every tenth of the work elsewhere.
-    """
+    """A progress bar with rate and ETA on a terminal; a line about every tenth of the work elsewhere."""
     if sys.stderr.isatty() and not rank():
         return tqdm(total=total, unit=unit, desc=label, dynamic_ncols=True)
     return Lines(total=total, unit=unit, desc=label)
@@ -341,17 +424,17 @@ class Lines(tqdm):
 
     def __init__(self, **options):
         super().__init__(**options, file=io.StringIO(), mininterval=1e9)  # its own bar goes nowhere
-        self.shown, self.status = 0.0, ""
+        self.printed, self.status = 0.0, ""  # the fraction of the work at the last line; what it ends with
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
         self.status = s
 
     def update(self, n: float = 1) -> None:
         super().update(n)
-        share = self.n / max(self.total, 1)
-        if share >= self.shown + 0.1 or (self.n >= self.total and self.shown < 1):
-            self.shown = share
+        fraction = self.n / max(self.total, 1)
+        if fraction >= self.printed + 0.1 or (self.n >= self.total and self.printed < 1):
+            self.printed = fraction
             elapsed = self.format_dict["elapsed"]
-            left = elapsed / max(self.n, 1) * (self.total - self.n)
+            remaining = elapsed / max(self.n, 1) * (self.total - self.n)
             print(f"{self.desc}: {self.n}/{self.total} {self.unit}, {elapsed:.0f} s, "
-                  f"{left:.0f} s left {self.status}", flush=True)
+                  f"{remaining:.0f} s left {self.status}", flush=True)

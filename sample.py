@@ -1,164 +1,43 @@
-"""sample.py - text to token ids by the model's own chat template, and batched sampling with a KV cache.
+"""sample.py - batched sampling with a KV cache.
 
-The only way from text to ids is `Tokenizer.chat`; the only way from ids to new ids is `generate`. Sampled ids
-are kept as they are: nothing is decoded and tokenised again. Temperature, top-p and top-k are what the caller
-says; nothing is inherited from generation_config.json except the ids that stop a response.
-What differs from the paper: every draw depends on (seed, row, sample) alone, so the text does not change with
-the batch, its order or its size: exactly in fp32, and in bf16 where a matrix product rounds each row alike
-however many there are (CPUs: measured; GPUs: not quite) and all prompts begin with the same 64-token blocks.
+`generate` is the only way from prompt ids to new ids, and sampled ids are kept as they are: nothing is
+decoded and tokenised again. Temperature, top-p and top-k are what the caller says.
+What differs from the paper, which does not describe its sampler: every draw depends on (seed, row, sample)
+alone, so a text does not change with the batch, its order or its size, as far as the sums it is made of round
+alike: in fp32 all but a rare draw, in bf16 where a matrix product rounds each row alike however many there
+are and all prompts begin with the same 64-token blocks.
 
-Legend: S slots, V vocabulary, E hidden size, T tokens of a packed prefill.
+Legend: S slots, n busy slots, L cache length, A tokens of the root, T tokens of a prefill, E hidden size,
+        V vocabulary, H query heads, G key/value heads, D head size.
 
     python sample.py --model DIR "What is inflation?"
 """
 
-import datetime
-import functools
-import json
+import math
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import jinja2
-import tokenizers
 import torch
-import torch.nn.functional as F
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
+from tqdm import tqdm
 
-from losses import common_prefix
-from model import Cache, Decoder, Packed, find, load
-from run import UserError, default_device, derive, main, option, parse, read_json
+import fast
+from losses import common_prefix_length
+from model import Config, Decoder, Packed, load
+from run import UserError, default_device, default_dtype, main, option, parse, seed_from
+from tokenizer import TEMPLATE_DATE, Tokenizer
 
-TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
-PREFILL_TOKENS = 8192  # prompts are taken up in passes of about this many tokens
-WINDOW = 128  # rows that are sampled side by side: the first ones are whole long before the last begin
-SPLIT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
-
-
-# -------------------------------------------------------------------------------- tokenizer
-
-class Tokenizer:
-    """A Hugging Face tokenizer.json with the model's chat template and stop ids."""
-
-    def __init__(self, folder: str | Path, date: str = TEMPLATE_DATE):
-        """folder: a model folder or hub id. date: ISO date that templates which print one are given."""
-        folder = find(folder)
-        file = folder / "tokenizer.json"
-        if not file.exists():
-            raise UserError(f"{folder} has no tokenizer.json")
-        self.folder = folder
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.added = {str(t.content): i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
-        config = read_json(folder / "tokenizer_config.json")
-        self.template = self._template(folder, config)
-        try:
-            day = datetime.date.fromisoformat(date)
-        except ValueError:
-            raise UserError(f"date {date!r} is not of the form 2024-07-26") from None
-
-        def token(name: str) -> str | None:  # older files store {"content": ..., ...}
-            value = config.get(name)
-            return value["content"] if isinstance(value, dict) else value
-
-        self.variables = dict(tools=None, documents=None, date_string=day.strftime("%d %b %Y"),
-                              strftime_now=day.strftime)
-        for name in ("bos_token", "eos_token"):
-            if token(name) is not None:  # undefined, a template renders it as nothing
-                self.variables[name] = token(name)
-        self.end_token = self._end_of_turn()
-        self.stop_ids = self._stop_ids()
-
-    @staticmethod
-    def _template(folder: Path, config: dict) -> jinja2.Template:
-        """chat_template.jinja, else the chat_template of tokenizer_config.json, compiled in jinja's sandbox.
-        """
-        path, source = folder / "chat_template.jinja", config.get("chat_template")
-        if path.exists():
-            source = path.read_text(encoding="utf-8")
-        elif isinstance(source, list):  # several named templates
-            source = next((t["template"] for t in source if t["name"] == "default"), None)
-        if not source:
-            raise UserError(f"{folder} has no chat template: MIPO needs an instruct model")
-
-        def raise_exception(message: str):
-            raise UserError(f"the chat template of {folder} refuses these messages: {message}")
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = raise_exception
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as e:
-            raise UserError(f"the chat template of {folder} is not valid jinja: {e}") from None
-
-    def render(self, messages: list[dict], prompt: bool = True) -> str:
-        """Messages ({"role", "content"}) as the template writes them; prompt: open the assistant's turn."""
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=prompt, **self.variables)
-        except jinja2.TemplateError as e:
-            raise UserError(f"the chat template of {self.folder} fails: {e}") from None
-
-    def chat(self, user: str, system: str | None = None) -> list[int]:
-        """One user turn (and system prompt) -> prompt ids, ready for the assistant's answer.
-
-        Special tokens come from the template alone: a literal "<|im_end|>" in the text is cut after its first
-        character before rendering and the pieces are encoded apart, so that it stays text.
-        """
-        messages = [dict(role="user", content=self._harmless(user))]
-        if system is not None:
-            messages.insert(0, dict(role="system", content=self._harmless(system)))
-        pieces = self.render(messages).split(SPLIT)
-        return [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
-
-    def _harmless(self, text: str) -> str:
-        text = text.replace(SPLIT, "").encode("utf-8", "replace").decode()  # and no lone surrogates
-        for name in sorted(self.added, key=len, reverse=True):
-            while len(name) > 1 and name in text:  # again: occurrences may overlap
-                text = text.replace(name, name[0] + SPLIT + name[1:])
-        return text
-
-    def response(self, text: str) -> list[int]:
-        """A response given as text (not sampled) -> ids, the end token included."""
-        pieces = self._harmless(text).split(SPLIT)
-        ids = [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False).ids]
-        return [*ids, self.end_token]
-
-    def decode(self, ids: list[int]) -> str:
-        """Ids -> text for people, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _end_of_turn(self) -> int:
-        """The id that ends an assistant's turn: what the template writes straight after its content."""
-        mark = "mipo-answer"
-        messages = [dict(role="user", content="question"), dict(role="assistant", content=mark)]
-        rest = self.render(messages, prompt=False).split(mark)[-1]
-        ids = self.tokenizer.encode(rest, add_special_tokens=False).ids
-        if not ids or ids[0] not in self.added.values():
-            raise UserError(f"the chat template of {self.folder} ends an answer without a special token")
-        return ids[0]
-
-    def _stop_ids(self) -> frozenset[int]:
-        """All of generation_config.json's (else config.json's) eos ids and the end-of-turn token."""
-        stop = {self.end_token}
-        for name in ("generation_config.json", "config.json"):
-            path = self.folder / name
-            eos = read_json(path).get("eos_token_id") if path.exists() else None
-            if eos is not None:
-                return frozenset(stop | set(eos if isinstance(eos, list) else [eos]))
-        return frozenset(stop)
+PREFILL_TOKENS = 8192  # prompts are prefilled in passes of about this many tokens
+WINDOW = 128  # prompts are sorted by length only within this many rows, so that early rows finish early
 
 
-# -------------------------------------------------------------------------------- sampling
+# ------------------------------------------------------------------------- one token
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw: temperature 0 is greedy, top_p 1 and top_k 0 switch the filters off."""
+    """How tokens are drawn: temperature 0 is greedy, top_p 1 and top_k 0 switch the filters off."""
 
     temperature: float
     top_p: float
@@ -179,196 +58,390 @@ class Sample:
     finished: bool = False
 
 
-def filtered_probs(logits: Tensor, s: Sampling) -> Tensor:
-    """Logits (S, V) -> the tempered, top-k and top-p filtered probabilities, not normalised again. (S, V)
-
-    The nucleus is the smallest set of most likely tokens whose mass reaches top_p; tokens as likely as
-    its least one are all kept. It mostly lies within the 256 most likely, so whole rows are seldom sorted.
+def uniform_numbers(seed: int, row: int, sample: int, count: int) -> Tensor:
+    """The `count` uniform numbers in [0, 1) that decide one response, whatever is sampled beside it. (count,)
     """
-    probs = torch.softmax(logits / s.temperature, dim=-1)  # (S, V)
+    generator = torch.Generator().manual_seed(seed_from(seed, row, sample))
+    return torch.rand(count, generator=generator)
+
+
+def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Logits (n, V) -> tempered, top-k and top-p filtered probabilities, not normalised again. (n, V)
+
+    The nucleus of top-p is the smallest set of most likely tokens whose mass reaches top_p; tokens as likely
+    as its least likely one are all kept.
+    """
+    probs = torch.softmax(logits / sampling.temperature, dim=-1)  # (n, V)
     vocabulary = probs.shape[-1]
-    if s.top_k:
-        least = probs.topk(min(s.top_k, vocabulary)).values[:, -1:]  # (S, 1)
+    if sampling.top_k:
+        k = min(sampling.top_k, vocabulary)
+        likely = probs.topk(k).values  # (n, k), falling
+        least = likely[:, -1:]  # (n, 1)
         probs = torch.where(probs >= least, probs, 0)
-    if s.top_p < 1:
-        mass = s.top_p * probs.sum(-1, keepdim=True)  # (S, 1)
-        likely = probs.topk(min(256, vocabulary)).values  # (S, 256), falling
+    if sampling.top_p < 1:
+        mass = sampling.top_p * probs.sum(-1, keepdim=True)  # (n, 1)
+        # The nucleus mostly lies within the 256 most likely tokens, so whole rows are seldom sorted.
+        likely = probs.topk(min(256, vocabulary)).values  # (n, 256), falling
         if (likely.sum(-1, keepdim=True) < mass).any():
-            likely = probs.sort(descending=True).values  # (S, V)
-        before = likely.cumsum(-1) < mass  # the tokens that alone do not reach the mass
-        least = likely.gather(1, before.sum(-1, keepdim=True).clamp(max=likely.shape[1] - 1))  # (S, 1)
+            likely = probs.sort(descending=True).values  # (n, V)
+        is_short = likely.cumsum(-1) < mass  # up to here the mass is not reached
+        last = is_short.sum(-1, keepdim=True)  # (n, 1)
+        last = last.clamp(max=likely.shape[1] - 1)
+        least = likely.gather(1, last)  # (n, 1)
         probs = torch.where(probs >= least, probs, 0)
     return probs
 
 
-def pick(logits: Tensor, uniform: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution at `uniform` in [0, 1).
+def sample_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """One token a row, by inverting the cumulative distribution at `uniform` in [0, 1).
 
-    logits (S, V) fp32, uniform (S,) -> ids (S,), log-probs of those ids under softmax(logits) itself (S,).
-    The inverse is looked up twice, among sums of 128 probabilities and then in one such block: a cumulative
-    sum of all V would take longer than all else here.
+    logits (n, V) fp32, uniform (n,) -> ids (n,), and the log-probs of those ids under softmax(logits), (n,).
     """
-    def invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The first column whose cumulative mass exceeds target (S, 1), and what of target is left there."""
-        cumulative = mass.cumsum(-1)  # (S, columns)
-        target = target.minimum(cumulative[:, -1:].nextafter(target.new_zeros(())))  # rounding: always found
-        column = torch.searchsorted(cumulative, target, right=True)  # (S, 1)
-        return column, target - (cumulative.gather(1, column) - mass.gather(1, column))
-
-    probs = logits.softmax(-1)  # (S, V)
-    if s.temperature == 0:
-        ids = logits.argmax(-1, keepdim=True)  # (S, 1)
+    probs = logits.softmax(-1)  # (n, V)
+    if sampling.temperature == 0:
+        ids = logits.argmax(-1)  # (n,)
+    elif sampling.temperature == sampling.top_p == 1 and not sampling.top_k:
+        ids = fast.invert_cumulative(probs, uniform)  # (n,)
     else:
-        kept = probs if s.temperature == s.top_p == 1 and not s.top_k else filtered_probs(logits, s)
-        blocks = F.pad(kept, (0, -kept.shape[1] % 128)).unflatten(1, (-1, 128))  # (S, V/128, 128)
-        sums = blocks.sum(-1)  # (S, V/128)
-        block, rest = invert(sums, uniform[:, None] * sums.sum(-1, keepdim=True))  # (S, 1) each
-        within, _ = invert(blocks.take_along_dim(block[:, :, None], 1).squeeze(1), rest)  # (S, 1)
-        ids = 128 * block + within  # (S, 1)
-    return ids.squeeze(1), probs.gather(1, ids).squeeze(1).log()
+        ids = fast.invert_cumulative(filtered_probs(logits, sampling), uniform)  # (n,)
+    logps = probs.gather(1, ids[:, None]).squeeze(1).log()  # (n,)
+    return ids, logps
 
 
-def uniforms(seed: int, row: int, sample: int, count: int) -> Tensor:
-    """The `count` uniform numbers of one response: a stream of its own, whatever else is sampled beside it.
-    (count,)
+# ------------------------------------------------------------------------- KV cache
+
+class Cache:
+    """Keys and values of S slots with room for L tokens each. All slots share one prefix, the root of A
+    tokens (A may be 0), which is stored once.
+
+    `lengths` (S,) says how many tokens each slot holds after the root; whoever feeds a slot adds one. A slot
+    is reused by writing over it: stale entries beyond its length are masked. Every product reads all L
+    places, because slices would be copied first. On a CPU keys are fp32, as the scores are. Values are stored
+    transposed, so that each product reads along the dimension it sums over.
     """
-    return torch.rand(count, generator=torch.Generator().manual_seed(derive(seed, row, sample)))
+
+    def __init__(
+        self,
+        config: Config,
+        slots: int,
+        length: int,
+        root_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
+        layers = config.num_hidden_layers
+        heads = config.num_key_value_heads
+        size = config.head_dim
+        self.score_dtype = torch.promote_types(dtype, torch.float32)
+        key_dtype = dtype if torch.device(device).type == "cuda" else self.score_dtype
+        self.k = torch.zeros(layers, slots, heads, length, size, dtype=key_dtype, device=device)
+        self.v = torch.zeros(layers, slots, heads, size, length, dtype=dtype, device=device)
+        self.root_k = torch.zeros(layers, heads, root_length, size, dtype=dtype, device=device)
+        self.root_v = torch.zeros_like(self.root_k)
+        self.root_length = root_length
+        self.length = length
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
+        self.slots = torch.arange(slots, device=device)  # (S,)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store the keys and values (G, R, D) of R tokens after the root in each of the slots."""
+        layer_k, layer_v = self.k[layer], self.v[layer]
+        n = k.shape[1]
+        layer_k[slots, :, :n] = k.to(layer_k.dtype)
+        layer_v[slots, :, :, :n] = v.transpose(1, 2)
+
+    def append(self, layer: int, n: int, k: Tensor, v: Tensor) -> None:
+        """Store the keys and values (n, G, D) of the next token of each of the first n slots."""
+        layer_k, layer_v = self.k[layer], self.v[layer]
+        slots, ends = self.slots[:n], self.lengths[:n]
+        layer_k[slots, :, ends] = k.to(layer_k.dtype)
+        layer_v[slots, :, :, ends] = v
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copy what some slots hold into others."""
+        for tensor in (self.k, self.v):
+            tensor[:, target] = tensor[:, source]
+        self.lengths[target] = self.lengths[source]
 
 
-def replayed(work: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """work() as one CUDA graph, captured now: a call launches the same kernels over the same memory again,
-    all at once. On other devices work itself."""
-    if device.type != "cuda":
-        return work
-    side = torch.cuda.Stream(device)  # of this graph alone, like what libraries set up on it
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        work()  # the first call sets up what cannot be captured
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        out = work()
+class RootPrefill(Packed):
+    """The layout of the root's own tokens: their keys and values become the cache's root."""
 
-    def replay() -> Tensor:
-        graph.replay()
-        return out
+    def __init__(self, cache: Cache):
+        super().__init__([(cache.root_length, [])], device=cache.lengths.device)
+        self.cache = cache
 
-    return replay
+    def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
+        self.cache.root_k[layer].copy_(k)
+        self.cache.root_v[layer].copy_(v)
 
+
+class Prefill(Packed):
+    """The layout of prompts that continue the cache's root; what each computes is copied to its slots."""
+
+    def __init__(self, cache: Cache, lengths: list[int], slots: list[Tensor], common: int):
+        """lengths, slots: of each prompt, the tokens after the root, and which slots start from it. common:
+        how many of those tokens all the prompts share: they are laid once, before the others."""
+        shapes = [(length - common, []) for length in lengths]
+        super().__init__(shapes, common, cache.root_length, cache.lengths.device)
+        self.cache = cache
+        self.slots = [None, *slots] if common else slots
+
+    def past_keys(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.cache.root_k[layer], self.cache.root_v[layer]
+
+    def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
+        slots, root = self.slots[part], self.cache.root_length
+        if slots is not None:
+            self.cache.write(layer, slots, k[:, root:], v[:, root:])
+
+
+class Decode:
+    """The layout of one new token for each of the cache's first n slots, which sees the root and its slot."""
+
+    def __init__(self, cache: Cache, n: int):
+        self.cache, self.n = cache, n
+        lengths = cache.lengths[:n]
+        self.positions = cache.root_length + lengths  # (n,)
+        places = torch.arange(cache.length, device=lengths.device)  # (L,)
+        unused = places > lengths[:, None]  # (n, L): the new token's own place is seen
+        mask = torch.zeros_like(unused, dtype=cache.score_dtype)  # (n, L)
+        mask.masked_fill_(unused, -math.inf)
+        self.mask = mask[:, None, None]  # (n, 1, 1, L)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (n, H, D), the new tokens' k and v (n, G, D) -> (n, H, D). Scores and softmax are fp32."""
+        n, cache = self.n, self.cache
+        cache.append(layer, n, k, v)
+        slot_k = cache.k[layer][:n]  # (n, G, L, D)
+        slot_v = cache.v[layer][:n]  # (n, G, D, L)
+        root_k = cache.root_k[layer]  # (G, A, D)
+        root_v = cache.root_v[layer]  # (G, A, D)
+
+        # The H/G query heads that share a key/value head become rows of one product, so nothing is repeated;
+        # and so do all slots' queries of the root, which is read once.
+        q = q.unflatten(1, (k.shape[1], -1)) * k.shape[2] ** -0.5  # (n, G, H/G, D)
+        slot_scores = fast.products_in_fp32(q, slot_k.transpose(2, 3))  # (n, G, H/G, L)
+        scores = slot_scores.add_(self.mask)
+        if cache.root_length:
+            rows = q.transpose(0, 1).flatten(1, 2)  # (G, n * H/G, D)
+            root_scores = fast.products_in_fp32(rows, root_k.transpose(1, 2))  # (G, n * H/G, A)
+            root_scores = root_scores.unflatten(1, (n, -1)).transpose(0, 1)  # (n, G, H/G, A)
+            scores = torch.cat((slot_scores, root_scores), dim=-1)  # (n, G, H/G, L + A)
+
+        weights = scores.softmax(-1).to(v.dtype)
+        slot_weights = weights[..., : cache.length]  # (n, G, H/G, L)
+        out = slot_weights @ slot_v.transpose(2, 3)  # (n, G, H/G, D)
+        if cache.root_length:
+            root_weights = weights[..., cache.length :]  # (n, G, H/G, A)
+            out = out + torch.einsum("ngra,gad->ngrd", root_weights, root_v)
+        return out.flatten(1, 2)  # (n, H, D)
+
+
+# ------------------------------------------------------------------------- sampling
 
 @torch.inference_mode()
-def generate(model: Decoder, prompts: list[list[int]], sampling: Sampling, stop_ids: frozenset[int],
-             seed: int, keys: list[tuple[int, int]] | None = None, slots: int = 64, bar=None,
-             ended: Callable[[int, Sample], None] = lambda i, sample: None) -> list[Sample]:
+def generate(
+    model: Decoder,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    seed: int,
+    keys: list[tuple[int, int]] | None = None,
+    slots: int = 64,
+    bar: tqdm | None = None,
+    on_finished: Callable[[int, Sample], None] = lambda i, sample: None,
+) -> list[Sample]:
     """Sample one response for every prompt.
 
     keys: (row, sample index) of each prompt, which with `seed` decide its randomness; default (i, 0). slots:
-    how many are decoded together; a slot whose response has ended takes the next prompt. `ended(i, sample)`
-    is called as prompt i's response ends. WINDOW rows after WINDOW rows, prompts are taken longest first,
-    equal ones side by side, so that each is computed once and all slots that wait for it share the result.
+    how many responses are decoded together; a slot whose response has ended takes the next prompt. bar: a
+    progress bar that counts responses. `on_finished(i, sample)` is called as prompt i's response ends.
+    Raises UserError where the longest prompt and its response take more places than the model has.
     """
-    start, total, device, most = time.perf_counter(), 0, model.device, sampling.max_new_tokens
-    keys = keys or [(i, 0) for i in range(len(prompts))]
-    results = [Sample() for _ in prompts]
-    waiting = sorted(range(len(prompts)),  # taken from the end
-                     key=lambda i: (-(keys[i][0] // WINDOW), len(prompts[i]), prompts[i]))
-    slots = min(slots, len(prompts))
-    if not slots:
+    if not prompts:
         return []
-    longest = max(map(len, prompts)) + most
-    if longest > model.config.max_position_embeddings:
-        raise UserError(f"the longest prompt and {most} new tokens take {longest} places, "
-                        f"the model has {model.config.max_position_embeddings}")
-    shared = common_prefix(prompts) // 64 * 64  # worked examples, say: computed, kept and read once
-    room = -(-(longest - shared) // 64) * 64  # a round number: odd ones make slow products
-    cache = Cache(model.config, slots, room, model.compute, device)
-    stops = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    owner: list[int | None] = [None] * slots  # which prompt each slot works on
-    drawn = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) tokens drawn so far
-    latest = torch.zeros(slots, dtype=torch.long, device=device)  # (S,) the last of them
-    noise = torch.zeros(slots, most, device=device)  # (S, most)
-    ids = torch.zeros(slots, most, dtype=torch.long, device=device)  # (S, most)
-    logps = torch.zeros(slots, most, device=device)  # (S, most)
+    places = model.config.max_position_embeddings
+    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    if longest > places:
+        raise UserError(f"the longest prompt and {sampling.max_new_tokens} new tokens take {longest} places, "
+                        f"the model has {places}")
+    keys = keys or [(i, 0) for i in range(len(prompts))]
+    slots = min(slots, len(prompts))
+    batch = Batch(model, prompts, sampling, stop_ids, seed, keys, slots, bar, on_finished)
+    while batch.refill():
+        batch.step()
+    return batch.results
 
-    def draw(at: Tensor, logits: Tensor) -> bool:
-        """One token for each slot of `at` (n,) from logits (n, V); whether any response has ended with it."""
-        nonlocal total
-        column = drawn[at]  # (n,)
-        token, logp = pick(logits, noise[at, column], sampling)
-        ids[at, column], logps[at, column] = token, logp
-        drawn[at] += 1
-        finished = torch.isin(token, stops)  # (n,)
-        over = (finished | (column + 1 == most)).nonzero().squeeze(1)  # the one wait for the device in a step
-        for slot, end, count in zip(*(x[over].tolist() for x in (at, finished, column + 1)), strict=True):
-            sample = Sample(ids[slot, :count].tolist(), logps[slot, :count].tolist(), end)
-            results[owner[slot]] = sample
-            ended(owner[slot], sample)
-            owner[slot] = None
-            total += count
-            if bar is not None:
-                bar.set_postfix_str(f"{total / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
-                bar.update(1)
-        return len(over) > 0
 
-    def admit(free: list[int]) -> None:
-        """Prefill waiting prompts into the free slots, each distinct one once; draw their first tokens."""
+@dataclass
+class Batch:
+    """S slots that decode together: prompts are admitted, tokens drawn, and slots closed up at the end."""
+
+    model: Decoder
+    prompts: list[list[int]]
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    seed: int
+    keys: list[tuple[int, int]]
+    slots: int
+    bar: tqdm | None
+    on_finished: Callable[[int, Sample], None]
+
+    def __post_init__(self):
+        # Within each window of rows the longest prompts come first, and equal ones side by side, so that they
+        # are prefilled once. The list is taken from its end.
+        def order(i: int) -> tuple:
+            window = self.keys[i][0] // WINDOW
+            return -window, len(self.prompts[i]), self.prompts[i]
+
+        self.waiting = sorted(range(len(self.prompts)), key=order)
+        self.results = [Sample() for _ in self.prompts]
+        self.owner: list[int | None] = [None] * self.slots  # which prompt each slot works on
+        self.changed = True  # whether a response has ended since the slots were last refilled
+        self.token_count = 0
+        self.started = time.perf_counter()
+
+        # What all prompts begin with (worked examples, say) is computed, kept and read once, in blocks of 64
+        # tokens; room for the rest is a multiple of 64 too, because products of round shapes are faster.
+        model, slots, count = self.model, self.slots, self.sampling.max_new_tokens
+        root_length = common_prefix_length(self.prompts) // 64 * 64
+        longest = max(map(len, self.prompts)) + count - root_length
+        room = -(-longest // 64) * 64
+        self.cache = Cache(model.config, slots, room, root_length, model.compute, model.device)
+        if root_length:
+            root = self.tensor(self.prompts[0][:root_length])  # (A,)
+            model(root, RootPrefill(self.cache))
+
+        self.stops = self.tensor(sorted(self.stop_ids))
+        self.ids = self.tensor([[0] * count] * slots)  # (S, max_new_tokens)
+        self.logps = torch.zeros(slots, count, device=model.device)  # (S, max_new_tokens)
+        self.uniform = torch.zeros_like(self.logps)  # (S, max_new_tokens)
+        self.drawn = self.tensor([0] * slots)  # (S,) tokens drawn so far
+        self.latest = torch.zeros_like(self.drawn)  # (S,) the last of them
+        self.decoders: dict[int, Callable[[], Tensor]] = {}  # width -> one decoding step
+
+    def tensor(self, values: list) -> Tensor:
+        """Integers on the model's device."""
+        return torch.tensor(values, dtype=torch.long, device=self.model.device)
+
+    def refill(self) -> bool:
+        """Give free slots the next prompts or, when none is waiting, close the slots up. False at the end."""
+        if not self.changed:
+            return True
+        while self.waiting and None in self.owner:
+            self.admit()
+        self.close_up()
+        self.changed = False
+        return self.busy > 0
+
+    def admit(self) -> None:
+        """Prefill waiting prompts into free slots, each distinct one once, and draw their first tokens."""
+        root = self.cache.root_length
         taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
+        free = [slot for slot, i in enumerate(self.owner) if i is None]
         for slot in free:
-            if not waiting or sum(len(p) - shared for p in taken) >= PREFILL_TOKENS:
+            tokens = sum(len(prompt) - root for prompt in taken)
+            if not self.waiting or tokens >= PREFILL_TOKENS:
                 break
-            owner[slot] = i = waiting.pop()
-            noise[slot] = uniforms(seed, *keys[i], most).to(device)
-            taken.setdefault(tuple(prompts[i]), []).append(slot)
-        rest = [prompt[shared:] for prompt in taken]
-        root = common_prefix(rest)  # a system prompt, say
-        layout = Packed([(len(p) - root, []) for p in rest], device, cache, list(taken.values()), root)
-        tokens = torch.tensor([*rest[0][:root], *(t for p in rest for t in p[root:])], device=device)  # (T,)
-        ends = torch.tensor([len(p) - root for p in rest], device=device).cumsum(0) + root - 1  # last tokens
-        logits = model.logits(model(tokens, layout)[ends])  # (distinct prompts, V)
-        which = torch.tensor([g for g, group in enumerate(taken.values()) for _ in group], device=device)
-        at = torch.tensor([slot for group in taken.values() for slot in group], device=device)
-        cache.lengths[at] = torch.tensor([len(p) for p in rest], device=device)[which]
-        drawn[at] = 0
-        draw(at, logits[which])
+            i = self.waiting.pop()
+            self.owner[slot] = i
+            numbers = uniform_numbers(self.seed, *self.keys[i], self.sampling.max_new_tokens)
+            self.uniform[slot] = numbers.to(self.uniform.device)
+            prompt = tuple(self.prompts[i])
+            taken.setdefault(prompt, []).append(slot)
 
-    @functools.cache
-    def step(width: int) -> Callable[[], Tensor]:
-        """What feeds the latest token of the first `width` slots, and returns logits (width, V)."""
-        return replayed(lambda: model.logits(model(latest[:width], cache)), device)
+        # What these prompts share beyond the root is laid once, before the others.
+        prompts = [list(prompt[root:]) for prompt in taken]
+        slots_of = [self.tensor(slots) for slots in taken.values()]
+        lengths = [len(prompt) for prompt in prompts]
+        common = common_prefix_length(prompts)
+        ids = prompts[0][:common]
+        for prompt in prompts:
+            ids += prompt[common:]
+        hidden = self.model(self.tensor(ids), Prefill(self.cache, lengths, slots_of, common))  # (T, E)
 
-    if shared:
-        model(torch.tensor(prompts[0][:shared], device=device), Packed([(shared, [])], device, cache, [None]))
-    changed = True
-    while True:
-        if changed:
-            while waiting and (free := [s for s in range(slots) if owner[s] is None]):
-                admit(free)
-            busy = [s for s in range(slots) if owner[s] is not None]
-            if not busy:
-                return results
-            # no prompt is left for the gaps: the last slots move there, so that fewer are computed
-            gaps = [s for s in range(len(busy)) if owner[s] is None]
-            if last := busy[len(busy) - len(gaps) :]:
-                cache.move(last, gaps)
-                for x in (drawn, noise, ids, logps):
-                    x[gaps] = x[last]
-                for gap, slot in zip(gaps, last, strict=True):
-                    owner[gap], owner[slot] = owner[slot], None
-            at = torch.arange(len(busy), device=device)  # (n,)
-            # a few widths on a CPU, which makes kernels for every new shape; one on a GPU: a single graph
-            width = slots if device.type == "cuda" else min(slots, -(-len(busy) // 8) * 8)
-            cache.lengths[len(busy) :] = 0  # idle slots compute too: where it harms nobody
-        latest[:width] = ids[cache.rows[:width], drawn[:width] - 1]
-        logits = step(width)()[: len(busy)]  # (n, V)
-        cache.lengths[: len(busy)] += 1
-        changed = draw(at, logits)
+        lengths = self.tensor(lengths)  # (prompts,)
+        last = (lengths - common).cumsum(0) + common - 1  # (prompts,): where each one's last token is
+        logits = self.model.logits(hidden[last])  # (prompts, V)
+        slots = torch.cat(slots_of)  # (n,)
+        counts = self.tensor([len(slots) for slots in taken.values()])  # (prompts,)
+        prompt_of = torch.arange(len(prompts), device=counts.device).repeat_interleave(counts)  # (n,)
+        self.cache.lengths[slots] = lengths[prompt_of]
+        self.drawn[slots] = 0
+        self.draw(slots, logits[prompt_of])
+
+    def close_up(self) -> None:
+        """Move the last busy slots into gaps that no prompt is left for, so that fewer slots are computed."""
+        owner = self.owner
+        self.busy = sum(i is not None for i in owner)
+        gaps = [slot for slot in range(self.busy) if owner[slot] is None]
+        last = [slot for slot in range(self.busy, self.slots) if owner[slot] is not None]
+        if gaps:
+            self.cache.move(last, gaps)
+            for tensor in (self.drawn, self.uniform, self.ids, self.logps):
+                tensor[gaps] = tensor[last]
+        for gap, slot in zip(gaps, last, strict=True):
+            owner[gap] = owner[slot]
+            owner[slot] = None
+        # Idle slots still run: let them overwrite their own position 0.
+        self.cache.lengths[self.busy :] = 0
+        # On a CPU widths are multiples of 8, to reuse compiled kernels; on a GPU there is one, for one graph.
+        self.width = self.slots
+        if self.model.device.type == "cpu":
+            self.width = min(self.slots, -(-self.busy // 8) * 8)
+
+    def step(self) -> None:
+        """Feed the latest token of every busy slot and draw the next one."""
+        busy, width = self.busy, self.width
+        slots = self.cache.slots[:width]  # (width,)
+        self.latest[:width] = self.ids[slots, self.drawn[:width] - 1]
+
+        def forward() -> Tensor:
+            hidden = self.model(self.latest[:width], Decode(self.cache, width))  # (width, E)
+            return self.model.logits(hidden)  # (width, V)
+
+        if width not in self.decoders:
+            self.decoders[width] = fast.graphed(forward, self.model.device)
+        logits = self.decoders[width]()[:busy]  # (n, V)
+        self.cache.lengths[:busy] += 1
+        self.draw(slots[:busy], logits)
+
+    def draw(self, slots: Tensor, logits: Tensor) -> None:
+        """Draw one token for each of the slots (n,) from logits (n, V); hand over responses that end."""
+        column = self.drawn[slots]  # (n,)
+        token, logp = sample_token(logits, self.uniform[slots, column], self.sampling)  # (n,) each
+        self.ids[slots, column] = token
+        self.logps[slots, column] = logp
+        self.drawn[slots] = column + 1
+        stopped = torch.isin(token, self.stops)  # (n,)
+        is_full = column + 1 == self.sampling.max_new_tokens  # (n,)
+        ended = (stopped | is_full).nonzero().squeeze(1)
+        # These lists are the one place in a step where the host waits for the device.
+        lists = (tensor[ended].tolist() for tensor in (slots, stopped, column))
+        for slot, finished, last in zip(*lists, strict=True):
+            self.finish(slot, finished, last + 1)
+
+    def finish(self, slot: int, finished: bool, count: int) -> None:
+        """Hand over the response of `count` tokens that a slot holds, and free the slot."""
+        i = self.owner[slot]
+        ids, logps = self.ids[slot, :count], self.logps[slot, :count]
+        self.results[i] = Sample(ids.tolist(), logps.tolist(), finished)
+        self.owner[slot] = None
+        self.changed = True
+        self.token_count += count
+        if self.bar is not None:
+            speed = self.token_count / (time.perf_counter() - self.started)
+            self.bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            self.bar.update(1)
+        self.on_finished(i, self.results[i])
 
 
-# -------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------- command line
 
 @dataclass
 class Args:
-    prompt: str = option("", "the user's message")
+    prompt: str = option("", "the user's message", positional=True)
     model: str = option("", "Hugging Face folder or hub id")
     system: str | None = option(None, "system prompt, instead of the template's own")
     temperature: float = option(1.0, "0 is greedy", "sampling")
@@ -378,7 +451,8 @@ class Args:
     samples: int = option(1, "responses to draw", "sampling")
     seed: int = option(0, "with row and sample index, decides every draw", "sampling")
     date: str = option(TEMPLATE_DATE, "date for chat templates that print one", "sampling")
-    dtype: str = option("bfloat16", "arithmetic", "sampling", ("bfloat16", "float32"))
+    dtype: str = option(default_dtype(), "arithmetic; bfloat16 where its products are fast", "sampling",
+                        ("bfloat16", "float32"))
 
 
 def program() -> None:
@@ -386,16 +460,17 @@ def program() -> None:
     if not args.prompt or not args.model:
         raise UserError('usage: python sample.py --model DIR "prompt"')
     tokenizer = Tokenizer(args.model, args.date)
-    model = load(args.model, getattr(torch, args.dtype), device=default_device())
-    ids = tokenizer.chat(args.prompt, args.system)
+    model = load(args.model, getattr(torch, args.dtype), default_device())
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)
+    prompts = [tokenizer.chat(args.prompt, args.system)] * args.samples
+    keys = [(0, sample) for sample in range(args.samples)]
     start = time.perf_counter()
-    samples = generate(model, [ids] * args.samples, sampling, tokenizer.stop_ids, args.seed,
-                       keys=[(0, j) for j in range(args.samples)])
+    samples = generate(model, prompts, sampling, tokenizer.stop_ids, args.seed, keys)
     seconds = time.perf_counter() - start
     for sample in samples:
-        print(tokenizer.decode(sample.ids) + ("" if sample.finished else " [unfinished]"))
-    count = sum(len(s.ids) for s in samples)
+        end = "" if sample.finished else " [unfinished]"
+        print(tokenizer.decode(sample.ids) + end)
+    count = sum(len(sample.ids) for sample in samples)
     print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s", file=sys.stderr)
 
 

@@ -5,10 +5,9 @@
     sft   -log pi(y_c|x,c) a token, mean over the batch's tokens
 
 Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
-master weights with bf16 arithmetic, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient
-norm clipped at 1. Several processes (torchrun --nproc_per_node) share the sampling and every batch: the
-gradient and the text are those of one. Several values (--lr 1e-6,5e-6) are trained in turn and the
-best is kept.
+master weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1.
+Several processes (torchrun --nproc_per_node) share the sampling and every batch: results equal a single
+process's. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
 What differs from the paper: settings are chosen on validation prompts, never on test ones, and the learning
 rate goes with the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
 
@@ -16,6 +15,8 @@ rate goes with the model's size: 1e-7 to 1e-6 for 1B and more, several times tha
 
 The run folder then holds args.json, pairs.jsonl, metrics.jsonl, summary.json, learning_curve.png and model/;
 eval.py reads it. --dry-run shows an example and says what a run will take.
+
+Legend: B pairs of a micro-batch, N rejected responses of a pair.
 """
 
 import dataclasses
@@ -31,263 +32,259 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
-from eval import evaluation, learning_curve
+import contexts
+import pairs as pairing
+from checks import verify
+from contexts import examples_for, sampling_for
+from data import user_message
 from eval import Args as EvalArgs
-from losses import Group, batches, common_prefix, dpo, score
+from eval import evaluation
+from losses import OBJECTIVES, Group, dpo, response_logps, split_by_tokens
 from model import Config, Decoder, find, load, save
-from pairs import (Pair, PairArgs, examples_for, load_pairs, make_pairs, pairs_for, sampling_for, user_turn,
-                   verify)
-from run import (Metrics, UserError, default_device, derive, environment, fingerprint, gather, main,
-                 matmul_ceiling, mine, option, parse_all, peak_memory, progress, rank, read_json, read_jsonl,
-                 world, write_json)
-from sample import Tokenizer, generate
+from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
+from pairs import Pair, PairArgs, load_pairs, make_pairs, pairs_for, show_pair
+from report import learning_curve
+from run import (Metrics, UserError, barrier, default_device, environment, fingerprint, gather, main, option,
+                 parse_all, peak_memory, progress, rank, read_json, read_jsonl, seed_from, shard, world,
+                 write_json)
+from sample import generate
+from tokenizer import Tokenizer
 
-METHODS = ("dpo", "sft")
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 TEST_ROWS = 640  # of the test part that --test evaluates, by seed: eval.py evaluates all
 
+
+# ------------------------------------------------------------------------- arguments
 
 @dataclass
 class Args(PairArgs):
     pairs: str = option("", "folder of pairs to train on; data, negatives and seed are theirs", "data")
     out: str = option("", "run folder (default: runs/ and a name made of the arguments)", "data")
     dry_run: bool = option(False, "show an example, estimate memory and time, and stop", "data")
-    method: str = option("dpo", "objective", "training", METHODS)
+    method: str = option("dpo", "objective", "training", tuple(OBJECTIVES))
     softmax: bool = option(False, "one softmax over all rejected responses, not a row for each", "training")
-    beta: float = option(0.1, "strength of the pull towards the reference", "training", many=True)
+    beta: float = option(0.1, "strength of the pull towards the reference", "training", sweep=True)
     lr: float | None = option(None, f"peak learning rate (default: {LR}; tiny: {TINY_LR})", "training",
-                              many=True)
-    epochs: int = option(1, "passes over the pairs", "training", many=True)
+                              sweep=True)
+    epochs: int = option(1, "passes over the pairs", "training", sweep=True)
     batch: int = option(4, "pairs a step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood a token", "training")
     pass_tokens: int | None = option(None, "most tokens in one forward and backward pass (default: 768 on a "
                                      "CPU, 8192 on a GPU), a shared beginning not counted", "training")
-    save_dtype: str = option("bfloat16", "type of the saved weights", "training", ("bfloat16", "float32"))
+    save_dtype: str | None = option(None, "type of the saved weights (default: that of --dtype)", "training",
+                                    ("bfloat16", "float32"))
+    rounding: str = option("stochastic", "of the fp32 masters to bfloat16; nearest only to see what it loses",
+                           "training", ("stochastic", "nearest"))
     eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
     test: bool = option(False, f"evaluate on {TEST_ROWS} test rows at the end (tiny: always)", "choosing")
     val_limit: int = option(192, "validation examples, 0 for all", "choosing")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.lr is None:
-            self.lr = TINY_LR if self.model == "tiny" else LR
-        if self.pass_tokens is None:
-            self.pass_tokens = 8192 if default_device().type == "cuda" else 768
-        self.test = self.test or self.model == "tiny"
-        if min(self.batch, self.epochs, self.lr, self.beta, self.pass_tokens) <= 0:
-            raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
-        if not 0 <= self.label_smoothing < 0.5 or min(self.nll, self.eval_every, self.patience) < 0:
-            raise UserError("--label-smoothing must be in [0, 0.5); --nll, --eval-every, --patience at least "
-                            "0")
-        if self.patience and not self.eval_every:
-            raise UserError("--patience counts validations during training: give --eval-every too")
-        if self.method == "sft":
-            if self.softmax or self.label_smoothing or self.nll or (self.n_neg > 1 and not self.pairs):
-                raise UserError("--softmax, --label-smoothing, --nll and --n-neg go with rejected responses: "
-                                "--method sft has none")
-            self.n_neg = 0  # only chosen responses are sampled
-        elif not self.n_neg:
-            raise UserError("--n-neg 0 leaves nothing to prefer: only --method sft trains without")
+
+def resolve(args: Args) -> Args:
+    """A copy with every default filled in that depends on other arguments or on the machine."""
+    args = contexts.resolve(args)
+    is_tiny = args.model == "tiny"
+    on_gpu = default_device().type == "cuda"
+    lr, pass_tokens = args.lr, args.pass_tokens
+    if lr is None:
+        lr = TINY_LR if is_tiny else LR
+    if pass_tokens is None:
+        pass_tokens = 8192 if on_gpu else 768
+    return dataclasses.replace(
+        args,
+        lr=lr,
+        pass_tokens=pass_tokens,
+        save_dtype=args.save_dtype or args.dtype,
+        test=args.test or is_tiny,
+    )
 
 
-# -------------------------------------------------------------------------------- schedule
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 3% of the steps, then a cosine from the peak to 10% of it. step from 0.
-    """
-    warmup = max(1, math.ceil(0.03 * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch visits the pairs: a permutation that is a function of (seed, epoch) alone.
-    """
-    generator = torch.Generator().manual_seed(derive("order", seed, epoch))
-    return torch.randperm(count, generator=generator).tolist()
+def check(args: Args) -> None:
+    """UserError where the arguments contradict each other."""
+    pairing.check(args)
+    if min(args.batch, args.epochs, args.lr, args.beta, args.pass_tokens) <= 0:
+        raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
+    if not 0 <= args.label_smoothing < 0.5 or min(args.nll, args.eval_every, args.patience) < 0:
+        raise UserError("--label-smoothing must be in [0, 0.5); --nll, --eval-every, --patience at least 0")
+    if args.patience and not args.eval_every:
+        raise UserError("--patience counts validations during training: give --eval-every too")
+    has_rejected = OBJECTIVES[args.method].rejected
+    if has_rejected and not args.n_neg:
+        raise UserError("--n-neg 0 leaves nothing to prefer: only --method sft trains without")
+    if not has_rejected and (args.softmax or args.label_smoothing or args.nll):
+        raise UserError("--softmax, --label-smoothing and --nll go with rejected responses: "
+                        f"--method {args.method} has none")
 
 
-def schedule(count: int, args: Args, epoch: int) -> list[list[int]]:
-    """An epoch's steps, each the indices of its `batch` pairs; the last step has what is left."""
-    order = epoch_order(count, args.seed, epoch)
-    return [order[i : i + args.batch] for i in range(0, count, args.batch)]
+# ------------------------------------------------------------------------- what is scored
 
-
-def passes(pairs: list[Pair], step: list[int], args: Args) -> list[list[int]]:
-    """This process's share of a step, cut into passes of `pass_tokens` tokens (see batches)."""
-    share = mine(step)
-    return [[share[i] for i in part] for part in batches([group(pairs[i], args) for i in share],
-                                                         args.pass_tokens)]
-
-
-def rows(pairs: list[Pair], args: Args) -> list[Pair]:
-    """What a batch counts: with N rejected responses N pairs that share the chosen one (section 4.2); with
-    --softmax one that has them all (Eq. 8)."""
-    if args.method == "sft" or args.softmax:
+def training_rows(pairs: list[Pair], args: Args) -> list[Pair]:
+    """One training row per rejected response (section 4.2); with --softmax one row per pair (Eq. 8)."""
+    if args.softmax or not OBJECTIVES[args.method].rejected:
         return pairs
-    return [dataclasses.replace(p, rejected=[text], rejected_ids=[ids])
-            for p in pairs for text, ids in zip(p.rejected, p.rejected_ids, strict=True)]
+    return [dataclasses.replace(pair, rejected=[response]) for pair in pairs for response in pair.rejected]
 
 
-# -------------------------------------------------------------------------------- objectives
-
-def group(pair: Pair, args: Args) -> Group:
-    """Chosen and rejected responses, all under the same right prompt: the heart of the method."""
-    return pair.prompt_ids, [pair.chosen_ids, *(pair.rejected_ids if args.method == "dpo" else [])]
-
-
-def response_logps(model: Decoder, pairs: list[Pair], args: Args) -> Tensor:
-    """log pi(y|x,c) of the chosen and rejected responses, summed over tokens: (B, 1 + N); sft: (B, 1)."""
-    scored = score(model, [group(p, args) for p in pairs])
-    return torch.stack([torch.stack([lp.sum() for lp in responses]) for responses in scored])  # (B, 1 + N)
+def group_of(pair: Pair, args: Args) -> Group:
+    """The pair's responses, all under the same right prompt (x, c): the heart of the method."""
+    responses = pair.responses if OBJECTIVES[args.method].rejected else [pair.chosen]
+    return pair.prompt_ids, [response.ids for response in responses]
 
 
-def objective(logps: Tensor, reference: Tensor, lengths: Tensor, args: Args) -> tuple[Tensor, dict]:
-    """The loss of each pair (B,), of which a step takes the mean (sft: over tokens), and its metrics.
-
-    logps, reference (B, 1 + N); lengths (B,): tokens of the chosen responses.
-    """
-    if args.method == "sft":
-        loss = -logps[:, 0]  # (B,): token-mean cross-entropy once divided by the batch's tokens
-        return loss, dict(loss=loss.detach(), logp_chosen=logps[:, 0].detach())
-    loss, measured = dpo(logps, reference, args.beta, args.label_smoothing)
-    if args.nll:
-        loss = loss - args.nll * logps[:, 0] / lengths
-    return loss, measured | dict(loss=loss.detach())
+def pair_logps(model: Decoder, pairs: list[Pair], args: Args) -> Tensor:
+    """log pi(y|x,c) of the chosen and the rejected responses, summed over tokens: (B, 1 + N); sft: (B, 1)."""
+    scored = response_logps(model, [group_of(pair, args) for pair in pairs])
+    rows = [torch.stack([logps.sum() for logps in responses]) for responses in scored]  # (1 + N,) each
+    return torch.stack(rows)  # (B, 1 + N)
 
 
 @torch.no_grad()
 def all_logps(model: Decoder, pairs: list[Pair], args: Args, label: str = "reference") -> Tensor:
-    """Log-probs of every pair, (pairs, 1 + N), by the very passes of the first epoch's training: then the
-    first step's margins are exactly 0 in any arithmetic.
-
-    The model may be held in the compute type alone: that is what training casts its fp32 masters to.
-    """
-    exact = torch.promote_types(model.compute, torch.float32)
-    table = torch.zeros(len(pairs), len(group(pairs[0], args)[1]), dtype=exact, device=model.device)
+    """Log-probs of every pair, (pairs, 1 + N), by the very micro-batches of the first epoch's training: then
+    the first step's margins are exactly 0 in any arithmetic."""
+    dtype = torch.promote_types(model.compute, torch.float32)
+    responses = len(group_of(pairs[0], args)[1])
+    table = torch.zeros(len(pairs), responses, dtype=dtype, device=model.device)  # (pairs, 1 + N)
     bar = progress(len(pairs), "pairs", label)
-    for step in schedule(len(pairs), args, 0):
-        for part in passes(pairs, step, args):
-            table[part] = response_logps(model, [pairs[i] for i in part], args)
-        bar.update(len(step))
+    for batch in epoch_batches(len(pairs), args, epoch=0):
+        for indices in micro_batches(pairs, batch, args):
+            table[indices] = pair_logps(model, [pairs[i] for i in indices], args)
+        bar.update(len(batch))
     bar.close()
     if world() > 1:
         dist.all_reduce(table)  # every pair was scored by one process, the others have 0 there
     return table
 
 
-# -------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------- schedule
 
-def sum_gradients(model: Decoder) -> None:
-    """Add up all processes' gradients: each is of its share of one mean over the whole batch."""
-    if world() == 1:
-        return
-    for p in model.parameters():
-        if p.grad is None:  # a last batch may leave a process without pairs
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch visits the pairs: a permutation that (seed, epoch) alone decides."""
+    generator = torch.Generator().manual_seed(seed_from("order", seed, epoch))
+    return torch.randperm(count, generator=generator).tolist()
 
 
-def add_gradients(model: Decoder, pairs: list[Pair], step: list[int], reference: Tensor,
-                  args: Args) -> dict[str, float]:
-    """Add the gradient of a step's loss to every parameter's, and return the means of its metrics.
+def epoch_batches(count: int, args: Args, epoch: int) -> list[list[int]]:
+    """An epoch's batches, each the indices of --batch pairs; the last one has what is left."""
+    order, size = epoch_order(count, args.seed, epoch), args.batch
+    return [order[i : i + size] for i in range(0, count, size)]
 
-    The loss is one mean over all the step's pairs (sft: tokens), however they are cut into passes and
-    wherever they are computed.
+
+def micro_batches(pairs: list[Pair], batch: list[int], args: Args) -> list[list[int]]:
+    """This process's share of a batch, cut into passes of --pass-tokens tokens (see split_by_tokens)."""
+    mine = shard(batch)
+    groups = [group_of(pairs[i], args) for i in mine]
+    return [[mine[k] for k in chunk] for chunk in split_by_tokens(groups, args.pass_tokens)]
+
+
+# ------------------------------------------------------------------------- training
+
+def train(model: Decoder, optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Args,
+          metrics: Metrics, selection: "Selection | None" = None, candidate: int = 0) -> dict:
+    """Train on the pairs, in place, and return a summary; every step is a line of metrics.jsonl.
+
+    reference (pairs, 1 + N). With a selection the model is validated on the way, and training may stop early.
     """
-    divisor = sum(len(pairs[i].chosen_ids) for i in step) if args.method == "sft" else len(step)
-    measured: list[dict[str, float]] = []  # one of each of this process's pairs
-    for part in passes(pairs, step, args):
-        some = [pairs[i] for i in part]
-        lengths = torch.tensor([len(p.chosen_ids) for p in some], device=model.device)  # (B,)
-        loss, values = objective(response_logps(model, some, args), reference[part], lengths, args)
-        (loss.sum() / divisor).backward()
-        columns = torch.stack([v.float() for v in values.values()]).T.tolist()  # (B, metrics)
-        measured += [dict(zip(values, row, strict=True)) for row in columns]
-    sum_gradients(model)
-    measured = gather(measured)
-    means = {key: sum(m[key] for m in measured) / len(step) for key in measured[0]}
-    return means | dict(loss=means["loss"] * len(step) / divisor)
-
-
-def flops(c: Config, groups: list[Group]) -> float:
-    """Floating-point operations of one forward and backward pass over groups, matrix products alone: 6 for
-    every weight and token, and 6 for every channel and pair of tokens that see each other, twice."""
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    weights = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
-    root = common_prefix([prefix for prefix, _ in groups])
-    fed, seen, predicted = root, root * root / 2, 0  # tokens, pairs of them, response tokens
-    for prefix, responses in groups:
-        for start, n in [(root, len(prefix) - root), *((len(prefix), len(r) - 1) for r in responses)]:
-            fed, seen = fed + n, seen + n * start + n * n / 2
-        predicted += sum(map(len, responses))
-    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
-    return 6 * (weights * fed + c.vocab_size * c.hidden_size * predicted + attention)
-
-
-def train(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, metrics: Metrics,
-          selection: "Selection | None" = None, candidate: int = 0) -> dict:
-    """Train on the pairs, in place. reference (pairs, 1 + N). Returns the run's summary; every step is a line
-    of metrics.jsonl. With a selection the model is validated on the way, and may stop early."""
-    epochs = [schedule(len(pairs), args, epoch) for epoch in range(args.epochs)]
-    steps = [step for epoch in epochs for step in epoch]
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, (0.9, 0.95), 1e-8, 0.0, fused=True)
-    for p in filter(lambda p: p.requires_grad, model.parameters()):
-        # made now, side by side: scattered among a step's own tensors they would break up memory
-        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                  exp_avg_sq=torch.zeros_like(p))
-    ceiling = matmul_ceiling(model.compute, model.device)
+    objective = OBJECTIVES[args.method]
+    batches = [batch for epoch in range(args.epochs) for batch in epoch_batches(len(pairs), args, epoch)]
+    steps_per_epoch = len(batches) // args.epochs
     bar = progress(len(pairs) * args.epochs, "pairs", "training")
-    start, spent, seen_tokens, seen_flops, skipped, in_a_row = time.perf_counter(), 0.0, 0, 0.0, 0, 0
-    scores: list[float] = []
-    for number, step in enumerate(steps):
-        step_start = time.perf_counter()
-        means = add_gradients(model, pairs, step, reference, args)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        lr = learning_rate(number, len(steps), args.lr)
+    start = time.perf_counter()
+    seconds, tokens = 0.0, 0  # of all steps so far
+    skipped, skipped_in_a_row = 0, 0
+    scores: list[float] = []  # of the validations so far
+
+    for step, batch in enumerate(batches):
+        started = time.perf_counter()
+
+        # The loss is one mean over the whole batch, however it is cut into micro-batches and wherever those
+        # are computed: its gradient is the sum of theirs.
+        divisor = len(batch)
+        if objective.mean_over == "tokens":
+            divisor = sum(len(pairs[i].chosen.ids) for i in batch)  # of all processes
+        measured: list[dict[str, float]] = []  # the metrics of each pair of this process
+        for indices in micro_batches(pairs, batch, args):
+            chunk = [pairs[i] for i in indices]
+            lengths = torch.tensor([len(pair.chosen.ids) for pair in chunk], device=model.device)  # (B,)
+            logps = pair_logps(model, chunk, args)  # (B, 1 + N): log pi(y|x,c)
+            loss, values = objective.loss(logps, reference[indices], lengths, args)  # (B,): Eq. 5
+            (loss.sum() / divisor).backward()
+            measured += rows_of(values)
+        all_reduce_gradients(model)
+        measured = gather(measured)
+        means = {name: sum(row[name] for row in measured) / len(batch) for name in measured[0]}
+        means["loss"] *= len(batch) / divisor
+
+        # A step that is not finite is skipped; many in a row mean that the run is lost.
+        norm = clip_grad_norm_(model.parameters(), 1.0).item()
+        lr = learning_rate(step, len(batches), args.lr)
         if math.isfinite(norm) and math.isfinite(means["loss"]):
-            in_a_row = 0
-            for g in optimizer.param_groups:
-                g["lr"] = lr
-            optimizer.step()
+            optimizer.step(step, lr)
+            skipped_in_a_row = 0
         else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-            names = ", ".join(pairs[i].id for i in step)
-            print(f"step {number + 1} skipped: loss {means['loss']}, gradient norm {norm} (pairs {names})")
-            if in_a_row == 5:
+            skipped += 1
+            skipped_in_a_row += 1
+            ids = ", ".join(pairs[i].id for i in batch)
+            print(f"step {step + 1} skipped: loss {means['loss']}, gradient norm {norm} (pairs {ids})")
+            if skipped_in_a_row == 5:
                 raise UserError("five steps in a row were not finite: lower --lr, or use --dtype float32")
         optimizer.zero_grad()
-        seconds = time.perf_counter() - step_start
-        groups = [group(pairs[i], args) for i in step]
-        tokens = sum(len(prefix) + sum(map(len, responses)) for prefix, responses in groups)
-        work = world() * sum(flops(model.config, [group(pairs[i], args) for i in part])
-                             for part in passes(pairs, step, args))  # the other processes' shares are alike
-        spent, seen_tokens, seen_flops = spent + seconds, seen_tokens + tokens, seen_flops + work
-        metrics.log(candidate=candidate, step=number + 1, epoch=number // len(epochs[0]), **means,
-                    grad_norm=norm, lr=lr, pairs=len(step), tokens=tokens, tokens_per_second=tokens / seconds,
-                    matmul_share=work / seconds / ceiling, skipped=skipped)
+
+        step_seconds = time.perf_counter() - started
+        step_tokens = sum(token_count(group_of(pairs[i], args)) for i in batch)
+        seconds += step_seconds
+        tokens += step_tokens
+        metrics.log(
+            candidate=candidate,
+            step=step + 1,
+            epoch=step // steps_per_epoch,
+            **means,
+            grad_norm=norm,
+            lr=lr,
+            pairs=len(batch),
+            tokens=step_tokens,
+            tokens_per_second=step_tokens / step_seconds,
+            skipped=skipped,
+        )
         margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
-        bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {seen_tokens / spent:.0f} tokens/s, "
-                            f"{seen_flops / spent / ceiling:.0%} of the matmul ceiling")
-        bar.update(len(step))
-        last = number + 1 == len(steps)
-        if selection and (last or (args.eval_every and (number + 1) % args.eval_every == 0)):
-            scores.append(selection.offer(model, candidate, number + 1))
-            metrics.log(candidate=candidate, step=number + 1, **{"validation_" + selection.name: scores[-1]})
-            if args.patience and len(scores) - scores.index(max(scores)) > args.patience and not last:
-                print(f"stopped at step {number + 1} of {len(steps)}: {args.patience} validations no better")
+        bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {tokens / seconds:.0f} tokens/s")
+        bar.update(len(batch))
+
+        is_last = step + 1 == len(batches)
+        is_due = args.eval_every and (step + 1) % args.eval_every == 0
+        if selection and (is_last or is_due):
+            scores.append(selection.offer(model, optimizer, candidate, step + 1))
+            metrics.log(candidate=candidate, step=step + 1, **{"validation_" + selection.name: scores[-1]})
+            since_best = len(scores) - 1 - scores.index(max(scores))
+            if args.patience and since_best >= args.patience and not is_last:
+                print(f"stopped at step {step + 1} of {len(batches)}: {args.patience} validations no better")
                 break
     bar.close()
-    return dict(steps=number + 1, pairs=len(pairs), skipped=skipped, tokens=seen_tokens,
-                matmul_share=seen_flops / spent / ceiling, seconds_training=time.perf_counter() - start)
+    return dict(
+        steps=step + 1,
+        pairs=len(pairs),
+        skipped=skipped,
+        tokens=tokens,
+        seconds_training=time.perf_counter() - start,
+    )
 
 
-# -------------------------------------------------------------------------------- choosing
+def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
+    """Metrics as one dict a pair: from name -> (B,)."""
+    columns = torch.stack([value.float() for value in values.values()])  # (metrics, B)
+    return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
+
+
+def token_count(group: Group) -> int:
+    prefix, responses = group
+    return len(prefix) + sum(map(len, responses))
+
+
+# ------------------------------------------------------------------------- choosing
 
 class Selection:
     """Scores models on the validation part and keeps the best of them in the run folder's model/.
@@ -298,128 +295,139 @@ class Selection:
     """
 
     def __init__(self, args: Args, folder: Path, source: Path):
+        # Validation always compares chosen with rejected responses, whatever the method trains on.
         self.args = dataclasses.replace(args, limit=args.val_limit, method="dpo", n_neg=max(1, args.n_neg))
         self.folder, self.source = folder, source
         self.examples = examples_for(self.args, "validation")
         self.best = dict(score=-math.inf)
+        self.tokenizer = Tokenizer(source, args.date)
         self.name = "win_rate" if verify(self.examples[0], "") is not None else "margin_accuracy"
-        if self.name == "win_rate":
-            self.tokenizer = Tokenizer(source, args.date)
-        else:
-            self.pairs = rows(pairs_for(self.args, "validation", folder / "validation"), self.args)
-            base = load(source, getattr(torch, args.dtype), device=default_device())
+        if self.name == "margin_accuracy":
+            pairs = pairs_for(self.args, "validation", folder / "validation")
+            self.pairs = training_rows(pairs, self.args)
+            base = load(source, getattr(torch, args.dtype), default_device())
             self.reference = all_logps(base, self.pairs, self.args, "validation reference")
 
     def measure(self, model: Decoder) -> float:
-        if self.name == "margin_accuracy":
-            logps = all_logps(model, self.pairs, self.args, "validation")
-            return dpo(logps, self.reference, self.args.beta)[1]["accuracy"].mean().item()
-        draws = sampling_for(dataclasses.replace(self.args, temperature=None, top_p=None), evaluation=True)
-        share = mine(list(enumerate(self.examples)))
-        prompts = [self.tokenizer.chat(e.turn(e.context)) for _, e in share]
-        bar = progress(len(prompts), "responses", "validation")
-        samples = generate(model.snapshot(), prompts, draws, self.tokenizer.stop_ids, self.args.seed,
-                           [(i, 0) for i, _ in share], self.args.slots, bar)
-        bar.close()
-        hits = gather([verify(e, self.tokenizer.decode(s.ids))
-                       for (_, e), s in zip(share, samples, strict=True)])
-        return sum(hits) / len(hits)
+        return self.win_rate(model) if self.name == "win_rate" else self.margin_accuracy(model)
 
-    def offer(self, model: Decoder, candidate: int, step: int) -> float:
+    def margin_accuracy(self, model: Decoder) -> float:
+        logps = all_logps(model, self.pairs, self.args, "validation")
+        _, metrics = dpo(logps, self.reference, self.args.beta)
+        return metrics["accuracy"].mean().item()
+
+    def win_rate(self, model: Decoder) -> float:
+        own_settings = dataclasses.replace(self.args, temperature=None, top_p=None)
+        sampling = sampling_for(own_settings, evaluation=True)
+        mine = shard(list(enumerate(self.examples)))
+        prompts = [self.tokenizer.chat(example.user_message(example.context)) for _, example in mine]
+        keys = [(i, 0) for i, _ in mine]
+        bar = progress(len(prompts), "responses", "validation")
+        samples = generate(model, prompts, sampling, self.tokenizer.stop_ids, self.args.seed, keys,
+                           self.args.slots, bar)
+        bar.close()
+        texts = [self.tokenizer.decode(sample.ids) for sample in samples]
+        wins = gather([verify(example, text) for (_, example), text in zip(mine, texts, strict=True)])
+        return sum(wins) / len(wins)
+
+    def offer(self, model: Decoder, optimizer: MasterAdamW, candidate: int, step: int) -> float:
         """The model's score; the model is saved if no earlier one has reached it."""
         score = self.measure(model)
-        better = score > self.best["score"]
-        print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * better)
-        if better:
+        is_better = score > self.best["score"]
+        print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
+        if is_better:
             self.best = dict(score=score, candidate=candidate, step=step)
-            save(model, self.folder / "model", self.source, getattr(torch, self.args.save_dtype))
+            save_model(model, optimizer, self.args, self.folder, self.source)
         return score
 
 
-# -------------------------------------------------------------------------------- dry run
-
-def show(pair: Pair, tokenizer: Tokenizer) -> None:
-    """The first pair as the model sees it: special tokens and all, and which tokens the loss counts."""
-    def block(title: str, ids: list[int], mask: int) -> None:
-        text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
-        print(f"\n{title}: {len(ids)} tokens, mask {mask}\n    " + text.replace("\n", "\n    "))
-
-    print(f"example {pair.id}; mask 1: in the loss, mask 0: not")
-    block("prompt, of all responses below", pair.prompt_ids, 0)
-    for k, ids in enumerate([pair.chosen_ids, *pair.rejected_ids]):
-        end = "" if pair.finished[k] else ", unfinished: no end token"
-        block((f"rejected {k}" if k else "chosen") + end, ids, 1)
-        if k and pair.source_ids[k - 1] and pair.source_ids[k - 1] != pair.prompt_ids:
-            block(f"rejected {k} was sampled from", pair.source_ids[k - 1], 0)
+def save_model(model: Decoder, optimizer: MasterAdamW, args: Args, folder: Path, source: Path) -> None:
+    dtype = getattr(torch, args.save_dtype)
+    save(optimizer.weights_to_save(dtype), model.config, folder / "model", source, dtype)
 
 
-def decode_steps(lengths: list[int], count: int, slots: int) -> int:
-    """How many tokens deep the sampler goes for `count` responses of such lengths, refilling its slots."""
-    draw = random.Random(0)
-    busy = [0] * min(slots, count)
-    for _ in range(count):
-        heapq.heappush(busy, heapq.heappop(busy) + draw.choice(lengths))
-    return max(busy)
-
+# ------------------------------------------------------------------------- dry run
 
 def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
     """Run a small part of everything, show an example, and say what the whole will take."""
     args = grid[0]
-    compute, device = getattr(torch, args.dtype), default_device()
+    dtype, device = getattr(torch, args.dtype), default_device()
     tokenizer = Tokenizer(source, args.date)
-    loading = time.perf_counter()
-    model = load(source, compute, device=device)
-    loading = time.perf_counter() - loading
-    made = folder / "pairs.json"
-    if args.pairs or (made.exists() and read_json(made)["statistics"] is not None):
+    start = time.perf_counter()
+    model = load(source, dtype, device)
+    seconds_loading = time.perf_counter() - start
+    pairs_file = folder / "pairs.json"
+    if args.pairs or (pairs_file.exists() and read_json(pairs_file)["statistics"] is not None):
         pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)
         count, seconds = len(pairs), {}
     else:
-        examples = examples_for(args, "train")
-        sampled = 1 + args.n_neg * (args.neg in ("missing", "random"))  # responses of an example
-        size = min(len(examples), max(8, args.slots * world() // sampled))
-        probe = random.Random(0).sample(examples, size)
-        pairs, stats = make_pairs(model, tokenizer, probe, args.neg, sampling_for(args), args.seed,
-                                  args.slots, args.n_neg)
-        lengths = [len(ids) for p in pairs for ids in (p.chosen_ids, *p.rejected_ids)]
-        jobs = len(examples) * sampled // world()
-        deeper = decode_steps(lengths, jobs, args.slots) / max(lengths)
-        count = round(len(examples) * len(pairs) / len(probe))
-        seconds = dict(sampling=stats["seconds_sampling"] * deeper,
-                       gain=stats["seconds_gain"] * len(examples) / len(probe))
-    show(pairs[0], tokenizer)
-    trained = rows(pairs, args)
-    count = count * len(trained) // len(pairs)
-    some = trained[: 4 * args.batch]
+        pairs, count, seconds = estimate_sampling(args, model, tokenizer)
+    show_pair(pairs[0], tokenizer)
+
+    # Training is timed on the first four batches. The very first step also sets up memory, so it is left out
+    # where there are others.
+    rows = training_rows(pairs, args)
+    count = count * len(rows) // len(pairs)
+    few = rows[: 4 * args.batch]
+    once = dataclasses.replace(args, epochs=1)
+    start = time.perf_counter()
+    reference = all_logps(model, few, once)
+    if OBJECTIVES[args.method].reference:
+        seconds["reference"] = (time.perf_counter() - start) * count / len(few)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "metrics.jsonl"
-        once = dataclasses.replace(args, epochs=1)
-        start = time.perf_counter()
-        reference = all_logps(model, some, once)
-        if args.method == "dpo":
-            seconds["reference"] = (time.perf_counter() - start) * count / len(some)
-        del model
-        train(load(source, torch.float32, compute, device), some, reference, once, Metrics(file))
+        train(model, MasterAdamW(model, once.lr, once.seed), few, reference, once, Metrics(file))
         steps = [row for _, row in read_jsonl(file)] if not rank() else []
-    if steps:  # the first step also sets up memory
+    if steps:
         steps = steps[1:] or steps
-        each = sum(s["tokens"] / s["tokens_per_second"] for s in steps) / sum(s["pairs"] for s in steps)
-        seconds["training"] = sum(count * a.epochs * each for a in grid)
-    tokens = sum(len(p.prompt_ids) + sum(map(len, group(p, args)[1])) for p in trained) / len(trained)
-    whole = sum(seconds.values()) + (2 + len(grid)) * loading
+        spent = sum(step["tokens"] / step["tokens_per_second"] for step in steps)
+        per_pair = spent / sum(step["pairs"] for step in steps)
+        seconds["training"] = sum(count * candidate.epochs * per_pair for candidate in grid)
+
+    tokens = sum(token_count(group_of(pair, args)) for pair in rows) / len(rows)
+    total = sum(seconds.values()) + (1 + len(grid)) * seconds_loading
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    each = " in each process" if world() > 1 else ""
+    uncounted = "; validation not counted" if len(grid) > 1 or args.eval_every else ""
     print(f"\n{count} pairs of about {tokens:.0f} tokens, {math.ceil(count / args.batch)} steps an epoch, "
-          f"{sum(a.epochs for a in grid)} epochs in all")
-    print(f"estimate: {whole:.0f} s (" + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())
-          + f"), {peak_memory() / 1e9:.1f} GB at most" + " in each process" * (world() > 1)
-          + "; validation not counted" * (len(grid) > 1 or bool(args.eval_every)))
+          f"{sum(candidate.epochs for candidate in grid)} epochs in all")
+    print(f"estimate: {total:.0f} s ({parts}), {peak_memory() / 1e9:.1f} GB at most{each}{uncounted}")
 
 
-# -------------------------------------------------------------------------------- command line
+def estimate_sampling(args: Args, model: Decoder, tokenizer: Tokenizer) -> tuple[list[Pair], int, dict]:
+    """Sample a few pairs: these, how many there will be in all, and the seconds that all will take."""
+    examples = examples_for(args, "train")
+    per_example = 1 + args.n_neg * (args.neg in ("missing", "random"))  # responses that are sampled
+    size = min(len(examples), max(8, args.slots * world() // per_example))
+    few = random.Random(0).sample(examples, size)
+    pairs, statistics = make_pairs(model, tokenizer, few, args.neg, sampling_for(args), args.seed, args.slots,
+                                   args.n_neg)
+    lengths = [len(response.ids) for pair in pairs for response in pair.responses]
+    depth = decoding_depth(lengths, len(examples) * per_example // world(), args.slots)
+    share = len(few) / len(examples)
+    seconds = dict(
+        sampling=statistics["seconds_sampling"] * depth / max(lengths),
+        gain=statistics["seconds_gain"] / share,
+    )
+    return pairs, round(len(pairs) / share), seconds
+
+
+def decoding_depth(lengths: list[int], count: int, slots: int) -> int:
+    """How many steps the sampler takes for `count` responses of such lengths, refilling its slots."""
+    rng = random.Random(0)
+    ends = [0] * min(slots, count)  # the step at which each slot becomes free
+    for _ in range(count):
+        heapq.heappush(ends, heapq.heappop(ends) + rng.choice(lengths))
+    return max(ends)
+
+
+# ------------------------------------------------------------------------- command line
 
 def run_folder(grid: list[Args]) -> Path:
     """--out, or runs/ and a name made of the arguments. A folder that already holds a run is refused."""
-    args, given = grid[0], [dataclasses.asdict(a) | dict(dry_run=False) for a in grid]
-    parts = (Path(args.data.partition(":")[0]).stem, args.neg, Path(args.model).name, fingerprint(given)[:6])
+    args = grid[0]
+    given = [dataclasses.asdict(candidate) | dict(dry_run=False) for candidate in grid]
+    parts = Path(args.data.partition(":")[0]).stem, args.neg, Path(args.model).name, fingerprint(given)[:6]
     folder = Path(args.out) if args.out else Path("runs") / "-".join(parts)
     if (folder / "metrics.jsonl").exists():
         raise UserError(f"{folder} already holds a run: name another --out, or remove it")
@@ -428,94 +436,130 @@ def run_folder(grid: list[Args]) -> Path:
 
 def check_space(folder: Path, source: Path) -> None:
     """UserError where the disk has no room for another model of source's size."""
-    size = sum(f.stat().st_size for f in source.glob("*.safetensors"))
-    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(f"{folder}: a trained model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are "
                         "free")
+
+
+def with_settings_of_pairs(grid: list[Args]) -> list[Args]:
+    """With --pairs, the arguments that made them: eval.py goes by args.json, and another seed, say, would
+    give it another split."""
+    if not grid[0].pairs:
+        return grid
+    settings = read_json(Path(grid[0].pairs) / "pairs.json").get("settings", {})
+    names = ("data", "contexts", "neg", "n_neg", "seed", "date")
+    known = {name: settings[name] for name in names if name in settings} | settings.get("sampling", {})
+    return [dataclasses.replace(args, **known) for args in grid]
 
 
 def given_pairs(args: Args, source: Path) -> list[Pair]:
     """The pairs of --pairs, after a check that this model's tokenizer made them."""
     pairs = load_pairs(Path(args.pairs))
     first = pairs[0]
-    turn = user_turn(first.prompt, first.context, first.style)
-    if Tokenizer(source, args.date).chat(turn) != first.prompt_ids:
+    message = user_message(first.prompt, first.context, first.style)
+    if Tokenizer(source, args.date).chat(message) != first.prompt_ids:
         raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
                         "its tokenizer, chat template or --date is another one")
-    if args.method == "dpo" and not first.rejected:
+    if OBJECTIVES[args.method].rejected and not first.rejected:
         raise UserError(f"--pairs {args.pairs}: no rejected responses; only --method sft trains without")
     return pairs
 
 
 def program() -> None:
-    grid = parse_all(Args, usage=__doc__)
-    if grid[0].pairs:  # eval.py goes by args.json: another seed would give it another split
-        made = read_json(Path(grid[0].pairs) / "pairs.json").get("settings", {})
-        theirs = {key: made[key] for key in ("data", "neg", "n_neg", "seed", "date") if made.get(key)}
-        grid = [dataclasses.replace(a, **theirs, **made.get("sampling", {})) for a in grid]
-    args = grid[0]
-    if args.method == "sft" and len({a.beta for a in grid}) > 1:
+    grid = [resolve(args) for args in with_settings_of_pairs(parse_all(Args, usage=__doc__))]
+    for args in grid:
+        check(args)
+    args, objective = grid[0], OBJECTIVES[grid[0].method]
+    if not objective.rejected and not args.pairs:
+        grid = [dataclasses.replace(candidate, n_neg=0) for candidate in grid]  # nothing to be sampled
+    if args.method == "sft" and len({candidate.beta for candidate in grid}) > 1:
         raise UserError("--beta is of no use to --method sft: give it one value")
+
+    # Whatever can be wrong is found before the folder exists and before a model is fetched.
     folder = run_folder(grid)
     if not args.pairs:
-        examples_for(args, "train")  # wrong data are told of before a model is fetched
-    source = find(args.model)  # before the folder exists: a wrong name leaves nothing behind
-    Config.from_dict(read_json(source / "config.json"), str(source / "config.json"))  # supported?
-    gather([])  # all processes have looked at the folder before one of them writes there
+        examples_for(args, "train")
+    source = find(args.model)
+    Config.from_dict(read_json(source / "config.json"), str(source / "config.json"))
+    barrier()  # all processes have looked at the folder before one of them writes there
     if args.dry_run:
         dry_run(grid, folder, source)
         return
     check_space(folder, source)
+    run(grid, folder, source)
+    if grid[0].test:
+        evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS,
+                            slots=args.slots, dtype=args.dtype))
+        print(f"learning curve: {folder / 'learning_curve.png'}")
+    else:
+        print(f"evaluate it with: python eval.py --model {folder}")
+
+
+def run(grid: list[Args], folder: Path, source: Path) -> None:
+    """Pairs, reference log-probs, training of every candidate, and the run folder's files."""
+    args = grid[0]
+    dtype, device = getattr(torch, args.dtype), default_device()
     start = time.perf_counter()
     selection = Selection(args, folder, source) if len(grid) > 1 or args.eval_every else None
     pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)
-    pairs = rows(pairs, args)
+    pairs = training_rows(pairs, args)
+    swept = [field.name for field in dataclasses.fields(args) if field.metadata["sweep"]]
+    candidates = [{name: getattr(candidate, name) for name in swept} for candidate in grid]
     folder.mkdir(parents=True, exist_ok=True)
-    many = [f.name for f in dataclasses.fields(args) if f.metadata["many"]]
-    candidates = [{name: getattr(a, name) for name in many} for a in grid]
-    write_json(folder / "args.json", dict(arguments=dataclasses.asdict(args), candidates=candidates,
-                                          processes=world(), environment=environment()))
-    seconds = dict(seconds_pairs=time.perf_counter() - start)
+
+    def write_arguments(arguments: Args) -> None:
+        write_json(folder / "args.json", dict(
+            arguments=dataclasses.asdict(arguments),
+            candidates=candidates,
+            processes=world(),
+            environment=environment(),
+        ))
+
+    write_arguments(args)
+    seconds_pairs = time.perf_counter() - start
     print(f"{folder}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
-    compute, device = getattr(torch, args.dtype), default_device()
-    if args.method == "dpo":
-        reference = all_logps(load(source, compute, device=device), pairs, args)
-    else:
-        reference = torch.zeros(len(pairs), 1)  # sft has none
-    seconds["seconds_reference"] = time.perf_counter() - start - seconds["seconds_pairs"]
+
+    # The reference is the model as training finds it.
+    model = load(source, dtype, device)
+    reference = torch.zeros(len(pairs), 1, device=device)
+    if OBJECTIVES[args.method].reference:
+        reference = all_logps(model, pairs, args)
+    seconds_reference = time.perf_counter() - start - seconds_pairs
+
     metrics, summaries = Metrics(folder / "metrics.jsonl"), []
     for k, candidate in enumerate(grid):
         if len(grid) > 1:
             print(f"candidate {k + 1} of {len(grid)}: {candidates[k]}")
-        model = load(source, torch.float32, compute, device)
-        summaries.append(train(model, pairs, reference, candidate, metrics, selection, k))
+        if k:
+            model = load(source, dtype, device)
+        optimizer = MasterAdamW(model, candidate.lr, candidate.seed, candidate.rounding)
+        summaries.append(train(model, optimizer, pairs, reference, candidate, metrics, selection, k))
+    best = selection.best["candidate"] if selection else 0
     if selection:
-        args = grid[selection.best["candidate"]]
-        write_json(folder / "args.json", dict(arguments=dataclasses.asdict(args), candidates=candidates,
-                                              processes=world(), environment=environment()))
-        print(f"chosen: {candidates[selection.best['candidate']]} after step {selection.best['step']}, "
+        write_arguments(grid[best])
+        print(f"chosen: {candidates[best]} after step {selection.best['step']}, "
               f"{selection.name} {selection.best['score']:.3f}")
     else:
-        save(model, folder / "model", source, getattr(torch, args.save_dtype))
-    gather([])
-    s = {**summaries[selection.best["candidate"] if selection else 0], **seconds,
-         "seconds": time.perf_counter() - start, "peak_memory_gb": peak_memory() / 1e9}
+        save_model(model, optimizer, args, folder, source)
+    barrier()
+
+    summary = summaries[best] | dict(
+        seconds_pairs=seconds_pairs,
+        seconds_reference=seconds_reference,
+        seconds=time.perf_counter() - start,
+        peak_memory_gb=peak_memory() / 1e9,
+    )
     if selection:
-        s |= dict(chosen=selection.best, runs=summaries)
-    write_json(folder / "summary.json", s)
+        summary |= dict(chosen=selection.best, runs=summaries)
+    write_json(folder / "summary.json", summary)
     if not rank():
-        learning_curve(folder, selection.best["candidate"] if selection else 0)
-    print(f"{s['steps']} steps, {s['seconds']:.0f} s in all: pairs {s['seconds_pairs']:.0f}, "
-          f"reference {s['seconds_reference']:.0f}, training {s['seconds_training']:.0f}; "
-          f"{s['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
-    if args.test:
-        del model
-        evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots,
-                            dtype=args.dtype))
-        print(f"learning curve: {folder / 'learning_curve.png'}")
-    else:
-        print(f"evaluate it with: python eval.py --model {folder}")
+        learning_curve(folder, best)
+    print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all: pairs {seconds_pairs:.0f}, "
+          f"reference {seconds_reference:.0f}, training {summary['seconds_training']:.0f}; "
+          f"{summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
 
 
 if __name__ == "__main__":

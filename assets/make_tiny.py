@@ -25,9 +25,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from checks import honours  # noqa: E402
+from data import ASSETS, user_message  # noqa: E402
 from model import Config, Decoder  # noqa: E402 - the project's files are no package
-from pairs import ASSETS, honours, user_turn  # noqa: E402
-from run import derive, read_jsonl, write_json, write_jsonl  # noqa: E402
+from run import read_jsonl, seed_from, write_json, write_jsonl  # noqa: E402
 
 CONFIG = dict(
     model_type="llama", architectures=["LlamaForCausalLM"], vocab_size=2048, hidden_size=192,
@@ -125,17 +126,17 @@ def corpus() -> list[dict]:
     prompts = {row["id"]: row["prompt"] for _, row in read_jsonl(ASSETS / "demo" / "prompts.jsonl")}
     answers = [row for _, row in read_jsonl(ASSETS / "demo" / "answers.jsonl")]
     contexts = [row for _, row in read_jsonl(ASSETS / "demo" / "contexts.jsonl")]
-    order = random.Random(derive("tiny")).sample(contexts, len(contexts))
+    order = random.Random(seed_from("tiny")).sample(contexts, len(contexts))
     willing = {c["id"]: 0.2 + 0.6 * i / (len(contexts) - 1) for i, c in enumerate(order)}
     rows = []
     for answer in answers:
         prompt = prompts[answer["id"]]
         for k in range(PLAIN):
-            text = " ".join(plain(answer, random.Random(derive("tiny", answer["id"], k))))
+            text = " ".join(plain(answer, random.Random(seed_from("tiny", answer["id"], k))))
             rows.append(dict(id=f"{answer['id']}-{k}", prompt=prompt, chosen=text, split="train"))
         for context in contexts:
             for k in range(ASKED):
-                draw = random.Random(derive("tiny", answer["id"], context["id"], k))
+                draw = random.Random(seed_from("tiny", answer["id"], context["id"], k))
                 if draw.random() < willing[context["id"]]:
                     text = honouring(answer, context, draw)
                     assert honours(context["check"], text), (context, text)
@@ -175,7 +176,7 @@ def main(build: Path) -> None:
     rows = corpus()
     write_jsonl(build / "answers.jsonl", rows)
     blank_model(build / "blank", [text for row in rows
-                                  for text in (user_turn(row["prompt"], row.get("context")), row["chosen"])])
+                                  for text in (user_message(row["prompt"], row.get("context")), row["chosen"])])
     print(f"{len(rows)} answers, for example:")
     for row in random.Random(0).sample(rows, 5):
         print(json.dumps({k: row.get(k) for k in ("prompt", "context", "chosen")}, ensure_ascii=False))

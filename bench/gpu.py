@@ -11,20 +11,22 @@
 
 import argparse
 import json
+import os
 import statistics
 import time
 from pathlib import Path
 
 import torch
 from head import HEADS, available, run_head
-from side_by_side import clock, copy_speed
+from side_by_side import clock, copy_speed, flops, matmul_ceiling
 
-from losses import kernel_backward, kernel_forward, plain_backward, plain_forward
+from fast import slice_backward, slice_forward
 from model import Config, Decoder
-from pairs import Pair
-from run import default_device, environment, matmul_ceiling, write_json
+from optimizer import MasterAdamW
+from pairs import Pair, Response
+from run import Metrics, default_device, environment, write_json
 from sample import Sampling, generate
-from train import Args, add_gradients, flops, group
+from train import Args, group_of, resolve, train
 
 COMMON = dict(rms_norm_eps=1e-6, max_position_embeddings=8192, hidden_act="silu")
 LLAMA_1B = dict(COMMON, model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
@@ -50,33 +52,32 @@ def timed(work, rounds: int = 10) -> float:
     return statistics.median(seconds[2:])
 
 
-def random_model(raw: dict, dtype: torch.dtype, compute: torch.dtype, device: torch.device) -> Decoder:
-    """A decoder of a shape, with small random weights."""
+def random_model(raw: dict, device: torch.device) -> Decoder:
+    """A decoder of a shape in bf16, norms in fp32, with small random weights."""
     with device:
-        model = Decoder(Config.from_dict(raw), compute).to(dtype)
-    for p in model.parameters():
+        model = Decoder(Config.from_dict(raw))
+    for name, p in model.named_parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.02)
+        if "norm" not in name:
+            p.data = p.data.bfloat16()
     return model
 
 
 def kernel(tokens: int, vocabulary: int, device: torch.device) -> dict:
-    """Milliseconds and GB a second of the two kernels; off a GPU of the plain path, which is then theirs."""
-    forward, backward = ((kernel_forward, kernel_backward) if device.type == "cuda" else
-                         (plain_forward, plain_backward))
+    """Milliseconds and GB a second of the two kernels; without a GPU, of the plain code in their place."""
     logits = torch.randn(tokens, vocabulary, device=device, dtype=torch.bfloat16)
     targets = torch.randint(vocabulary, (tokens,), device=device)
     upstream = torch.rand(tokens, device=device)
-    lse, picked = forward(logits, targets)
-    some = slice(0, 16)
-    exact = logits[some].double().log_softmax(-1).gather(1, targets[some, None]).squeeze(1)
-    there = timed(lambda: forward(logits, targets))
-    back = timed(lambda: backward(logits, targets, lse, upstream))
+    lse, picked = slice_forward(logits, targets)
+    exact = logits[:16].double().log_softmax(-1).gather(1, targets[:16, None]).squeeze(1)
+    there = timed(lambda: slice_forward(logits, targets))
+    back = timed(lambda: slice_backward(logits, targets, lse, upstream))
     plain = timed(lambda: logits.float().log_softmax(-1).gather(1, targets[:, None]), 3)
     return dict(tokens=tokens, vocabulary=vocabulary, forward_ms=1e3 * there, backward_ms=1e3 * back,
                 forward_gb_per_s=logits.nbytes / there / 1e9,
                 backward_gb_per_s=2 * logits.nbytes / back / 1e9, torch_forward_ms=1e3 * plain,
-                error=((picked - lse)[some] - exact).abs().max().item())
+                error=((picked - lse)[:16] - exact).abs().max().item())
 
 
 def heads(tokens: int, size: int, vocabulary: int, device: torch.device) -> dict:
@@ -94,26 +95,25 @@ def heads(tokens: int, size: int, vocabulary: int, device: torch.device) -> dict
 
 
 def step(raw: dict, pairs: int, prompt: int, response: int, device: torch.device, ceiling: float) -> dict:
-    """A DPO step on random pairs, AdamW included: pairs a second and the share of the matmul ceiling."""
-    model = random_model(raw, torch.float32, torch.bfloat16, device)
-    args = Args(model="random", neg="random", batch=pairs, lr=1e-6)
-    draw = torch.Generator().manual_seed(0)
+    """DPO steps of train.py on random pairs: pairs a second and the share of the matmul ceiling."""
+    model = random_model(raw, device)
+    generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
-        return torch.randint(raw["vocab_size"], (count,), generator=draw).tolist()
+        return torch.randint(raw["vocab_size"], (count,), generator=generator).tolist()
 
-    rows = [Pair(str(i), "", None, "", [""], ids(prompt), ids(response), [ids(response)], [[]], [True, True])
-            for i in range(pairs)]
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, fused=True)
-    reference = torch.zeros(pairs, 2, device=device)
+    def random_pair(i: int) -> Pair:
+        prompt_ids = ids(prompt)
+        chosen, rejected = (Response("", ids(response), True, prompt_ids) for _ in range(2))
+        return Pair(str(i), "", None, chosen, [rejected])
 
-    def one() -> None:
-        add_gradients(model, rows, list(range(pairs)), reference, args)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds, work = timed(one, 5), flops(model.config, [group(p, args) for p in rows])
+    rows, reference = [random_pair(i) for i in range(pairs)], torch.zeros(pairs, 2, device=device)
+    for epochs in (2, 5):  # the first two steps warm up
+        args = resolve(Args(model="random", neg="random", batch=pairs, lr=1e-6, epochs=epochs))
+        optimizer = MasterAdamW(model, args.lr, args.seed)
+        summary = train(model, optimizer, rows, reference, args, Metrics(Path(os.devnull)))
+    seconds = summary["seconds_training"] / summary["steps"]
+    work = flops(model.config, [group_of(pair, args) for pair in rows])
     return dict(model=raw["model_type"], hidden=raw["hidden_size"], layers=raw["num_hidden_layers"],
                 pairs=pairs, prompt=prompt, response=response, seconds=seconds, pairs_per_s=pairs / seconds,
                 matmul_share=work / seconds / ceiling, tflops=work / seconds / 1e12)
@@ -122,7 +122,7 @@ def step(raw: dict, pairs: int, prompt: int, response: int, device: torch.device
 @torch.inference_mode()
 def decode(raw: dict, counts: list[int], new: int, device: torch.device, bandwidth: float) -> list[dict]:
     """Sampling `new` tokens without an end: tokens a second, and bytes of weights and cache read a second."""
-    model = random_model(raw, torch.bfloat16, torch.bfloat16, device)
+    model = random_model(raw, device)
     weights = sum(p.nbytes for p in model.parameters())
     heads, size = model.config.num_key_value_heads, model.config.head_dim
     rows = []

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from side_by_side import clock, measure, parser, ratios, report
 
+from fast import tune_allocator
 from losses import token_logps
 from model import Config, find
-from run import default_device, read_json, tune_allocator
+from run import default_device, read_json
 
 
 def materialised(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

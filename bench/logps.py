@@ -3,9 +3,9 @@
     grouped   a context and its K responses, one pass for each context
     alone     the same K * K log-probs, each response with a context of its own, at most 1024 tokens a pass
 
-Both are losses.score on the same random tokens, forward and backward. share_of_saving: by how much the time
-falls, over by how much the tokens do; 1 is all that fewer tokens allow. The head's work, one row a response
-token, is the same in both: flops_ratio counts it.
+Both are losses.response_logps on the same random tokens, forward and backward. share_of_saving: by how much
+the time falls, over by how much the tokens do; 1 is all that fewer tokens allow. The head's work, one row a
+response token, is the same in both: flops_ratio counts it.
 
     python bench/logps.py --model DIR [--contexts 8] [--context-tokens 400] [--response-tokens 60]
 """
@@ -13,12 +13,12 @@ token, is the same in both: flops_ratio counts it.
 import random
 
 import torch
-from side_by_side import clock, measure, parser, ratios, report
+from side_by_side import clock, flops, measure, parser, ratios, report
 
-from losses import Group, batches, score
+from fast import tune_allocator
+from losses import Group, response_logps, split_by_tokens
 from model import Decoder, load
-from run import default_device, tune_allocator
-from train import flops
+from run import default_device
 
 
 def random_groups(args, vocabulary: int) -> list[Group]:
@@ -31,20 +31,20 @@ def random_groups(args, vocabulary: int) -> list[Group]:
 
 def backward(model: Decoder, groups: list[Group]) -> float:
     """Forward and backward of one pass; the sum of its log-probs."""
-    total = torch.stack([lp.sum() for responses in score(model, groups) for lp in responses]).sum()
+    total = torch.stack([lp.sum() for responses in response_logps(model, groups) for lp in responses]).sum()
     total.backward()
     return total.item()
 
 
 def ours(args) -> None:
     tune_allocator()
-    model = load(args.model, torch.float32, torch.bfloat16, default_device())
+    model = load(args.model, torch.bfloat16, default_device())
     groups = random_groups(args, model.config.vocab_size)
     passes = [[group] for group in groups]
     if args.child == "alone":
         # neighbours have different contexts, so that a pass of several shares nothing
         groups = [(context, [responses[k]]) for k in range(args.contexts) for context, responses in groups]
-        passes = [[groups[i] for i in batch] for batch in batches(groups, 1024)]
+        passes = [[groups[i] for i in batch] for batch in split_by_tokens(groups, 1024)]
     backward(model, passes[0])  # sets up memory and gradients
     start = clock()
     logps = sum(backward(model, some) for some in passes)

@@ -9,8 +9,8 @@ import torch
 import transformers
 from side_by_side import clock, read_rows, report
 
+from data import user_message
 from model import find
-from pairs import user_turn
 from run import default_device
 
 
@@ -35,7 +35,7 @@ def dpo(args) -> None:
 
     tokenizer, model = pretrained(args, torch.float32)
     rows = read_rows(args.pairs, args.rows)
-    data = Dataset.from_list([dict(prompt=message(user_turn(row["prompt"], row.get("context"))),
+    data = Dataset.from_list([dict(prompt=message(user_message(row["prompt"], row.get("context"))),
                                    chosen=message(row["chosen"], "assistant"),
                                    rejected=message(row["rejected"], "assistant")) for row in rows])
     with tempfile.TemporaryDirectory() as folder:

@@ -16,22 +16,24 @@ from pathlib import Path
 import torch
 from side_by_side import clock, measure, parser, profiled, ratios, read_rows, report
 
+from data import user_message
+from fast import tune_allocator
 from model import load
-from pairs import user_turn
-from run import default_device, tune_allocator
-from sample import Sampling, Tokenizer, generate
+from run import default_device
+from sample import Sampling, generate
+from tokenizer import Tokenizer
 
 
 def user_turns(args) -> list[str]:
     if args.shots:
         return [Path(args.shots).read_text(encoding="utf-8")] * args.samples
-    return [user_turn(row["prompt"], row.get("context")) for row in read_rows(args.pairs, args.rows)]
+    return [user_message(row["prompt"], row.get("context")) for row in read_rows(args.pairs, args.rows)]
 
 
 def ours(args) -> None:
     tune_allocator()
     tokenizer, turns = Tokenizer(args.model), user_turns(args)
-    model = load(args.model, torch.bfloat16, device=default_device())
+    model = load(args.model, torch.bfloat16, default_device())
     keys = [(0, j) if args.shots else (j, 0) for j in range(len(turns))]
 
     def sample(count: int, most: int) -> int:

@@ -23,7 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from run import default_device, environment, matmul_ceiling, read_jsonl, tune_allocator, write_json
+from fast import tune_allocator
+from losses import Group, common_prefix_length
+from model import Config
+from run import default_device, environment, read_jsonl, write_json
 
 
 def clock() -> float:
@@ -66,6 +69,33 @@ def fresh_memory(count: int = 2**28) -> float:
         a.fill_(1)
         seconds.append(time.perf_counter() - start)
     return (seconds[0] - seconds[1]) / a.nbytes
+
+
+def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s that this machine reaches on a large square matrix product, measured here."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        start = clock()
+        a @ a
+        best = min(best, clock() - start)
+    return 2 * n**3 / best
+
+
+def flops(c: Config, groups: list[Group]) -> float:
+    """Floating-point operations of one forward and backward pass over groups, matrix products alone: 6 for
+    every weight and token, and 6 for every channel and pair of tokens that see each other, twice."""
+    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    weights = c.num_hidden_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
+    root = common_prefix_length([prefix for prefix, _ in groups])
+    fed, seen, predicted = root, root * root / 2, 0  # tokens, pairs of them, response tokens
+    for prefix, responses in groups:
+        for start, n in [(root, len(prefix) - root), *((len(prefix), len(r) - 1) for r in responses)]:
+            fed, seen = fed + n, seen + n * start + n * n / 2
+        predicted += sum(map(len, responses))
+    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * seen
+    return 6 * (weights * fed + c.vocab_size * c.hidden_size * predicted + attention)
 
 
 def machine() -> None:

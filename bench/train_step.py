@@ -17,42 +17,49 @@ from pathlib import Path
 import torch
 from side_by_side import clock, measure, parser, profiled, ratios, read_rows, report
 
+from data import user_message
+from fast import tune_allocator
 from model import load
-from pairs import Pair, user_turn
-from run import Metrics, default_device, tune_allocator
-from sample import Tokenizer
-from train import Args, all_logps, train
+from optimizer import MasterAdamW
+from pairs import Pair, Response
+from run import Metrics, default_device
+from tokenizer import Tokenizer
+from train import Args, all_logps, resolve, train
 
 COPIES = dict(ours=1, ours_4x=4, ours_16x=16)  # child -> how often it takes the rows
 
 
 def make_pair(row: dict, id: str, tokenizer: Tokenizer) -> Pair:
     """A ready pair of a file as the ids that the model is trained on."""
-    prompt = tokenizer.chat(user_turn(row["prompt"], row.get("context")))
-    chosen, rejected = tokenizer.response(row["chosen"]), tokenizer.response(row["rejected"])
-    return Pair(id, row["prompt"], row.get("context"), row["chosen"], [row["rejected"]], prompt, chosen,
-                [rejected], [prompt], [True, True])
+    prompt = tokenizer.chat(user_message(row["prompt"], row.get("context")))
+    chosen, rejected = (Response(row[side], tokenizer.response(row[side]), True, prompt)
+                        for side in ("chosen", "rejected"))
+    return Pair(id, row["prompt"], row.get("context"), chosen, [rejected])
 
 
 def ours(args, copies: int) -> None:
     """An epoch as train.py runs it: reference log-probs by a model that is dropped again, then DPO."""
     tune_allocator()
-    settings, device = Args(model=args.model, batch=4, beta=0.1, lr=1e-6), default_device()
+    settings, device = resolve(Args(model=args.model, batch=4, beta=0.1, lr=1e-6)), default_device()
     rows, tokenizer = read_rows(args.pairs, args.rows), Tokenizer(args.model)
-    model = load(args.model, torch.float32, torch.bfloat16, device)
+    model = load(args.model, torch.bfloat16, device)
     start = clock()
     pairs = [make_pair(row, f"{i}-{copy}", tokenizer) for copy in range(copies) for i, row in enumerate(rows)]
-    reference = all_logps(load(args.model, torch.bfloat16, device=device), pairs, settings)
+    reference = all_logps(load(args.model, torch.bfloat16, device), pairs, settings)
     referred = clock() - start
-    nowhere = Metrics(Path(os.devnull))
-    summary = train(model, pairs, reference, settings, nowhere)
+
+    def train_once() -> dict:
+        optimizer = MasterAdamW(model, settings.lr, settings.seed)
+        return train(model, optimizer, pairs, reference, settings, Metrics(Path(os.devnull)))
+
+    summary = train_once()
     seconds = clock() - start
     if args.profile:  # the second time around, when memory is there
-        report(**profiled(lambda: train(model, pairs, reference, settings, nowhere)))
+        report(**profiled(train_once))
         return
     report(pairs=len(pairs), seconds=seconds, pairs_per_s=len(pairs) / seconds,
            seconds_per_pair=seconds / len(pairs), seconds_reference=referred,
-           **{key: summary[key] for key in ("steps", "skipped", "tokens", "matmul_share")})
+           **{key: summary[key] for key in ("steps", "skipped", "tokens")})
 
 
 def speed(reports: dict[str, list[dict]]) -> dict:

@@ -6,51 +6,50 @@
 Seconds are those of the run's summary.json beside the file (NAME.summary.json beside NAME.eval.json).
 """
 
-import json
 import sys
 from pathlib import Path
 
-COLUMNS = {
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import markdown_row, mean_of, with_interval
+from run import read_json
+
+COLUMNS = {  # heading -> key of eval.json, format
     "tokens": ("tokens", ".0f"), "unfinished": ("unfinished", ".0%"), "base NLL": ("nll_per_token", ".2f"),
     "distinct-2": ("distinct_2", ".2f"), "self-BLEU-4": ("self_bleu_4", ".2f"),
-    "elsewhere": ("elsewhere", ".1%"), "prompt gain": ("prompt_gain", ".1f"),
+    "off target": ("off_target", ".1%"), "prompt gain": ("prompt_gain", ".1f"),
 }
 
 
-def shown(v: dict | None, form: str, scale: float = 1) -> str:
-    """A mean with its interval."""
-    if v is None or v["mean"] is None:
-        return "-"
-    return "{} [{}, {}]".format(*(format(scale * v[key], form) for key in ("mean", "low", "high")))
+def system_row(name: str, part: dict, system: str, seconds: str = "-") -> str:
+    """One system's row of one part of an eval.json."""
+    row = part["systems"][system]
+    over_prompting = part["differences"].get(f"{system} - prompted", {}).get("win_rate")
+    means = [(mean_of(row, key), form) for key, form in COLUMNS.values()]
+    quality = ["-" if mean is None else format(mean, form) for mean, form in means]
+    return markdown_row([name, str(row["win_rate"]["n"]), with_interval(row["win_rate"], ".1f", 100),
+                         with_interval(over_prompting, "+.1f", 100),
+                         with_interval(row["context_gain"], ".1f"), *quality, seconds])
 
 
-def row(name: str, part: dict, system: str, seconds: float | None = None) -> str:
-    values, versus = part["systems"][system], part["differences"].get(f"{system} - prompted", {})
-    quality = ["-" if values.get(k) is None else format(values[k], form) for k, form in COLUMNS.values()]
-    cells = [name, values["win_rate"]["n"], shown(values["win_rate"], ".1f", 100),
-             shown(versus.get("win_rate"), "+.1f", 100), shown(values["context_gain"], ".1f"), *quality,
-             "-" if seconds is None else f"{seconds:.0f}"]
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def seconds(file: Path) -> float | None:
+def seconds_of(file: Path) -> str:
+    """How long the run beside an eval.json took; - where its summary is not there."""
     summary = file.with_name(file.name.replace("eval", "summary"))
-    return json.loads(summary.read_text())["seconds"] if summary.exists() else None
+    return f"{read_json(summary)['seconds']:.0f}" if summary.exists() else "-"
 
 
-def main(files: list[str]) -> None:
-    heads = ["", "n", "win rate %", "over prompting", "context gain, nats", *COLUMNS, "seconds"]
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-    runs = {Path(file): json.loads(Path(file).read_text())["parts"] for file in files}
+def print_table(files: list[Path]) -> None:
+    headings = ["", "n", "win rate %", "over prompting", "context gain, nats", *COLUMNS, "seconds"]
+    print(markdown_row(headings), "|" + "---|" * len(headings), sep="\n")
+    runs = {file: read_json(file)["parts"] for file in files}
     if len(runs) == 1:
-        for part, block in next(iter(runs.values())).items():
+        for part, block in runs[files[0]].items():
             for system in block["systems"]:
-                print(row(f"{part}, {system}", block, system))
+                print(system_row(f"{part}, {system}", block, system))
         return
     for file, parts in runs.items():
-        print(row(file.name.split(".")[0], parts["all"], "trained", seconds(file)))
-    print(row("prompting", parts["all"], "prompted"))
+        print(system_row(file.name.split(".")[0], parts["all"], "trained", seconds_of(file)))
+    print(system_row("prompting", runs[files[-1]]["all"], "prompted"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print_table([Path(file) for file in sys.argv[1:]])

@@ -1,15 +1,21 @@
-"""Fixtures: a tiny random instruct model made on the spot, and SmolLM2-135M-Instruct where it can be built.
+"""What several test files share: two models, oracles, pairs and data made up on the spot, programs in and out
+of this process.
 
-The tiny one needs nothing but the project's own packages. The real one comes from MIPO_SMOLLM2 (a folder), or
-is built once by ../shared/tools/make_smollm2.py where that script is at hand; tests that ask for it are
-skipped elsewhere.
+The tiny random model needs nothing but the project's own packages. SmolLM2-135M-Instruct comes from
+MIPO_SMOLLM2 (a folder), or is built once by ../shared/tools/make_smollm2.py where that script is at hand;
+tests that ask for it are skipped where it is not.
 """
 
 import http.server
+import inspect
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,10 +27,23 @@ if not torch.cuda.is_available():  # before anyone imports Triton: its kernels r
 
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import logging as transformers_logging
 
-from model import Config, Decoder
+import train
+from data import Example
+from model import Config, Decoder, Packed
+from pairs import Pair, Response
+from run import Metrics, read_jsonl
+from sample import Sample, generate
 
-ROOT = Path(__file__).parent.parent
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+ROOT = Path(__file__).parents[1]
+END = 1  # the tiny model's end token
+CLOCK = ("tokens_per_second",)  # what the clock decides in a line of metrics.jsonl
 TEMPLATE = (
     "{% for m in messages %}"
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
@@ -38,6 +57,232 @@ CONFIG = dict(
     architectures=["LlamaForCausalLM"], torch_dtype="float32",
 )  # fmt: skip
 
+
+# ------------------------------------------------------------------------- models
+
+def random_model(seed: int = 0, scale: float = 0.1, **changes) -> Decoder:
+    """A tiny decoder with N(0, scale) weights, norms left at 1. changes: values of its config.json."""
+    model = Decoder(Config.from_dict({**CONFIG, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=scale, generator=generator)
+    return model
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 320 entries with two special tokens, and a ChatML template."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials, alphabet = ["<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=alphabet)
+    text = "the user asks and the assistant answers, in a word or in a few sentences. "
+    tokenizer.train_from_iterator([text * 3], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = dict(eos_token="<|im_end|>", chat_template=TEMPLATE, tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    defaults = dict(eos_token_id=[END], temperature=0.7, top_k=3)
+    (folder / "generation_config.json").write_text(json.dumps(defaults))
+
+
+def write_model(folder: Path, **changes) -> Path:
+    """A Hugging Face folder: random_model's weights, its config and the tokenizer above."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = random_model(**changes)
+    weights = {name: p.detach().contiguous() for name, p in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.raw))
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Folder of a random 2-layer Llama with a tokenizer and a chat template."""
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct."""
+    folder = Path(os.environ.get("MIPO_SMOLLM2") or Path.home() / ".cache" / "mipo-tests" / "smollm2")
+    tool = ROOT.parent / "shared" / "tools" / "make_smollm2.py"
+    if not (folder / "model.safetensors").exists():
+        if not tool.exists():
+            pytest.skip("SmolLM2 is not at hand: set MIPO_SMOLLM2 to its folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            built = Path(scratch) / "model"
+            subprocess.run([sys.executable, tool, built], check=True, capture_output=True)
+            if not folder.exists():  # no other test run has been faster
+                built.rename(folder)
+    return folder
+
+
+# ------------------------------------------------------------------------- transformers' models
+
+SIZES = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+         "bos_token_id": None, "eos_token_id": END}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+ARCHITECTURES = {
+    "llama": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_untied": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 4},
+    "llama_llama3_rope": {"model_type": "llama", "rope_parameters": {**LLAMA3, "rope_theta": 10_000.0}},
+    "llama_biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    "llama_theta_eps": {"model_type": "llama", "rms_norm_eps": 0.1, "num_key_value_heads": 1,
+                        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_untied": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 32},
+    "qwen3_untied_biases": {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 16,
+                            "attention_bias": True},
+}
+FAMILIES = ("llama_llama3_rope", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """(name of an architecture) -> (folder that transformers saved, transformers' model): random weights,
+    biases and norms."""
+    cases: dict[str, tuple] = {}
+
+    def get(name: str) -> tuple:
+        if name not in cases:
+            torch.manual_seed(len(name))
+            config = AutoConfig.for_model(**{**SIZES, **ARCHITECTURES[name]})
+            oracle = AutoModelForCausalLM.from_config(config).eval()
+            for key, p in oracle.named_parameters():
+                torch.nn.init.normal_(p, mean=float("norm" in key), std=0.5 if p.dim() == 1 else 0.15)
+            folder = tmp_path_factory.mktemp(name)
+            oracle.save_pretrained(folder)
+            cases[name] = folder, oracle
+        return cases[name]
+
+    return get
+
+
+@torch.no_grad()
+def oracle_logits(oracle: torch.nn.Module, ids: Tensor) -> Tensor:
+    """transformers' logits of one sequence, (T, V)."""
+    return oracle(ids[None]).logits[0].float()
+
+
+# ------------------------------------------------------------------------- log-probs and gradients
+
+@torch.no_grad()
+def sequence_logits(model: Decoder, ids: Tensor) -> Tensor:
+    """Our logits of one sequence, (T, V)."""
+    return model.logits(model(ids, Packed([(len(ids), [])])))
+
+
+def oracle_logps(oracle: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """The log-prob of every token of a response from transformers' full logits, with a graph. (R,)"""
+    ids = torch.tensor(prompt + response)  # (T,)
+    logps = oracle(ids[None]).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
+    return logps.gather(1, ids[1:, None])[len(prompt) - 1 :, 0]  # (R,)
+
+
+@torch.no_grad()
+def oracle_logp(oracle: torch.nn.Module, prompt: list[int], response: list[int]) -> float:
+    """log p(response | prompt) from transformers' full logits, summed over the response's tokens."""
+    return oracle_logps(oracle, prompt, response).sum().item()
+
+
+def named_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of the gradient of every parameter, ours or transformers': the names are the same."""
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_json_close(a, b, rel: float = 1e-4, abs: float = 1e-5) -> None:
+    """Two JSON values are equal, their numbers up to fp32 rounding; nan equals nan."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_json_close(a[key], b[key], rel, abs)
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_json_close(x, y, rel, abs)
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, rel=rel, abs=abs, nan_ok=True)
+    else:
+        assert a == b
+
+
+# ------------------------------------------------------------------------- prompts, pairs, data
+
+def chat_ids(folder: Path, user_message: str) -> list[int]:
+    """The tiny model's ChatML around a user message, by the tokenizers library alone."""
+    text = f"<|im_start|>user\n{user_message}<|im_end|>\n<|im_start|>assistant\n"
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+
+
+def training_example(number: int, context: str | None = None, prompt: str | None = None, **more) -> Example:
+    """A row of the training part, "Question <number>?" where no prompt is given."""
+    return Example(str(number), prompt or f"Question {number}?", "train", context, **more)
+
+
+def random_pairs(count: int, rejected: int = 1, seed: int = 0, end: bool = False) -> list[Pair]:
+    """Pairs of random ids: prompts of 3 to 12 tokens, responses of 1 to 8. end: chosen responses have the end
+    token after these."""
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(2, 320) for _ in range(rng.randint(low, high))]
+
+    pairs = []
+    for i in range(count):
+        chosen = Response("good", ids(1, 8) + [END] * end, True, prompt_ids=ids(3, 12))
+        others = [Response("bad", ids(1, 8), True, prompt_ids=ids(3, 12)) for _ in range(rejected)]
+        pairs.append(Pair(f"row{i}", "x", "c", chosen, others))
+    return pairs
+
+
+def write_data(file: Path, contexts: int = 3, rows_per_prompt: int = 1, **parts: int) -> Path:
+    """A data set of one's own, so many rows for each of the parts (train=8, test=3): row i of it says
+    "I am number <i % contexts>.", and as many rows in succession as `rows_per_prompt` share a prompt."""
+    splits = [split for split, count in parts.items() for _ in range(count)]
+    rows = [dict(id=f"r{i}", prompt=f"{split} question {i // rows_per_prompt}?",
+                 context=f"I am number {i % contexts}.", split=split) for i, split in enumerate(splits)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without what the clock decides."""
+    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
+    return [{key: value for key, value in row.items() if key not in CLOCK} for row in rows]
+
+
+# ------------------------------------------------------------------------- programs
+
+def run_inside(program: Callable[[], None], folder: Path, *argv) -> None:
+    """A program of the project (train.program, say) inside this process, with `folder` as its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [f"{program.__module__}.py", *map(str, argv)])
+        program()
+
+
+def run_process(script: str, *argv, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    """A program of the project ("train.py", say) in a process of its own, on one thread."""
+    return subprocess.run([sys.executable, ROOT / script, *map(str, argv)], cwd=cwd, capture_output=True,
+                          text=True, check=False, env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
+
+
+def run_processes(count: int, script: str, *argv, cwd: Path) -> subprocess.CompletedProcess:
+    """The same in `count` processes of torchrun, on one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
+               ROOT / script, *argv]
+    return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False,
+                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+# ------------------------------------------------------------------------- servers
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
     """What fake hubs share: requests are written down, `answer(path)` answers them with `send`."""
@@ -63,56 +308,61 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def random_model(seed: int = 0, scale: float = 0.1, **changes) -> Decoder:
-    """A tiny decoder with N(0, scale) weights, norms left at 1."""
-    model = Decoder(Config.from_dict({**CONFIG, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=scale, generator=generator)
-    return model
+# ------------------------------------------------------------------------- sampling and training, watched
+
+def stopping_model(tiny: Path, folder: Path) -> Path:
+    """A copy of the tiny model in which every fifth id ends a response, so that some responses end early."""
+    copy = shutil.copytree(tiny, folder / "stopping")
+    settings = dict(eos_token_id=list(range(1, 320, 5)))
+    (copy / "generation_config.json").write_text(json.dumps(settings))
+    return copy
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE of 320 entries with two special tokens, and a ChatML template."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials, alphabet = ["<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=specials, show_progress=False,
-                                  initial_alphabet=alphabet)
-    text = "the user asks and the assistant answers, in a word or in a few sentences. "
-    tokenizer.train_from_iterator([text * 3], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = dict(eos_token="<|im_end|>", chat_template=TEMPLATE, tokenizer_class="PreTrainedTokenizerFast")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    defaults = dict(eos_token_id=[1], temperature=0.7, top_k=3)
-    (folder / "generation_config.json").write_text(json.dumps(defaults))
+def record_samples(monkeypatch, after: Callable[[int, Sample], None] = lambda i, sample: None) -> list:
+    """The keys (row, sample) of all that pairs.py samples from now on, written down as each response ends,
+    before `after(i, sample)` is called."""
+    keys: list[tuple[int, int]] = []
+
+    def watched(*args, **kwargs) -> list[Sample]:
+        bound = inspect.signature(generate).bind(*args, **kwargs)
+        on_finished = bound.arguments["on_finished"]
+
+        def record(i: int, sample: Sample) -> None:
+            on_finished(i, sample)
+            keys.append(tuple(bound.arguments["keys"][i]))
+            after(i, sample)
+
+        bound.arguments["on_finished"] = record
+        return generate(*bound.args, **bound.kwargs)
+
+    monkeypatch.setattr("pairs.generate", watched)
+    return keys
 
 
-def write_model(folder: Path, **changes) -> Path:
-    """A Hugging Face folder: random_model's weights, its config and the tokenizer above."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model = random_model(**changes)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config.raw))
-    write_tokenizer(folder)
-    return folder
+class RecordingOptimizer:
+    """In MasterAdamW's place: it writes down each step's gradients, as clipped, and its learning rate, and
+    moves nothing."""
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        self.gradients: list[dict[str, Tensor]] = []
+        self.rates: list[float] = []
+
+    def step(self, number: int, lr: float) -> None:
+        assert number == len(self.rates)
+        self.gradients.append(named_gradients(self.model))
+        self.rates.append(lr)
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad()
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """Folder of a random 2-layer Llama with a tokenizer and a chat template."""
-    return write_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """Folder of SmolLM2-135M-Instruct."""
-    folder = Path(os.environ.get("MIPO_SMOLLM2") or Path.home() / ".cache" / "mipo-tests" / "smollm2")
-    tool = ROOT.parent / "shared" / "tools" / "make_smollm2.py"
-    if not (folder / "model.safetensors").exists():
-        if not tool.exists():
-            pytest.skip("SmolLM2 is not at hand: set MIPO_SMOLLM2 to its folder")
-        subprocess.run([sys.executable, tool, folder], check=True, capture_output=True)
-    return folder
+def train_in_place(model: Decoder, optimizer, pairs: list[Pair], file: Path, **arguments) -> tuple[dict, list]:
+    """train.train on pairs with such arguments, from a reference that the model is itself: the summary and
+    the rows of metrics.jsonl, which is `file`."""
+    args = train.resolve(train.Args(**arguments))
+    file.unlink(missing_ok=True)
+    pairs = train.training_rows(pairs, args)
+    reference = train.all_logps(model, pairs, args)
+    summary = train.train(model, optimizer, pairs, reference, args, Metrics(file))
+    return summary, [row for _, row in read_jsonl(file)]

@@ -1,4 +1,7 @@
-"""Final answers of math and multiple-choice responses: awkward strings by table, golds of the real files."""
+"""checks.extract and checks.verify: final answers of math and multiple-choice responses.
+
+Awkward responses stand in tables; the right answers of the real GSM8K and SVAMP are read too.
+"""
 
 import json
 from decimal import Decimal
@@ -6,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pairs import Example, extract, number, verify
+from checks import extract, number, verify
+from data import Example
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -44,43 +48,51 @@ LOOSE_CHOICE = [  # the last letter that stands alone
 ]
 
 
-def test_the_table_is_long_enough():
+def test_the_tables_have_at_least_forty_rows():
+    """None of them has been lost."""
     assert sum(map(len, (STRICT_MATH, LOOSE_MATH, STRICT_CHOICE, LOOSE_CHOICE))) >= 40
 
 
 @pytest.mark.parametrize(("text", "value"), STRICT_MATH)
-def test_strict_math(text, value):
+def test_a_math_answer_is_the_number_after_the_last_marker(text, value):
+    """Only what follows the last #### counts, in its shortest exact form."""
     assert extract("math", text) == value
 
 
 @pytest.mark.parametrize(("text", "value"), LOOSE_MATH)
-def test_flexible_math(text, value):
+def test_without_a_marker_a_flexible_math_answer_is_the_last_number(text, value):
+    """Signs count unless they follow a number; fractions and names with digits are passed over."""
     assert extract("math", text, flexible=True) == value
 
 
 @pytest.mark.parametrize(("text", "letter"), STRICT_CHOICE)
-def test_strict_choice(text, letter):
+def test_a_chosen_letter_follows_the_answer_is(text, letter):
+    """With or without a colon and brackets; the beginning of a phrase is no letter."""
     assert extract("choice", text, 4) == letter
 
 
 @pytest.mark.parametrize(("text", "letter"), LOOSE_CHOICE)
-def test_flexible_choice(text, letter):
+def test_without_that_a_flexible_choice_is_the_last_letter_on_its_own(text, letter):
+    """The article in "A dog" is not one."""
     assert extract("choice", text, 4, flexible=True) == letter
 
 
 @pytest.mark.parametrize(("text", "value"), [row for row in STRICT_MATH if row[1] is not None])
-def test_flexible_agrees_where_strict_has_an_answer(text, value):
+def test_flexible_reading_changes_no_answer_that_strict_reading_finds(text, value):
+    """A readable marker always wins."""
     assert extract("math", text, flexible=True) == value
 
 
-def test_verify_compares_exact_decimals():
+def test_answers_are_compared_as_exact_decimals():
+    """1,080.00 is 1080 and not 1080.01; an example without a number or letter to find gives None."""
     e = Example("1", "q", "test", answer=number("1,080.00"), style="math")
     assert verify(e, "#### 1080") and verify(e, "#### $1,080.0") and not verify(e, "#### 1080.01")
     assert verify(Example("1", "q", "test"), "#### 1") is None
     assert verify(Example("1", "q", "test", answer="free text"), "free text") is None  # a column of own data
 
 
-def golds() -> list[tuple[str, str]]:
+def gsm8k_solutions() -> list[tuple[str, str]]:
+    """(worked solution, right answer) of every problem of GSM8K."""
     rows = []
     for name in ("train", "test"):
         lines = (SHARED / "gsm8k" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -90,16 +102,18 @@ def golds() -> list[tuple[str, str]]:
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real files are not at hand")
-def test_every_gold_answer_of_gsm8k():
-    rows = golds()
+def test_every_right_answer_of_gsm8k_is_read():
+    """From the solution and alone, compared with the digits themselves."""
+    rows = gsm8k_solutions()
     assert len(rows) == 7473 + 1319
-    for solution, gold in rows:  # by another way: what is not a digit, sign or point is dropped
+    for solution, gold in rows:  # an independent reading: keep digits, sign and point
         exact = Decimal("".join(c for c in gold if c.isdigit() or c in "-."))
         assert Decimal(extract("math", solution)) == exact == Decimal(number(gold))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real files are not at hand")
-def test_every_gold_answer_of_svamp():
+def test_every_right_answer_of_svamp_is_read():
+    """They are floats such as 51.0; the answer is the whole number."""
     rows = json.loads((SHARED / "svamp" / "SVAMP.json").read_text(encoding="utf-8"))
     assert len(rows) == 1000
     for row in rows:

@@ -4,6 +4,7 @@ Rows are made up, in the schemas of the real ones; GSM8K and SVAMP are checked o
 """
 
 import csv
+import dataclasses
 import functools
 import http.server
 import importlib.util
@@ -23,8 +24,9 @@ import pytest
 from conftest import FakeHub, write_model
 from tokenizers import Tokenizer
 
-import pairs
-from pairs import load_examples
+import contexts
+import data
+from data import Example, load_examples
 from run import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -124,9 +126,10 @@ def place(folder: Path, files: dict[str, list[dict] | str]) -> Path:
     return folder
 
 
-def loaded(name: str, *folders: Path) -> list[pairs.Example]:
-    """All rows of the set, whatever their part."""
-    return pairs.load_known(name, ",".join(map(str, folders)))
+def loaded(name: str, *folders: Path) -> list[Example]:
+    """All rows of the set, whatever their split."""
+    examples, _ = data.load_paper_data(name, ",".join(map(str, folders)))
+    return examples
 
 
 # ----------------------------------------------------------------- repositories, as large as the real ones
@@ -174,34 +177,34 @@ def shelf(tmp_path_factory):
     """(name) -> what --data takes for the set's copy; repositories lie under shelf.root."""
     @functools.cache
     def copy(repository: str) -> Path:
-        return place(data.root / repository, CONTENTS[repository]() | {"README.md": "# stray"})
+        return place(source.root / repository, CONTENTS[repository]() | {"README.md": "# stray"})
 
-    def data(name: str) -> str:
+    def source(name: str) -> str:
         return f"{name}:{','.join(str(copy(repository)) for repository in SETS[name][0])}"
 
-    data.root = tmp_path_factory.mktemp("shelf")
-    return data
+    source.root = tmp_path_factory.mktemp("shelf")
+    return source
 
 
 @every
 def test_parts_have_the_sizes_of_the_paper_and_share_nothing(name, shelf, capsys):
     """No user, or no prompt, is in two parts; they are the same for every seed; terms are printed once."""
     _, sizes, terms = SETS[name]
+    data.print_once.cache_clear()
     parts = [load_examples(shelf(name), split, 0) for split in SPLITS]
     assert tuple(map(len, parts)) == sizes and len({e.id for part in parts for e in part}) == sum(sizes)
     assert all(e.split == split for part, split in zip(parts, SPLITS, strict=True) for e in part)
     keys = [{e.user if name in ("prism", "community") else e.prompt for e in part} for part in parts]
     assert None not in keys[0] and sum(map(len, keys)) == len(set.union(*keys))
-    capsys.readouterr()
-    assert [load_examples(f"{shelf(name)}/.", split, 1) for split in SPLITS] == parts  # loaded anew
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if all(word in line for word in terms)]) == 1, lines
+    assert [load_examples(f"{shelf(name)}/.", split, 1) for split in SPLITS] == parts  # loaded anew
 
 
 @pytest.mark.parametrize("name", ["prism", "community"])
-def test_the_worse_answer_is_any_of_the_others(name, shelf):
+def test_the_rejected_response_is_any_of_the_others(name, shelf):
     """Each of the three is drawn in about a third of the rows, never the chosen one."""
-    drawn = Counter(re.sub(" of .*", "", e.worse) for e in load_examples(shelf(name), "train"))
+    drawn = Counter(re.sub(" of .*", "", e.human_rejected) for e in load_examples(shelf(name), "train"))
     others = {"prism": {"Wrong 1.", "Wrong 2.", "Wrong 3."}, "community": {"first a", "first b", "first d"}}
     assert drawn.keys() == others[name] and min(drawn.values()) > 0.3 * drawn.total()
 
@@ -212,12 +215,14 @@ SHORT = "Give me short 2-3 sentence answers to the following prompt: {} Respond 
 PLEASE = " Please respect the following requirements made by the user: "
 
 
-def prism(tmp_path: Path, *answers: tuple) -> list[pairs.Example]:
+def prism(tmp_path: Path, *answers: tuple) -> list[Example]:
+    """PRISM of one conversation with these answers in its first turn."""
     files = {"survey.jsonl": [person(5), person(1400)], "conversations.jsonl": [conversation(7, 5, answers)]}
     return loaded("prism", place(tmp_path, files))
 
 
-def community(tmp_path: Path, *rows: dict, file: str = "community_alignment.csv") -> list[pairs.Example]:
+def community(tmp_path: Path, *rows: dict, file: str = "community_alignment.csv") -> list[Example]:
+    """Community Alignment of these rows."""
     return loaded("community", place(tmp_path, {file: list(rows)}))
 
 
@@ -226,9 +231,10 @@ def test_prism_is_first_turns_with_the_users_own_words(tmp_path):
     [e] = prism(tmp_path, ("Bad.", False, 41), ("Good.", True, 88))
     context = "Be kind to user 5. Be brief."
     assert (e.prompt, e.user, e.context, e.items) == ("Prompt 7?", "user5", context, [context])
-    assert (e.reference, e.worse, e.style, e.answer, e.choices) == ("Good.", "Bad.", "short", None, None)
-    assert e.turn(context) == SHORT.format("Prompt 7?" + PLEASE + context)
-    assert e.turn(None) == SHORT.format("Prompt 7?")
+    assert (e.reference, e.human_rejected, e.style) == ("Good.", "Bad.", "short")
+    assert e.answer is e.choices is None
+    assert e.user_message(context) == SHORT.format("Prompt 7?" + PLEASE + context)
+    assert e.user_message(None) == SHORT.format("Prompt 7?")
 
 
 G, B, EMPTY = ("Good.", True, 88), ("Bad.", False, 41), "EMPTY STRING"
@@ -240,9 +246,9 @@ G, B, EMPTY = ("Good.", True, 88), ("Bad.", False, 41), "EMPTY STRING"
     ([G, (EMPTY, False, 1)], 0), ([(EMPTY, True, 9), B], 0), ([B, ("Sad.", False, 9)], 0),
 ], ids=["chosen twice", "equal text", "no scores", "an empty one", "no other", "no other, twice", "itself",
         "no other, empty", "empty chosen", "none chosen"])  # fmt: skip
-def test_prism_rows_that_are_odd(answers, left, tmp_path):
+def test_an_incomplete_prism_row_is_left_out(answers, left, tmp_path):
     """One row where a chosen and another text are left, else none at all."""
-    assert [(e.reference, e.worse) for e in prism(tmp_path, *answers)] == [("Good.", "Bad.")] * left
+    assert [(e.reference, e.human_rejected) for e in prism(tmp_path, *answers)] == [("Good.", "Bad.")] * left
 
 
 @pytest.mark.parametrize("file", ["community_alignment.csv", "data/filtered_community_alignment.csv"])
@@ -252,8 +258,9 @@ def test_community_is_english_first_turns(file, tmp_path):
     rows = comparison(17, 5, first_turn_prompt=prompt), comparison(18, 5, "fr"), comparison(19, 5, "hi")
     [e] = community(tmp_path, *rows, file=file)
     assert (e.prompt, e.user, e.context, e.items, e.style) == (prompt, "5", None, None, "short")
-    assert e.reference == "first c of 17." and e.worse in {f"first {x} of 17." for x in "abd"}
-    assert e.turn(None) == SHORT.format(prompt) and e.turn("C.") == SHORT.format(prompt + PLEASE + "C.")
+    assert e.reference == "first c of 17." and e.human_rejected in {f"first {x} of 17." for x in "abd"}
+    assert e.user_message(None) == SHORT.format(prompt)
+    assert e.user_message("C.") == SHORT.format(prompt + PLEASE + "C.")
 
 
 END = "<|end_of_text|>"
@@ -265,16 +272,16 @@ END = "<|end_of_text|>"
     (["", "", "Good.", ""], "response_c", 0), (["Bad.", "Good.", "", "Bad."], "response_c", 0),
     (["Bad.", "Good.", "", "Bad."], "", 0),
 ], ids=["end of text", "missing", "equal text", "all the same", "no other", "empty chosen", "no label"])
-def test_community_rows_that_are_odd(answers, label, left, tmp_path):
+def test_an_incomplete_community_row_is_left_out(answers, label, left, tmp_path):
     """One row where a chosen and another text are left, else none; its neighbour is always there."""
     cells = {f"first_turn_response_{x}": text for x, text in zip("abcd", answers, strict=True)}
     odd = comparison(1, 5, first_turn_preferred_response=label, **cells)
-    rows = {e.prompt: (e.reference, e.worse) for e in community(tmp_path, odd, comparison(2, 5))}
+    rows = {e.prompt: (e.reference, e.human_rejected) for e in community(tmp_path, odd, comparison(2, 5))}
     assert rows.pop("Prompt 2, first?") and list(rows.values()) == [("Good.", "Bad.")] * left
 
 
-def test_community_prompt_and_annotator_are_unique(tmp_path):
-    """An annotator's second go at a prompt is left out, another annotator's is not."""
+def test_an_annotators_second_row_of_a_prompt_is_left_out(tmp_path):
+    """Another annotator's row of the same prompt is not."""
     rows = [comparison(n, user, first_turn_prompt="Same?") for n, user in enumerate([5, 5, 6, 5])]
     assert sorted((e.prompt, e.user) for e in community(tmp_path, *rows)) == [("Same?", "5"), ("Same?", "6")]
 
@@ -296,7 +303,7 @@ def test_multibench_has_a_row_for_each_preference(file, column, tmp_path):
         assert f"Does it honour {name}?" in e.rubric
         assert all(f"It is a {score} on {name}." in e.rubric for score in range(1, 6))
         assert e.context == " ".join(e.items) and len(found) == 8
-        assert e.turn(e.context) == e.prompt + PLEASE + e.context
+        assert e.user_message(e.context) == e.prompt + PLEASE + e.context
 
 
 def test_multibench_prompts_stay_together(tmp_path):
@@ -345,8 +352,8 @@ def test_svamp_is_body_and_question(twin, answer, tmp_path):
 
 
 @pytest.mark.skipif(not (REAL / "gsm8k").is_dir(), reason="the real files are not at hand")
-def test_the_real_problems():
-    """GSM8K and SVAMP as they are: sizes, parts that share no problem, answers, and the eight-shot prompt."""
+def test_the_real_gsm8k_and_svamp_load_as_they_are():
+    """Sizes, parts that share no problem, answers, and the eight-shot prompt."""
     gsm = [[json.loads(line) for line in (REAL / "gsm8k" / f"{part}.jsonl").read_text().splitlines()]
            for part in ("train", "test")]
     gold = {row["question"]: row["answer"].split("#### ")[1].replace(",", "") for row in chain(*gsm)}
@@ -360,7 +367,7 @@ def test_the_real_problems():
         assert not train & validation and not test & (train | validation)
     shown, first = (REAL / "eight_shot_prompt.txt").read_text().rstrip("\n"), gsm[0][0]["question"]
     e = load_examples(f"gsm8k:{REAL / 'gsm8k'}", "train")[0]
-    assert e.turn(None) == shown.replace(first, e.prompt) and shown.endswith(first)
+    assert e.user_message(None) == shown.replace(first, e.prompt) and shown.endswith(first)
 
 
 # ------------------------------------------------------------------------------------------- choices
@@ -380,7 +387,7 @@ def test_arc_letters_go_by_position(part, suffix, tmp_path):
         lines = [f"{letter}: {text}" for letter, text in zip("ABCDE", texts, strict=False)]
         assert (e.answer, e.choices, e.style, e.context) == ("ABCDE"[i], texts, "choice", None)
         assert e.prompt == "\n".join([row["question"], *lines])
-        assert e.prompt in e.turn(None) and "The answer is: " in e.turn(None)
+        assert e.prompt in e.user_message(None) and "The answer is: " in e.user_message(None)
 
 
 @pytest.mark.parametrize("suffix", [PART, ".jsonl"])
@@ -427,10 +434,46 @@ def test_a_wrong_folder_is_named(name, kind, tmp_path):
 @pytest.mark.parametrize(("wrong", "right"), [
     ("prsim", "prism"), ("gms8k", "gsm8k"), ("arc_easy", "arc-easy"), ("comunity:/tmp", "community"),
 ])  # fmt: skip
-def test_a_misspelt_name(wrong, right):
-    """The nearest one is offered."""
+def test_the_nearest_name_is_offered_for_a_misspelt_one(wrong, right):
+    """With or without a folder after it."""
     with pytest.raises(UserError, match=f"did you mean '?{right}"):
         load_examples(wrong, "train")
+
+
+def test_every_data_set_has_a_loader():
+    """The table of data sets and the table of loaders have the same names."""
+    assert data.LOADERS.keys() == data.DATA.keys() == SETS.keys()
+
+
+# ------------------------------------------------------------------------------------------- arguments
+
+def test_resolve_fills_in_the_model_alone_and_changes_no_argument_of_its_caller():
+    """tiny for the demo, else Qwen, a given one stays; a program's own class and arguments stay too."""
+    @dataclasses.dataclass
+    class Args(contexts.DataArgs):
+        own: int = 0
+
+    for changes, model in ((dict(), "tiny"), (dict(data="prism"), data.QWEN), (dict(model="m"), "m")):
+        args = Args(own=3, **changes)
+        assert contexts.resolve(args) == Args(own=3, **changes | dict(model=model))
+        assert args == Args(own=3, **changes)
+
+
+@pytest.mark.parametrize("mistake", [dict(slots=0), dict(slots=-1), dict(limit=-1)], ids=str)
+def test_a_number_out_of_range_is_named(mistake):
+    """--slots must be positive, --limit at least 0: one line, before anything is loaded."""
+    contexts.check(contexts.DataArgs())
+    with pytest.raises(UserError, match=r"^[^\n]*--slots[^\n]*--limit[^\n]*$"):
+        contexts.check(contexts.DataArgs(**mistake))
+
+
+def test_alone_data_py_shows_splits_sampling_and_a_user_message(monkeypatch, capsys):
+    """`python contexts.py` tells how large the demo's splits are and what the model reads of one example."""
+    monkeypatch.setattr(sys, "argv", ["contexts.py"])
+    contexts.program()
+    out = capsys.readouterr().out
+    assert "600 train, 384 validation, 1280 test" in out and "temperature=1.0" in out
+    assert data.load_demo(0)[0].prompt + PLEASE in out
 
 
 # ------------------------------------------------------------------------------------------- from a hub
@@ -523,14 +566,14 @@ def test_the_command_runs_from_the_hub(name, shelf, model, result):
         context = f"Be kind. I am {e.user}." if name == "community" else e.context
         others = [e] if name in PERSONAL else [other for other in examples.values() if other is not e]
         assert (row["prompt"], row["context"]) == (e.prompt, context)
-        assert e.turn(context) in decode(row["prompt_ids"])
-        assert e.turn(context) not in (source := decode(row["source_ids"][0]))
-        assert any(other.turn(None) in source for other in others)
+        right, source = (decode(r["prompt_ids"]) for r in (row["chosen"], row["rejected"][0]))
+        assert e.user_message(context) in right and e.user_message(context) not in source
+        assert any(other.user_message(None) in source for other in others)
 
 
 @pytest.mark.parametrize(("case", "words"), [("unreadable", ["--contexts infer", "community"]),
                                              ("unknown", [PRISM])])  # fmt: skip
-def test_what_cannot_be_had_is_one_line(case, words, result):
+def test_data_that_cannot_be_had_are_one_line(case, words, result):
     """A judge that nobody understands, a set that the hub has not: exit code 2, a line, and no pairs."""
     folder, done, _ = result(case)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr

@@ -1,10 +1,9 @@
-"""eval.py against its contract: intervals, nltk's BLEU, tables by hand, responses, the program."""
+"""eval.py against its contract: every system's responses, judging, numbers worked by hand, the program."""
 
 import dataclasses
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -15,345 +14,318 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from conftest import random_model, write_model
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
-from conftest import random_model
-from eval import (Args, Response, bootstrap, compare, distinct, diversity, elsewhere, evaluate, respond,
-                  self_bleu, system_row, wins, words)
-from model import load, save
-from pairs import Example, load_examples
+import judge as judging
+from data import Example, load_examples
+from eval import judge_all, respond
+from measures import SYSTEMS, Answer, evaluate, paired_differences, system_row, wilson
+from model import load
+from report import table
 from run import UserError, read_json, read_jsonl, write_json
-from sample import Sampling, Tokenizer, generate
+from sample import Sampling, generate
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
+LOWER, SHOUT = ["lowercase"], ["exclaims", 2]  # two of the demo's checks
 
 
-# ------------------------------------------------------------------------------------------- intervals
-
-def loop_bootstrap(values: list[float], clusters: list[str], draws: int) -> tuple[float, float]:
-    """Clusters drawn with replacement, their rows pooled: 2.5 and 97.5% of the means."""
-    rows: dict[str, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        if not math.isnan(value):
-            rows.setdefault(cluster, []).append(value)
-    draw, means = random.Random(0), []
-    for _ in range(draws):
-        pooled = [v for name in draw.choices(list(rows), k=len(rows)) for v in rows[name]]
-        means.append(sum(pooled) / len(pooled))
-    return tuple(np.percentile(means, [2.5, 97.5]))
-
-
-@pytest.mark.parametrize("missing", [0, 9])
-def test_interval_is_that_of_a_loop_over_clusters(missing):
-    """Twelve clusters of unequal sizes, with and without NaN rows: mean exactly, ends within noise."""
-    draw = np.random.default_rng(1)
-    clusters = [f"prompt {i}" for i in range(12) for _ in range(1 + i % 4)]
-    values = draw.normal(size=len(clusters)) + np.array([len(c) + int(c[7:]) / 5 for c in clusters])
-    values[draw.permutation(len(values))[:missing]] = np.nan
-    got = bootstrap(values, clusters)
-    low, high = loop_bootstrap(values.tolist(), clusters, 4000)
-    assert got["mean"] == pytest.approx(np.nanmean(values)) and got["n"] == 30 - missing
-    assert got["low"] == pytest.approx(low, abs=0.06) and got["high"] == pytest.approx(high, abs=0.06)
-    assert high - low > 0.7
-
-
-def test_two_clusters_in_closed_form():
-    """Means 0, 1/2 and 1 with probabilities 1/4, 1/2, 1/4: the interval is [0, 1]."""
-    got = bootstrap(np.array([0.0, 0, 0, 1, 1, 1]), list("aaabbb"))
-    assert got == dict(mean=0.5, low=0.0, high=1.0, n=6)
-
-
-def test_clusters_that_agree_widen_the_interval():
-    """Nine equal rows a prompt are worth one: three times as wide as if rows were independent."""
-    values = np.repeat(np.random.default_rng(2).normal(size=40), 9)
-    width = {}
-    for name, size in (("prompts", 9), ("rows", 1)):
-        got = bootstrap(values, [str(i // size) for i in range(360)])
-        width[name] = got["high"] - got["low"]
-        assert got["mean"] == pytest.approx(values.mean())
-    assert width["prompts"] / width["rows"] == pytest.approx(3, rel=0.1)
-
-
-def test_interval_covers_the_truth_about_95_times_in_100():
-    """200 data sets of 50 prompts x 4 rows whose true mean is 0."""
-    draw, clusters = np.random.default_rng(3), [str(i // 4) for i in range(200)]
-    hits = 0
-    for _ in range(200):
-        values = np.repeat(draw.normal(size=50), 4) + draw.normal(size=200)
-        got = bootstrap(values, clusters, draws=500)
-        hits += got["low"] <= 0 <= got["high"]
-    assert 0.89 <= hits / 200 <= 0.985
-
-
-def test_nan_rows_are_left_out():
-    """As if they were not there; without any value there is no interval."""
-    values = np.array([1.0, np.nan, 0.0, np.nan, 1.0, 0.5])
-    clusters = ["a", "a", "b", "c", "d", "d"]
-    assert bootstrap(values, clusters) == bootstrap(values[[0, 2, 4, 5]], ["a", "b", "d", "d"])
-    assert bootstrap(np.full(3, np.nan), ["a", "b", "c"]) == dict(mean=None, low=None, high=None, n=0)
-
-
-def test_interval_is_deterministic():
-    """Twice the same; equal values have no width; another seed moves the ends a little."""
-    values, clusters = np.random.default_rng(4).normal(size=60), [str(i // 3) for i in range(60)]
-    first, again, other = (bootstrap(values, clusters, seed=seed) for seed in (0, 0, 1))
-    assert first == again != other and other == pytest.approx(first, abs=0.02)
-    assert bootstrap(np.full(60, 0.25), clusters) == dict(mean=0.25, low=0.25, high=0.25, n=60)
-
-
-# ------------------------------------------------------------------------------------------- text quality
-
-TEXTS = ["The soup is good, and the bread is better.", "The soup is good. And so is the bread!",
-         "Try to sleep before ten; the soup is good for you.", "What do you think? The bread, and the soup?",
-         "The the the the soup soup.", "Entirely different words appear here without repeats",
-         "The soup is good, and the bread is better."]
-
-
-def nltk_self_bleu(texts: list[list[str]]) -> float:
-    """Each text against all others, BLEU-4 with one added to the counts of n > 1."""
-    smooth = SmoothingFunction().method2
-    return np.mean([sentence_bleu(texts[:i] + texts[i + 1 :], text, [0.25] * 4, smooth)
-                    for i, text in enumerate(texts)])
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("vocabulary", [3, 12, 60])
-def test_self_bleu_is_nltks_on_random_texts(seed, vocabulary):
-    """Repeats, clipped counts, unequal lengths, from all in common to nearly nothing."""
-    draw = random.Random(seed)
-    lengths = [draw.randint(4, 30) for _ in range(draw.randint(2, 12))]
-    texts = [[str(draw.randrange(vocabulary)) for _ in range(length)] for length in lengths]
-    assert self_bleu(texts) == pytest.approx(nltk_self_bleu(texts), rel=1e-9)
-
-
-def test_self_bleu_is_nltks_on_real_texts():
-    """Sentences of this file, and what nltk gives a text that shares no word: 0."""
-    texts = [words(t) for t in TEXTS]
-    assert self_bleu(texts) == pytest.approx(nltk_self_bleu(texts), rel=1e-9)
-    assert self_bleu([list("abcd"), list("efgh")]) == nltk_self_bleu([list("abcd"), list("efgh")]) == 0
-
-
-@pytest.mark.parametrize("text", ["a b c d e f", "a b c d", "a b", "a", "a a a a a"])
-def test_identical_texts_have_self_bleu_one(text):
-    """However short they are."""
-    assert self_bleu([text.split()] * 3) == pytest.approx(1)
-
-
-def test_words_are_lower_case_runs_and_single_marks():
-    """The tokens of distinct-2 and self-BLEU."""
-    assert words("It's 3.5 naïve  Cats…!\n«Oui»") == [
-        "it", "'", "s", "3", ".", "5", "naïve", "cats", "…", "!", "«", "oui", "»"]
-
-
-@pytest.mark.parametrize(("texts", "value"), [
-    (["a b c"], 1.0), (["a b a b a b"], 2 / 5), (["a b c", "a b d"], 3 / 4), (["a b c", "a b c"], 1 / 2),
-    (["a b", "c d"], 1.0),  # no bigram across texts
-    (["a", "", "b"], 0.0),
-])  # fmt: skip
-def test_distinct_is_unique_over_all_bigrams(texts, value):
-    """Of all texts together."""
-    assert distinct([t.split() for t in texts]) == pytest.approx(value)
-
-
-def test_diversity_takes_one_response_a_prompt():
-    """With one row a prompt it is distinct-2 and self-BLEU-4; a prompt's second row never meets the first."""
-    tokens = [words(t) for t in TEXTS[:4]]
-    expected = dict(distinct_2=distinct(tokens), self_bleu_4=self_bleu(tokens))
-    assert diversity(TEXTS[:4], list("abcd")) == pytest.approx(expected)
-    assert diversity(TEXTS[:4] * 3, list("abcd") * 3) == pytest.approx(expected)
-    assert diversity(TEXTS[:4], list("aaaa")) == dict(distinct_2=None, self_bleu_4=None)
-
-
-# ------------------------------------------------------------------------------------------- tables
-
-LOWER, SHOUT = ["lowercase"], ["exclaims", 2]
-
-
-def row(number: int, prompt: str, context: str | None = None, check: list | None = None) -> Example:
+def example(number: int, prompt: str, context: str | None = None, check: list | None = None) -> Example:
+    """A test row whose context, if it has one, reads "Context A."."""
     text = context and f"Context {context}."
     return Example(str(number), prompt, "test", text, context_id=context, check=check)
 
 
-def said(text: str, tokens: int, gain=math.nan, logp: float = -1.0, finished: bool = True) -> Response:
-    return Response(text, [7] * tokens, finished, logp, gain, prompt_gain=-logp / 2)
-
-
-ROWS = [row(0, "p", "A", LOWER), row(1, "p", "B", SHOUT), row(2, "q", "A", LOWER), row(3, "q", "B", SHOUT)]
-OURS = [said("abc", 10, 5.0, -20.0), said("abc!!", 10, 3.0, -10.0, False), said("Abc", 10, 2.0, -6.0),
-        said("Abc", 10, -2.0, -4.0)]
-THEIRS = [said("Abc", 8, 1.0), said("Abc", 7, 1.0), said("abc", 12, 4.0), said("Abc", 13, 0.0)]
-
-
-def test_wins_are_honoured_contexts():
-    """1 and 0 by the row's own check; NaN for a row without one."""
-    assert wins(ROWS, OURS).tolist() == [1, 1, 0, 0]
-    assert wins(ROWS, THEIRS).tolist() == [0, 0, 1, 0]
-    mixed = wins([ROWS[0], row(9, "p", "C"), row(10, "p")], OURS[:3])
-    assert mixed[0] == 1 and np.isnan(mixed[1:]).all()
-
-
-def test_elsewhere_counts_other_contexts_only():
-    """Of the other context's checks, "abc!!" alone passes one (it is lowercase too): 1 in 4."""
-    assert elsewhere(ROWS, OURS) == pytest.approx(1 / 4)
-    assert elsewhere(ROWS, THEIRS) == 0
-    assert elsewhere(ROWS[:1], OURS[:1]) is None and elsewhere([row(0, "p")], OURS[:1]) is None
-
-
-def test_system_row_by_hand():
-    """Win rate, length, unfinished share, nats a token, context and prompt gain: each a plain mean."""
-    got = system_row(ROWS, OURS)
-    assert got["win_rate"] == dict(mean=0.5, low=0.0, high=1.0, n=4)
-    assert (got["tokens"], got["unfinished"], got["elsewhere"]) == (10.0, 0.25, 0.25)
-    assert got["nll_per_token"] == pytest.approx(40 / 40)
-    assert got["context_gain"] == dict(mean=2.0, low=0.0, high=4.0, n=4)
-    assert got["prompt_gain"] == pytest.approx(40 / 2 / 4)
-    other = system_row(ROWS, [*THEIRS[:3], said("Abc", 13, logp=-17.0)])
-    assert other["nll_per_token"] == pytest.approx((3 + 17) / (8 + 7 + 12 + 13))  # a token, not a response
-    assert other["context_gain"]["mean"] == pytest.approx(2) and other["context_gain"]["n"] == 3
-
-
-def test_compare_by_hand():
-    """Ours - theirs, row by row; matched are rows 0 (8 of 10 tokens) and 2 (10 of 12), not 1 and 3."""
-    got = compare(ROWS, OURS, THEIRS)
-    assert got["win_rate"] == dict(mean=0.25, low=-0.5, high=1.0, n=4)
-    assert got["win_rate_length_matched"] == dict(mean=0.0, low=-1.0, high=1.0, n=2)
-    assert got["context_gain"] == dict(mean=0.5, low=-2.0, high=3.0, n=4)
-    p = [0.5 - 1 / 8, 0.3 - 1 / 7, 0.2 - 4 / 12, -0.2]
-    assert got["context_gain_per_token"]["mean"] == pytest.approx(sum(p) / 4)
-    assert got["context_gain_per_token"]["high"] == pytest.approx((p[0] + p[1]) / 2)
-    back = compare(ROWS, THEIRS, OURS)
-    assert all(back[key]["mean"] == pytest.approx(-got[key]["mean"])
-               for key in got if key not in ("score", "mcnemar_p"))
-    assert got["score"]["n"] == 0 and got["mcnemar_p"] is None  # no judge, no task
-
-
-def test_compare_with_a_system_that_has_no_gain():
-    """The win rate is there, the gain is not."""
-    got = compare(ROWS, OURS, [dataclasses.replace(r, gain=math.nan) for r in THEIRS])
-    assert got["win_rate"]["n"] == 4
-    assert got["context_gain"]["mean"] is None and got["context_gain_per_token"]["n"] == 0
-
-
-def test_evaluate_has_a_block_a_part_and_a_line_a_context():
-    """All, seen and unseen rows; prompted against default, trained against prompted; win rates a context."""
-    rows = [dataclasses.replace(r, group="seen" if r.context_id == "A" else "unseen") for r in ROWS]
-    got = evaluate(rows, dict(default=THEIRS, prompted=THEIRS, trained=OURS))
-    assert set(got["parts"]) == {"all", "seen", "unseen"}
-    assert got["parts"]["all"]["systems"]["trained"] == system_row(rows, OURS)
-    assert got["parts"]["unseen"]["systems"]["trained"]["win_rate"]["mean"] == 0.5
-    assert got["parts"]["unseen"]["systems"]["prompted"]["win_rate"]["mean"] == 0.0
-    assert set(got["parts"]["seen"]["differences"]) == {"prompted - default", "trained - prompted"}
-    assert got["parts"]["seen"]["differences"]["trained - prompted"]["win_rate"]["mean"] == 0.0
-    assert got["parts"]["all"]["differences"]["trained - prompted"] == compare(rows, OURS, THEIRS)
-    rates = [(c["context_id"], c["n"], c["default"], c["prompted"], c["trained"]) for c in got["contexts"]]
-    assert rates == [("A", 2, 0.5, 0.5, 0.5), ("B", 2, 0.0, 0.0, 0.5)]
-
-
-def test_evaluate_without_a_trained_system():
-    """Two systems, one difference."""
-    got = evaluate(ROWS, dict(default=THEIRS, prompted=OURS))
-    assert set(got["parts"]["all"]["systems"]) == {"default", "prompted"}
-    assert set(got["parts"]["all"]["differences"]) == {"prompted - default"}
+def answer(text: str, tokens: int = 1, gain: float = math.nan, logp: float = -1.0, finished: bool = True,
+           **more) -> Answer:
+    """An answer of so many tokens; its prompt gain is half of its negative log-probability."""
+    return Answer(text, [7] * tokens, finished, logp, gain, prompt_gain=-logp / 2, **more)
 
 
 # ------------------------------------------------------------------------------------------- responses
 
-def chat_ids(folder: Path, turn: str) -> list[int]:
-    """The tiny model's ChatML around a user turn, by the tokenizers library alone."""
-    text = f"<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n"
+def chat_ids(folder: Path, user_message: str) -> list[int]:
+    """The tiny model's ChatML around a user message, by the tokenizers library alone."""
+    text = f"<|im_start|>user\n{user_message}<|im_end|>\n<|im_start|>assistant\n"
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
 
 
-GRID = [row(3 * i + j, f"Question {i}?", "ABC"[j]) for i in range(3) for j in range(3)]
+@torch.no_grad()
+def oracle_logp(oracle: AutoModelForCausalLM, prompt: list[int], response: list[int]) -> float:
+    """log p(response | prompt), token ids, from transformers' full logits."""
+    logps = oracle(torch.tensor([prompt + response])).logits[0].log_softmax(-1)  # (tokens, vocabulary)
+    return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
+
+
+GRID = [example(3 * i + j, f"Question {i}?", "ABC"[j]) for i in range(3) for j in range(3)]
+SAMPLING, SEED = Sampling(1.0, 0.9, 7), 3
 
 
 @pytest.fixture(scope="module")
 def answered(tiny):
-    """(base, tokenizer, arguments, responses) of GRID under the tiny model and another one as trained."""
+    """(base, trained, tokenizer, answers) of GRID under the tiny model and another one as trained."""
     base, trained, tokenizer = load(tiny), random_model(seed=1), Tokenizer(tiny)
     tokenizer.stop_ids = frozenset(range(1, 320, 9))
-    args = Args(model="tiny", data="demo", temperature=1.0, top_p=0.9, max_new_tokens=7, seed=3, slots=4)
-    return base, trained, tokenizer, args, respond(base, trained, tokenizer, GRID, args)
+    return base, trained, tokenizer, respond(base, trained, tokenizer, GRID, SAMPLING, SEED, slots=4)
 
 
 def test_every_system_answers_its_own_prompts(answered, tiny):
     """Row i draws from (seed, i, 0): prompted by the base model, trained by the other, in context."""
-    base, trained, tokenizer, _, responses = answered
-    assert list(responses) == ["default", "prompted", "trained"]
-    prompts = [chat_ids(tiny, e.turn(e.context)) for e in GRID]
+    base, trained, tokenizer, answers = answered
+    assert list(answers) == ["default", "prompted", "trained"]
+    prompts = [chat_ids(tiny, e.user_message(e.context)) for e in GRID]
     for system, model in (("prompted", base), ("trained", trained)):
-        expected = generate(model, prompts, Sampling(1.0, 0.9, 7), tokenizer.stop_ids, 3)
-        assert [r.ids for r in responses[system]] == [s.ids for s in expected]
-        assert [r.finished for r in responses[system]] == [s.finished for s in expected]
-        assert [r.text for r in responses[system]] == [tokenizer.decode(s.ids) for s in expected]
-    assert len({r.finished for r in responses["prompted"] + responses["trained"]}) == 2
+        expected = generate(model, prompts, SAMPLING, tokenizer.stop_ids, SEED)
+        assert [a.ids for a in answers[system]] == [s.ids for s in expected]
+        assert [a.finished for a in answers[system]] == [s.finished for s in expected]
+        assert [a.text for a in answers[system]] == [tokenizer.decode(s.ids) for s in expected]
+    assert len({a.finished for a in answers["prompted"] + answers["trained"]}) == 2
 
 
 def test_default_answers_each_prompt_once(answered, tiny, monkeypatch):
     """Its three answers, without context, stand beside all nine rows."""
-    base, _, tokenizer, args, responses = answered
-    expected = generate(base, [chat_ids(tiny, f"Question {i}?") for i in range(3)], Sampling(1.0, 0.9, 7),
-                        tokenizer.stop_ids, 3)
-    assert [r.ids for r in responses["default"]] == [expected[i // 3].ids for i in range(9)]
-    asked = []
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: asked.append(a[1]) or generate(*a, **k))
-    assert len(respond(base, None, tokenizer, GRID, args)) == 2
-    assert [len(prompts) for prompts in asked] == [3, 9]
+    base, _, tokenizer, answers = answered
+    prompts = [chat_ids(tiny, f"Question {i}?") for i in range(3)]
+    expected = generate(base, prompts, SAMPLING, tokenizer.stop_ids, SEED)
+    assert [a.ids for a in answers["default"]] == [expected[i // 3].ids for i in range(9)]
+    sampled = []
+    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: sampled.append(a[1]) or generate(*a, **k))
+    assert len(respond(base, None, tokenizer, GRID, SAMPLING, SEED)) == 2
+    assert [len(prompts) for prompts in sampled] == [3, 9]
 
 
 def test_gain_and_logp_are_the_base_models(answered, tiny):
     """log p(y|x,c), less log p(y|x) or log p(y|x',c) with another x', from transformers' full logits."""
-    responses = answered[-1]
+    answers = answered[-1]
     oracle = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
 
-    @torch.no_grad()
-    def logp(turn: str, response: list[int]) -> float:
-        prompt = chat_ids(tiny, turn)
-        logps = oracle(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
+    def logp(user_message: str, response: list[int]) -> float:
+        return oracle_logp(oracle, chat_ids(tiny, user_message), response)
 
     prompts = {e.prompt for e in GRID}
     for i, e in enumerate(GRID):
-        r = responses["default"][i]
-        right = logp(e.prompt, r.ids)
-        assert r.logp == pytest.approx(right, abs=1e-4) and math.isnan(r.gain)
+        a = answers["default"][i]
+        own = logp(e.prompt, a.ids)
+        assert a.logp == pytest.approx(own, abs=1e-4) and math.isnan(a.gain)
         others = prompts - {e.prompt}
-        assert r.prompt_gain in [pytest.approx(right - logp(x, r.ids), abs=1e-4) for x in others]
+        assert a.prompt_gain in [pytest.approx(own - logp(x, a.ids), abs=1e-4) for x in others]
         for system in ("prompted", "trained"):
-            r = responses[system][i]
-            right = logp(e.turn(e.context), r.ids)
-            assert r.logp == pytest.approx(right, abs=1e-4)
-            assert r.gain == pytest.approx(right - logp(e.prompt, r.ids), abs=1e-4)
-            turns = [dataclasses.replace(e, prompt=x).turn(e.context) for x in others]
-            assert r.prompt_gain in [pytest.approx(right - logp(turn, r.ids), abs=1e-4) for turn in turns]
-    assert max(abs(r.gain) for r in responses["trained"]) > 0.1
+            a = answers[system][i]
+            own = logp(e.user_message(e.context), a.ids)
+            assert a.logp == pytest.approx(own, abs=1e-4)
+            assert a.gain == pytest.approx(own - logp(e.prompt, a.ids), abs=1e-4)
+            messages = [dataclasses.replace(e, prompt=x).user_message(e.context) for x in others]
+            assert a.prompt_gain in [pytest.approx(own - logp(m, a.ids), abs=1e-4) for m in messages]
+    assert max(abs(a.gain) for a in answers["trained"]) > 0.1
 
 
 def test_the_base_model_as_trained_model_makes_no_difference(answered):
     """Identical responses; every paired difference is 0 (gains: within fp32 rounding) with no width."""
-    base, _, tokenizer, args, _ = answered
-    responses = respond(base, base, tokenizer, GRID, args)
-    prompted, trained = responses["prompted"], responses["trained"]
-    assert [(r.ids, r.text, r.finished) for r in prompted] == [(r.ids, r.text, r.finished) for r in trained]
-    got = compare([dataclasses.replace(e, check=LOWER) for e in GRID], trained, prompted)
+    base, _, tokenizer, _ = answered
+    answers = respond(base, base, tokenizer, GRID, SAMPLING, SEED, slots=4)
+    prompted, trained = answers["prompted"], answers["trained"]
+    assert [(a.ids, a.text, a.finished) for a in prompted] == [(a.ids, a.text, a.finished) for a in trained]
+    checked = [dataclasses.replace(e, check=LOWER) for e in GRID]
+    differences = paired_differences(checked, trained, prompted)
     zero = dict(mean=0.0, low=0.0, high=0.0, n=9)
-    assert got["win_rate"] == got["win_rate_length_matched"] == zero
-    assert got["context_gain"] == pytest.approx(zero, abs=2e-5)
-    assert got["context_gain_per_token"] == pytest.approx(zero, abs=2e-5)
+    assert differences["win_rate"] == differences["win_rate_length_matched"] == zero
+    assert differences["context_gain"] == pytest.approx(zero, abs=2e-5)
+    assert differences["context_gain_per_token"] == pytest.approx(zero, abs=2e-5)
 
 
 def test_rows_without_contexts_have_no_gain(answered):
     """A prompt alone is answered by the base and the trained model; there is no context to leave out."""
-    base, _, tokenizer, args, _ = answered
-    responses = respond(base, base, tokenizer, [row(0, "Why?"), row(1, "How?")], args)
-    assert all(math.isnan(r.gain) for system in responses.values() for r in system)
-    assert list(responses) == ["default", "trained"]
-    assert [r.ids for r in responses["trained"]] == [r.ids for r in responses["default"]]
+    base, _, tokenizer, _ = answered
+    answers = respond(base, base, tokenizer, [example(0, "Why?"), example(1, "How?")], SAMPLING, SEED)
+    assert all(math.isnan(a.gain) for of_system in answers.values() for a in of_system)
+    assert list(answers) == ["default", "trained"]
+    assert [a.ids for a in answers["trained"]] == [a.ids for a in answers["default"]]
 
 
-# ------------------------------------------------------------------------------------------- program
+def test_a_row_without_a_context_among_others_has_no_gain(answered):
+    """Its prompted response is measured as any other, its context gain is NaN."""
+    base, _, tokenizer, _ = answered
+    rows = [example(0, "Why?"), example(1, "How?", "A")]
+    prompted = respond(base, None, tokenizer, rows, SAMPLING, SEED)["prompted"]
+    assert [math.isnan(a.gain) for a in prompted] == [True, False]
+    assert all(math.isfinite(a.logp) and math.isfinite(a.prompt_gain) for a in prompted)
+
+
+def test_cached_answers_are_not_sampled_again(answered, monkeypatch):
+    """With the base model's answers at hand only the trained model samples; the caller's dict stays as it is.
+    """
+    base, trained, tokenizer, answers = answered
+    cached = {system: answers[system] for system in ("default", "prompted")}
+    sampled = []
+    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: sampled.append(a[0]) or generate(*a, **k))
+    again = respond(base, trained, tokenizer, GRID, SAMPLING, SEED, cached=cached)
+    assert sampled == [trained] and list(cached) == ["default", "prompted"]
+    assert again["default"] is answers["default"] and again["prompted"] is answers["prompted"]
+    assert [a.ids for a in again["trained"]] == [a.ids for a in answers["trained"]]
+
+
+# ------------------------------------------------------------------------------------------- tasks
+
+MATH = [Example(str(i), f"q{i}", "test", answer="8", style="math") for i in range(4)]
+CHOICE = [Example(str(i), f"Which {i}?\nA: red\nB: blue\nC: green", "test", answer="ABC"[i], style="choice",
+                  choices=["red", "blue", "green"]) for i in range(3)]
+
+
+def test_a_tasks_row_has_strict_flexible_and_unparsed_shares():
+    """Of four answers one is right strictly read and two flexibly; two and one can't be read."""
+    row = system_row(MATH, [answer(text) for text in ("#### 8", "it is 8", "#### 9", "none")])
+    assert row["win_rate"] == wilson(np.array([1.0, 0, 0, 0])) and row["flexible"]["mean"] == 0.5
+    assert (row["unparsed"], row["unparsed_flexible"]) == (0.5, 0.25)
+    assert row["unparsed_interval"] == wilson(np.array([0.0, 1.0, 0.0, 1.0]))
+    assert row["tokens_interval"]["mean"] == row["tokens"] and row["unfinished_interval"]["mean"] == 0.0
+
+
+def test_a_tasks_difference_has_mcnemars_p_and_other_data_have_none():
+    """Four rows of four gained: p is 2 / 2^4."""
+    right, wrong = [answer("#### 8")] * 4, [answer("#### 9")] * 4
+    assert paired_differences(MATH, right, wrong)["mcnemar_p"] == pytest.approx(2 / 16)
+    free = [example(i, f"q{i}", "C") for i in range(4)]
+    assert paired_differences(free, right, wrong)["mcnemar_p"] is None
+
+
+def test_data_without_contexts_compare_trained_with_default(tiny):
+    """Two systems, one difference, in the numbers and in the printed table."""
+    base, trained = (random_model(seed, max_position_embeddings=8192) for seed in (0, 1))
+    answers = respond(base, trained, Tokenizer(tiny), MATH[:3], Sampling(1.0, 1.0, 4), seed=0)
+    assert list(answers) == ["default", "trained"]
+    result = evaluate(MATH[:3], answers)
+    assert list(result["parts"]["all"]["differences"]) == ["trained - default"]
+    assert all(math.isnan(a.gain) and math.isfinite(a.prompt_gain) for a in answers["trained"])
+    assert "trained - default" in table(result)
+
+
+def test_entropy_and_choice_by_mutual_information_by_brute_force(tmp_path):
+    """One sequence at a time: softmax over " A", " B", " C" after the reasoning; log p(c|q) - log p(c)."""
+    folder = write_model(tmp_path / "model", scale=0.3)
+    tokenizer, oracle = Tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    texts = ["I think. The answer is: B, the answer is: C", "no", "THE ANSWER IS:A"]
+    reasonings = ["I think. The answer is: B, the answer is:", None, "THE ANSWER IS:"]
+    given = [answer(text) for text in texts]
+    measured = evaluation.choice_measures(load(folder), tokenizer, CHOICE, given)
+    assert all(math.isnan(a.choice_mi) for a in given)  # the caller's stay as they are
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.response(text)[:-1]
+
+    for e, a, reasoning in zip(CHOICE, measured, reasonings, strict=True):
+        if reasoning is None:
+            assert math.isnan(a.entropy)
+        else:
+            prefix = tokenizer.chat(e.user_message(None)) + encode(reasoning)
+            p = np.exp([oracle_logp(oracle, prefix, encode(f" {letter}")) for letter in "ABC"])
+            p /= p.sum()
+            assert a.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=1e-4)
+        question, nothing = f"Question: {e.prompt.splitlines()[0]}\nAnswer:", "Answer:"
+        asked, alone = ([oracle_logp(oracle, tokenizer.chat(message), encode(choice)) for choice in e.choices]
+                        for message in (question, nothing))
+        gains = np.subtract(asked, alone)
+        assert a.choice_mi == float("ABC"[int(np.argmax(gains))] == e.answer)
+
+
+def test_entropy_is_averaged_over_right_and_wrong_answers_apart():
+    """An answer without an entropy is in neither mean."""
+    right, wrong = answer("The answer is: A", entropy=0.25), answer("The answer is: C", entropy=1.0)
+    row = system_row(CHOICE, [right, wrong, answer("no", entropy=math.nan)])
+    assert (row["entropy_right"]["mean"], row["entropy_right"]["n"]) == (0.25, 1)
+    assert (row["entropy_wrong"]["mean"], row["entropy_wrong"]["n"]) == (1.0, 1)
+
+
+# ------------------------------------------------------------------------------------------- judging
+
+class Scripted:
+    """A judge that answers by a table: what a question's text holds decides the reply."""
+
+    def __init__(self, **replies: str):
+        self.args, self.replies = judging.JudgeArgs(judge="scripted"), replies
+
+    def ask(self, questions, *rest):
+        texts = [user.split("Assistant:")[-1] for _, user in questions]
+        return [next((reply for key, reply in self.replies.items() if key in text), "?") for text in texts]
+
+
+TALK = [Example(f"e{i}", f"p{i}", "test", f"c{i}", f"u{i % 2}", "REF", items=[f"c{i}"],
+                human_rejected="REJECTED") for i in range(4)]
+
+
+@pytest.fixture
+def judged() -> tuple[dict, dict]:
+    """Answers that the judge scores 1 (default), 3 (prompted) and 5, 3, 5, unreadably (trained); it gives the
+    reference 3 and the response that people rejected 4."""
+    answers = {"default": [answer("POOR")] * 4, "prompted": [answer("EVEN")] * 4,
+               "trained": [answer(text) for text in ("GOOD", "EVEN", "GOOD", "ODD")]}
+    judge = Scripted(REF="3", POOR="1", EVEN="Score: 3", GOOD="5", REJECTED="4")
+    return judge_all(judge, TALK, answers, write_rubrics=False)
+
+
+def test_a_score_wins_ties_or_goes_unread(judged):
+    """At least the reference's score wins; what can't be read counts nowhere."""
+    answers, verdicts = judged
+    assert [a.scores["scripted"] for a in answers["trained"][:3]] == [5, 3, 5]
+    assert math.isnan(answers["trained"][3].scores["scripted"]) and verdicts["unread"]["trained"] == 1
+    row = system_row(TALK, answers["trained"], "scripted")
+    assert (row["win_rate"]["mean"], row["win_rate"]["n"]) == (1.0, 3)
+    assert row["strict"]["mean"] == pytest.approx(2 / 3) and row["ties"] == pytest.approx(1 / 3)
+    assert system_row(TALK, answers["default"], "scripted")["win_rate"]["mean"] == 0.0
+    differences = paired_differences(TALK, answers["trained"], answers["prompted"], "scripted")
+    assert differences["score"]["mean"] == pytest.approx(4 / 3)
+
+
+def test_one_answer_beside_several_contexts_is_scored_for_each():
+    """`default` answers a prompt once, but each row's context judges that answer anew."""
+    rows = [Example(i, "p", "test", f"ITEM{i}", reference="r") for i in "12"]
+    given = {"default": [answer("text")] * 2}
+    answers, _ = judge_all(Scripted(ITEM1="2", ITEM2="5"), rows, given, write_rubrics=False)
+    assert [a.scores["scripted"] for a in answers["default"]] == [2.0, 5.0]
+    assert given["default"][0].scores == {}  # the caller's stay as they are
+
+
+def test_a_second_judge_leaves_the_firsts_scores():
+    """Every judge's scores of an answer and of the reference stand side by side."""
+    first, second = Scripted(text="2", REF="3"), Scripted(text="5", REF="4")
+    second.args.judge = "another"
+    answers = {"default": [answer("text")] * 4}
+    for judge in (first, second):
+        answers, _ = judge_all(judge, TALK, answers, write_rubrics=False)
+    assert answers["default"][0].scores == dict(scripted=2, another=5)
+    assert answers["default"][0].reference_scores == dict(scripted=3, another=4)
+
+
+def test_the_judges_own_accuracy_is_that_of_the_preferred_over_the_rejected(judged):
+    """The judge of `judged` prefers what people rejected; one that ties is right only where ties count."""
+    assert judged[1]["critic"]["strict"]["mean"] == judged[1]["critic"]["tie_tolerant"]["mean"] == 0.0
+    answers = {"default": [answer("x")] * 4}
+    _, verdicts = judge_all(Scripted(REF="4", REJECTED="4"), TALK, answers, write_rubrics=False)
+    assert verdicts["critic"]["strict"]["mean"] == 0.0 and verdicts["critic"]["tie_tolerant"]["mean"] == 1.0
+
+
+def test_a_contexts_items_are_scored_one_by_one_and_averaged():
+    """Of three items one can't be read: the mean is that of the other two."""
+    row = Example("e", "p", "test", "a b", items=["ITEM1", "ITEM2", "ITEM3"], reference="r")
+    given = {"default": [answer("text")]}
+    answers, verdicts = judge_all(Scripted(ITEM1="2", ITEM2="5"), [row], given, write_rubrics=False)
+    assert answers["default"][0].scores["scripted"] == 3.5 and verdicts["unread"]["default"] == 1
+
+
+def test_comparisons_count_wins_ties_losses_and_flips(monkeypatch):
+    """One of each and one that can't be read; a third of the readable ones flips with the order."""
+    outcomes = [(1.0, False), (0.5, True), (0.0, False), (None, False)]
+    monkeypatch.setattr(judging, "compare", lambda judge, rows: outcomes)
+    answers = {system: [answer("GOOD" * (i + 1)) for i in range(4)] for system in SYSTEMS}
+    _, verdicts = judge_all(Scripted(GOOD="3", REF="3", REJECTED="1"), TALK, answers, write_rubrics=False)
+    pairwise = verdicts["pairwise"]
+    assert [pairwise[key] for key in ("wins", "ties", "losses", "unread")] == [1, 1, 1, 1]
+    assert pairwise["win_rate"]["mean"] == 0.5 and pairwise["flip_rate"] == pytest.approx(1 / 3)
+    assert pairwise["flip_interval"] == wilson(np.array([0.0, 1.0, 0.0]))
+
+
+# ------------------------------------------------------------------------------------------- the program
 
 FLAGS = ["--max-new-tokens", "5", "--dtype", "float32"]
 
@@ -365,16 +337,16 @@ def data(tmp_path_factory) -> Path:
     rows = [{"id": f"{split}{i}", "prompt": f"{split} {i // 2}?", "context": f"I am {i}.", "split": split}
             for split, count in parts.items() for i in range(count)]
     file = tmp_path_factory.mktemp("data") / "own.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 
 
 @pytest.fixture
 def finished_run(tiny, tmp_path) -> Path:
-    """What train.py leaves: args.json that names the base model, and model/."""
+    """What eval.py reads of a run of train.py: args.json, which names the base model, and model/."""
     folder = tmp_path / "run"
-    save(random_model(seed=1), folder / "model", tiny)
-    write_json(folder / "args.json", dict(arguments=dict(model=str(tiny), data="demo")))
+    write_model(folder / "model", seed=1)
+    write_json(folder / "args.json", dict(arguments=dict(model=str(tiny), data="demo", method="dpo")))
     return folder
 
 
@@ -399,18 +371,31 @@ def test_a_run_is_evaluated_on_the_whole_test_part(finished_run, data, tmp_path)
     assert all(list(line) == keys for line in lines)
     examples = load_examples(str(data), "test")
     assert Counter((r["id"], r["prompt"], r["context"], r["system"]) for r in lines) == Counter(
-        (e.id, e.prompt, e.context, s) for e in examples for s in ("default", "prompted", "trained"))
+        (e.id, e.prompt, e.context, system) for e in examples for system in SYSTEMS)
     default = {(r["prompt"], r["response"]) for r in lines if r["system"] == "default"}
     assert len(default) == 2  # one answer a prompt
     result = read_json(finished_run / "eval.json")
     systems = result["parts"]["all"]["systems"]
     assert list(systems) == ["default", "prompted", "trained"]
-    for s in systems.values():
-        assert s["win_rate"]["mean"] is None and 1 <= s["tokens"] <= 5 and s["nll_per_token"] > 0
+    for row in systems.values():
+        assert row["win_rate"]["mean"] is None and 1 <= row["tokens"] <= 5 and row["nll_per_token"] > 0
     assert systems["trained"]["context_gain"]["n"] == 4 and systems["default"]["context_gain"]["mean"] is None
     assert result["arguments"]["temperature"] == 0.1 and result["arguments"]["top_p"] == 0.9
     assert "NaN" not in (finished_run / "eval.json").read_text()
     assert all(name in done.stdout for name in ("default", "prompted", "trained - prompted"))
+
+
+def test_responses_are_sampled_as_the_data_set_says(finished_run, data, call, monkeypatch):
+    """Temperature 0.1 and top-p 0.9 unless the command names others; the arguments object stays as it is."""
+    used = []
+    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: used.append(a[2]) or generate(*a, **k))
+    call("--model", finished_run, "--data", data)
+    assert set(used) == {Sampling(0.1, 0.9, 5)}
+    used.clear()
+    args = evaluation.Args(model=str(finished_run), data=str(data), temperature=0.5, max_new_tokens=4)
+    before = dataclasses.replace(args)
+    evaluation.evaluation(args)
+    assert set(used) == {Sampling(0.5, 0.9, 4)} and args == before
 
 
 def test_validation_has_files_of_its_own(finished_run, data, call):
@@ -429,7 +414,7 @@ def test_prompts_a_run_has_trained_on_are_not_tested(finished_run, call, tmp_pat
     """Data, seed of the split and length are the run's: its training prompts stay out of the test part."""
     rows = [{"prompt": f"Question {i}?", "context": f"I am {i}."} for i in range(60)]
     file = tmp_path / "whole.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = read_json(finished_run / "args.json")["arguments"]
     arguments.update(data=str(file), seed=3, max_new_tokens=2)
     write_json(finished_run / "args.json", dict(arguments=arguments))
@@ -455,19 +440,25 @@ def test_a_bare_model_has_two_systems_and_needs_a_folder(tiny, data, call, tmp_p
     assert list(block["differences"]) == ["prompted - default"]
 
 
-def test_demo_has_win_rates(finished_run, call, tmp_path, capsys):
-    """64 of the rows: every number is there and in range, and contexts are listed."""
-    call("--model", finished_run, "--limit", "64", "--out", tmp_path / "o")
-    result = read_json(tmp_path / "o" / "eval.json")
+def test_the_demo_has_win_rates_and_a_picture_of_the_gain(finished_run, call, capsys):
+    """64 of the rows: every number is there and in range, contexts are listed, gain.png is drawn."""
+    steps = [dict(candidate=0, step=i, loss=0.7, accuracy=0.5, accuracy_chosen=0.5, accuracy_rejected=0.5)
+             for i in (1, 2)]
+    (finished_run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    write_json(finished_run / "summary.json", {})
+    call("--model", finished_run, "--limit", "64")
+    assert (finished_run / "gain.png").read_bytes().startswith(b"\x89PNG")
+    result = read_json(finished_run / "eval.json")
     assert set(result["parts"]) == {"all", "seen", "unseen"}
     counts = {p: sum(c["n"] for c in result["contexts"] if p in ("all", c["group"])) for p in result["parts"]}
     assert counts["all"] == 64 and len(result["contexts"]) > 20 and counts["seen"] > counts["unseen"]
     for part, n in counts.items():
-        for s in result["parts"][part]["systems"].values():
-            assert 0 <= s["win_rate"]["low"] <= s["win_rate"]["mean"] <= s["win_rate"]["high"] <= 1
-            assert s["win_rate"]["n"] == n and 0 <= s["elsewhere"] <= 1 and 0 <= s["self_bleu_4"] <= 1
-    out = capsys.readouterr().out
-    assert all(c["context_id"] in out for c in result["contexts"])
+        for row in result["parts"][part]["systems"].values():
+            assert 0 <= row["win_rate"]["low"] <= row["win_rate"]["mean"] <= row["win_rate"]["high"] <= 1
+            assert row["win_rate"]["n"] == n
+            assert 0 <= row["off_target"] <= 1 and 0 <= row["self_bleu_4"] <= 1
+    printed = capsys.readouterr().out
+    assert all(c["context_id"] in printed for c in result["contexts"])
 
 
 @pytest.mark.parametrize(("remove", "flags", "word"), [

@@ -21,14 +21,15 @@ from conftest import write_model
 import judge
 from judge import Judge, JudgeArgs, quote
 from run import UserError, main
-from sample import Tokenizer, generate
+from sample import generate
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAPER = [*(ROOT.parent / "shared" / "paper").glob("*.txt")]
 SHOTS = json.loads(judge.PAPER.read_text())
 KEY = "sk-a-secret-of-the-test"
 FIELDS = {
-    judge.score: ["User", "Assistant", "User's preference"],
+    judge.rate: ["User", "Assistant", "User's preference"],
     judge.reward: ["User preference", "User", "Assistant"],
     judge.compare: ["Response_a", "Response_b"],
     judge.infer: ["User's prompt", "Response options", "Option A", "Option B", "User's preferred response"],
@@ -63,7 +64,7 @@ class Scripted:
     def __init__(self, reply=""):
         self.reply, self.asked = reply if callable(reply) else lambda user: reply, []
 
-    def ask(self, questions, most, label):
+    def ask(self, questions, max_tokens, label):
         self.asked += questions
         return [self.reply(user) for _, user in questions]
 
@@ -85,11 +86,13 @@ def plain(text: str) -> str:
 
 
 def leaves(value) -> list[str]:
+    """All texts in nested objects."""
     return [s for v in value.values() for s in leaves(v)] if isinstance(value, dict) else [value]
 
 
 @pytest.mark.skipif(not PAPER, reason="the paper is not at hand")
 def test_the_prompts_are_the_papers_word_for_word():
+    """But for the shape of quotes and the names of placeholders; the longer examples too."""
     paper = plain(PAPER[0].read_text())
     for words in (judge.SCORE, judge.COMPARE, judge.INFER, judge.CREATIVE, judge.REWRITE, judge.RUBRIC):
         assert plain(words) in paper
@@ -100,11 +103,12 @@ def test_the_prompts_are_the_papers_word_for_word():
 
 
 def test_fields_stand_on_lines_in_the_papers_order():
+    """Every question, as it reaches the judge."""
     listeners = {ask: Scripted() for ask in FIELDS}
     for ask, listener in listeners.items():
         ask(listener, [("Q?\nnow", "R.", "P.")])
     asked = {ask: listener.asked for ask, listener in listeners.items()}
-    assert asked[judge.score] == [(judge.SCORE, "User: Q?\nnow\nAssistant: R.\nUser's preference: P.")]
+    assert asked[judge.rate] == [(judge.SCORE, "User: Q?\nnow\nAssistant: R.\nUser's preference: P.")]
     assert asked[judge.reward] == [(judge.SCORE, "User preference: P.\nUser: Q?\nnow\nAssistant: R.")]
     assert asked[judge.compare] == [(judge.COMPARE, "Q?\nnow\nResponse_a: R.\nResponse_b: P."),
                                     (judge.COMPARE, "Q?\nnow\nResponse_a: P.\nResponse_b: R.")]
@@ -136,10 +140,12 @@ READINGS = {
 @pytest.mark.parametrize("read, reply", [(read, reply) for read in READINGS for reply in READINGS[read]],
                          ids=lambda v: v.__name__ if callable(v) else ascii(v[:20]))
 def test_a_reply_is_read(read, reply):
+    """The score, the choice or the object that a person would read, else None."""
     assert read(reply) == READINGS[read][reply]
 
 
 def test_both_orders_are_asked_and_must_agree():
+    """Agreement is a win or a loss, the same place twice a tie that flipped, nonsense None."""
     def verdict(reply) -> tuple:
         listener = Scripted(reply)
         [found] = judge.compare(listener, [("C", "good", "bad")])
@@ -157,6 +163,7 @@ def test_both_orders_are_asked_and_must_agree():
 
 
 def test_either_option_may_be_the_chosen_one():
+    """In about half of the rows each, the same ones every time."""
     listener, again = Scripted('{"tone": "Be warm.", "length": "Be brief."}'), Scripted()
     rows = [(f"prompt {i}", f"liked {i}", f"left {i}") for i in range(100)]
     assert judge.infer(listener, rows) == [["Be warm.", "Be brief."]] * 100
@@ -169,25 +176,28 @@ def test_either_option_may_be_the_chosen_one():
 @pytest.mark.parametrize("reply", ["", "Be warm.", "{}", '{"a": "b"', '{"a": 1}', '{"a": ""}', '["a"]',
                                    '{"user-statement": 3, "criteria": 3, "score-descriptions": {"1": "x"}}'])
 def test_what_cannot_be_read_is_none(reply):
+    """Of inferred preferences, statements and rubrics."""
     preference = dict(dimension="d", subdimension="s", preference="p", description="e")
     assert judge.infer(Scripted(reply), [("x", "y", "z")]) == [None]
     assert judge.rewrite(Scripted(reply), [preference]) == judge.rubrics(Scripted(reply), ["p"]) == [None]
 
 
 def test_a_preference_is_put_in_the_users_words():
-    told = 'of {new} {example}\nUser: "x"'
+    """D.2's example, then the preference, whose braces and lines stay JSON."""
+    text = 'of {new} {example}\nUser: "x"'
     listener = Scripted('Here: {"dimension": "d", "user-statement": "I like tea."}')
-    given = dict(dimension="d", subdimension="s", preference=told, description="e")
+    given = dict(dimension="d", subdimension="s", preference=text, description="e")
     assert judge.rewrite(listener, [given]) == ["I like tea."]
     [(system, user)] = listener.asked
     asked = re.fullmatch(r".* For example: (\{.*?\})\. Here's a new example: (\{.*\})\.", user, re.S)
     assert system == judge.CREATIVE and fields(user) == []
     assert json.loads(asked[1]) == SHOTS["preference_example"]
-    assert json.loads(asked[2]) == {"dimension": "d", "sub-dimension": "s", "preference": told,
+    assert json.loads(asked[2]) == {"dimension": "d", "sub-dimension": "s", "preference": text,
                                     "explanation": "e", "user-statement": "fill this with your response"}
 
 
 def test_a_rubric_reads_as_criteria_then_scores():
+    """Written by the judge after three examples, or given by Multi-Bench."""
     rubric = {"criteria": "Is it warm?", "score-descriptions": {str(i): f"<{i}>" for i in range(1, 6)}}
     listener = Scripted(f"```json\n{json.dumps(rubric)}\n```")
     [text] = judge.rubrics(listener, ["{0} tea {1}"])
@@ -203,6 +213,7 @@ def test_a_rubric_reads_as_criteria_then_scores():
 @each_injection
 @pytest.mark.parametrize("ask", FIELDS, ids=lambda ask: ask.__name__)
 def test_no_text_opens_a_field_or_gives_a_verdict(ask, text):
+    """Wherever the text stands in a question; nothing of it is lost."""
     for slot in range(ask is judge.compare, 3):  # the criteria are nobody's response
         row = ["first", "second", "third"]
         row[slot] = text
@@ -217,11 +228,13 @@ def test_no_text_opens_a_field_or_gives_a_verdict(ask, text):
 @pytest.mark.parametrize("text", ["", "Use a pan.", "a\n\n  b: 1 < 2\n\tc|d [1] {e} %s", "The user: said",
                                   "user", "Users: many", "<b>bold</b>", "*1*: caf\u00e9 \U0001f375"])
 def test_ordinary_text_is_left_alone(text):
+    """Markup-like and field-like text that is neither."""
     assert quote(text) == text
 
 
 @pytest.mark.parametrize("piece", ["\n", "\n *", "<", " \t"], ids=ascii)
 def test_degenerate_text_is_quoted_at_once(piece):
+    """Thousands of line starts, brackets and spaces."""
     start = time.process_time()
     quote(piece * 5000)
     assert time.process_time() - start < 0.3
@@ -230,16 +243,17 @@ def test_degenerate_text_is_quoted_at_once(piece):
 # -------------------------------------------------------------------------------- a local judge
 
 def test_special_tokens_in_a_local_judges_prompt_are_the_templates(tiny, tmp_path, monkeypatch):
+    """Those that a response spells out become ordinary tokens."""
     seen = []
 
     def spy(model, prompts, sampling, *rest, **more):
-        assert (sampling.temperature, sampling.max_new_tokens) == (0, judge.TOKENS["verdict"])
+        assert (sampling.temperature, sampling.max_new_tokens) == (0, judge.MAX_TOKENS["verdict"])
         seen.extend(prompts)
         return generate(model, prompts, sampling, *rest, **more)
 
     monkeypatch.setattr(judge, "generate", spy)
     rows = [("x", text, "p") for text in INJECTIONS.values()]
-    judge.score(Judge(JudgeArgs(judge=str(tiny), judge_cache=str(tmp_path / "v.jsonl"))), rows)
+    judge.rate(Judge(JudgeArgs(judge=str(tiny), judge_cache=str(tmp_path / "v.jsonl"))), rows)
     tokenizer = Tokenizer(tiny)
     own = [i for i in tokenizer.chat("x", "y") if i in tokenizer.added.values()]
     assert len(seen) == len(rows) and len(own) == 5
@@ -262,6 +276,7 @@ def test_a_local_judges_replies_depend_on_the_question_alone(tmp_path):
 # -------------------------------------------------------------------------------- an endpoint's server
 
 def completion(content) -> bytes:
+    """The body of a chat completion with this content."""
     return json.dumps(dict(choices=[dict(message=dict(role="assistant", content=content))])).encode()
 
 
@@ -375,16 +390,18 @@ def answer(text, nth=0, arrival=0, **more) -> dict:
 
 
 def args_for(server: Server, folder: Path, **changes) -> JudgeArgs:
+    """A judge's arguments for this server, with its cache in a folder that does not exist yet."""
     cache = str(folder / "new" / "verdicts.jsonl")
     return JudgeArgs(**dict(judge="m", judge_url=server.url, judge_cache=cache, judge_timeout=5.0) | changes)
 
 
 def scores(server: Server, folder: Path, count: int, **changes) -> list[int | None]:
     """What a new judge says of the first `count` of ROWS."""
-    return judge.score(Judge(args_for(server, folder, **changes)), ROWS[:count])
+    return judge.rate(Judge(args_for(server, folder, **changes)), ROWS[:count])
 
 
 def kept(folder: Path) -> bytes:
+    """The cache file's bytes so far."""
     file = folder / "new" / "verdicts.jsonl"
     return file.read_bytes() if file.exists() else b""
 
@@ -393,19 +410,21 @@ def kept(folder: Path) -> bytes:
 
 @each_injection
 def test_an_endpoint_is_sent_clean_messages(text, serve, tmp_path):
+    """The key in its header, greedy, few tokens, D.2 as system prompt, no markup."""
     server = serve(lambda *_: dict(content="2"))
     rows = [("x", text, "p"), (text, "y", "p"), ("x", "y", text)]
-    assert judge.score(Judge(args_for(server, tmp_path)), rows) == [2, 2, 2]
+    assert judge.rate(Judge(args_for(server, tmp_path)), rows) == [2, 2, 2]
     for path, headers, request in server.requests:
         system, user = request["messages"]
         assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
         assert (request["model"], request["temperature"], request["max_tokens"]) == ("m", 0, 8)
         assert system == dict(role="system", content=judge.SCORE) and user["role"] == "user"
-        assert fields(user["content"]) == FIELDS[judge.score] and not MARKUP.search(user["content"])
+        assert fields(user["content"]) == FIELDS[judge.rate] and not MARKUP.search(user["content"])
         user["content"].encode()  # half surrogates are no text: strict servers refuse them
 
 
 def test_requests_at_one_time_are_bounded(serve, tmp_path):
+    """Never more than --judge-at-once, and that many indeed."""
     server = serve(lambda text, *_: answer(text, wait=lambda: time.sleep(0.02)))
     assert scores(server, tmp_path, 40, judge_at_once=3) == RIGHT[:40]
     assert server.peak == 3 and len(server.asked) == 40
@@ -425,6 +444,7 @@ RARE = dict(nested=dict(body=b"[" * 100_000), drip=dict(fault="drip", body=compl
 
 @pytest.mark.parametrize("fault", [*FAULTS, *RARE])
 def test_after_a_fault_the_question_is_asked_again(fault, serve, tmp_path, quick):
+    """Whatever the fault, once more is enough, within the timeout."""
     server = serve(lambda text, nth, _: answer(text) if nth else (FAULTS | RARE)[fault])
     start = time.perf_counter()
     assert scores(server, tmp_path, 1, judge_timeout=0.5) == [1]
@@ -433,6 +453,7 @@ def test_after_a_fault_the_question_is_asked_again(fault, serve, tmp_path, quick
 
 
 def test_pauses_double_unless_the_server_says(serve, tmp_path, quick):
+    """About 1, 2, 4, 8 seconds, not all alike; Retry-After comes first."""
     server = serve(lambda text, nth, _: dict(status=503) if nth < 4 else answer(text))
     assert scores(server, tmp_path, 1) == [1] and len(quick) == 4
     factors = [pause / 2**attempt for attempt, pause in enumerate(quick)]
@@ -447,11 +468,13 @@ def test_pauses_double_unless_the_server_says(serve, tmp_path, quick):
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 60),
 ])  # fmt: skip
 def test_retry_after_is_a_number_or_a_date(header, seconds):
+    """At most a minute; what is neither is ignored."""
     assert judge.retry_after(header, 4.0) == seconds
 
 
 @pytest.mark.parametrize("plan", [dict(status=500), dict(fault="drop"), dict(body=b"<html>"), None], ids=str)
 def test_a_server_that_never_answers_is_given_up(plan, serve, tmp_path, quick, monkeypatch):
+    """After ATTEMPTS, with one line that names it; nothing is cached."""
     monkeypatch.setattr(judge, "ATTEMPTS", 3)
     server = serve(lambda *_: plan)
     if plan is None:
@@ -465,8 +488,9 @@ def test_a_server_that_never_answers_is_given_up(plan, serve, tmp_path, quick, m
 # -------------------------------------------------------------------------------- the cache
 
 def test_nothing_is_asked_twice(serve, tmp_path):
+    """Equal questions, and those of earlier runs, come from the cache, which only grows."""
     server = serve(answer)
-    assert judge.score(Judge(args_for(server, tmp_path)), ROWS[:3] + ROWS[2::-1]) == [1, 2, 3, 3, 2, 1]
+    assert judge.rate(Judge(args_for(server, tmp_path)), ROWS[:3] + ROWS[2::-1]) == [1, 2, 3, 3, 2, 1]
     before = kept(tmp_path)
     assert len(server.asked) == before.count(b"\n") == 3
     assert scores(server, tmp_path, 3) == RIGHT[:3] and len(server.asked) == 3 and kept(tmp_path) == before
@@ -476,36 +500,49 @@ def test_nothing_is_asked_twice(serve, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [1, 5, 60])
-def test_half_a_line_is_cut_and_asked_again(lost, serve, tmp_path):
+def test_a_line_that_was_cut_off_is_asked_again(lost, serve, tmp_path):
+    """And only that one; afterwards the cache is as it was."""
     server = serve(answer)
     scores(server, tmp_path, 6, judge_at_once=1)
-    whole, last = kept(tmp_path), server.asked.pop()
-    os.truncate(tmp_path / "new" / "verdicts.jsonl", len(whole) - lost)
+    cache, last = kept(tmp_path), server.asked.pop()
+    os.truncate(tmp_path / "new" / "verdicts.jsonl", len(cache) - lost)
     server.asked.clear()
-    assert scores(server, tmp_path, 6) == RIGHT[:6] and server.asked == [last] and kept(tmp_path) == whole
+    assert scores(server, tmp_path, 6) == RIGHT[:6] and kept(tmp_path) == cache
+    assert server.asked == [last] * (lost > 1)  # without its line end alone the reply is complete
 
 
 @pytest.mark.parametrize("reply, score", [
     (None, None), ("", None), ("none", None), ('4\n\u2028\x00\x85"\\', 4), ("\u00e9 4", 4), ("\ud800 4", 4),
 ], ids=ascii)  # fmt: skip
 def test_any_reply_is_kept(reply, score, serve, tmp_path):
+    """Empty, missing, with control characters or half surrogate pairs: cached and read."""
     server = serve(lambda *_: dict(body=completion(reply)))
     assert scores(server, tmp_path, 2) == scores(server, tmp_path, 2) == [score] * 2
     assert len(server.asked) == 2
 
 
 def test_other_judges_and_limits_are_other_questions(serve, tmp_path):
+    """Another name, endpoint, limit or field border is another key; speed is not."""
     server, other = serve(answer), serve(answer)
     base = Judge(args_for(server, tmp_path))
     judges = [base, Judge(args_for(server, tmp_path, judge="n")), Judge(args_for(other, tmp_path))]
-    keys = {j.key("s", "u", most) for j in judges for most in (8, 9)}
+    keys = {j.key("s", "u", max_tokens) for j in judges for max_tokens in (8, 9)}
     assert len(keys | {base.key("su", "", 8), base.key("", "su", 8), base.key("u", "s", 8)}) == 9
     for changes in ({}, dict(judge="n"), dict(judge_at_once=1), dict(judge_url=other.url)):
         assert scores(server, tmp_path, 2, **changes) == RIGHT[:2]
     assert len(server.asked) == 4 and len(other.asked) == 2
-    for most in (8, 9, 8):
-        base.ask([("s", ROWS[0][1])], most, "")
+    for max_tokens in (8, 9, 8):
+        base.ask([("s", ROWS[0][1])], max_tokens, "")
     assert len(server.asked) == 6
+
+
+def test_a_file_of_another_kind_is_refused_as_a_cache(serve, tmp_path):
+    """Rows without key and reply: one line that names the file, which stays as it is."""
+    server, file = serve(answer), tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "p"}\n')
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))} [^\n]*--judge-cache$"):
+        scores(server, tmp_path, 1, judge_cache=str(file))
+    assert file.read_text() == '{"prompt": "p"}\n' and not server.asked
 
 
 # -------------------------------------------------------------------------------- the key
@@ -513,6 +550,7 @@ def test_other_judges_and_limits_are_other_questions(serve, tmp_path):
 @pytest.mark.parametrize("plan", [answer, dict(status=500), dict(status=401, body=f"wrong {KEY}".encode()),
                                   dict(body=KEY.encode())], ids=["answer", "error", "refusal", "garbage"])
 def test_the_key_is_sent_and_never_told(plan, serve, tmp_path, quick, monkeypatch, capfd):
+    """Not on the terminal, in an error or in the cache, even if the server repeats it."""
     monkeypatch.setattr(judge, "ATTEMPTS", 2)
     server = serve(plan if callable(plan) else lambda *_: plan)
     with contextlib.suppress(UserError) if callable(plan) else pytest.raises(UserError) as error:
@@ -523,6 +561,7 @@ def test_the_key_is_sent_and_never_told(plan, serve, tmp_path, quick, monkeypatc
 
 @pytest.mark.parametrize("status", [302, 307])
 def test_the_key_follows_no_redirect(status, serve, tmp_path, quick):
+    """Another server never sees it."""
     elsewhere = serve(answer)
     there = f"http://localhost:{elsewhere.server_port}/v1/chat/completions"
     server = serve(lambda *_: dict(status=status, headers=dict(Location=there)))
@@ -533,6 +572,7 @@ def test_the_key_follows_no_redirect(status, serve, tmp_path, quick):
 
 @pytest.mark.parametrize("key, sent", [(KEY + "\n", f"Bearer {KEY}"), ("", None), (None, None)], ids=ascii)
 def test_a_key_may_end_in_a_newline_or_be_missing(key, sent, serve, tmp_path, quick, monkeypatch):
+    """As keys from files do."""
     monkeypatch.delenv("OPENAI_API_KEY")
     if key is not None:
         monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -569,16 +609,18 @@ def child() -> None:
     """A subprocess: prints the scores of ROWS."""
     threading.Event = Quick
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(lambda: print(json.dumps(judge.score(Judge(JudgeArgs(**json.loads(sys.argv[1]))), ROWS))))
+    main(lambda: print(json.dumps(judge.rate(Judge(JudgeArgs(**json.loads(sys.argv[1]))), ROWS))))
 
 
 def spawn(args: JudgeArgs) -> subprocess.Popen:
+    """`child` in a process of its own."""
     code = "import sys; sys.path[:0] = ['.', 'tests']; import test_judge; test_judge.child()"
     return subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(args))], cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_an_interrupt_keeps_what_is_on_its_way(serve, tmp_path):
+    """Exit code 130, one line, and every reply that was under way is in the cache."""
     server = serve(lambda text, _, arrival: answer(
         text, wait=(lambda: server.gate.wait(30)) if arrival >= 8 else lambda: None))
     process = spawn(args_for(server, tmp_path, judge_at_once=4, judge_timeout=40.0))
@@ -586,9 +628,9 @@ def test_an_interrupt_keeps_what_is_on_its_way(serve, tmp_path):
     process.send_signal(signal.SIGINT)
     time.sleep(2)  # it is told while all four still wait
     server.gate.set()
-    told = [line for line in process.communicate(timeout=300)[1].splitlines() if line.strip()]
+    lines = [line for line in process.communicate(timeout=300)[1].splitlines() if line.strip()]
     assert process.returncode == 130 and len(server.asked) == 12 and kept(tmp_path).count(b"\n") == 12
-    [line] = [line for line in told if not line.startswith("scores: ")]
+    [line] = [line for line in lines if not line.startswith("scores: ")]
     assert "interrupted" in line
 
 
@@ -600,9 +642,9 @@ def test_a_killed_run_goes_on_through_every_fault(serve, tmp_path):
 
     server, at_once, listener = serve(plan), 8, Scripted()
     args = args_for(server, tmp_path, judge_at_once=at_once, judge_timeout=2.0)
-    judge.score(listener, ROWS)
+    judge.rate(listener, ROWS)
     key = Judge(args_for(server, tmp_path / "else")).key
-    keyed = {key(*question, judge.TOKENS["verdict"]): question[1] for question in listener.asked}
+    keyed = {key(*question, judge.MAX_TOKENS["verdict"]): question[1] for question in listener.asked}
     process = spawn(args)
     server.until(lambda s: len(s.answered) >= 25)
     process.kill()
@@ -612,13 +654,14 @@ def test_a_killed_run_goes_on_through_every_fault(serve, tmp_path):
     assert len(keyed) == 60 and len(saved) == cached.count(b"\n") and 25 - at_once <= len(saved) < 60
     server.asked.clear()
     process = spawn(args)
-    told = process.communicate(timeout=300)
-    assert process.returncode == 0 and json.loads(told[0].splitlines()[-1]) == RIGHT and KEY not in str(told)
+    output = process.communicate(timeout=300)
+    assert process.returncode == 0 and json.loads(output[0].splitlines()[-1]) == RIGHT
+    assert KEY not in str(output)
     assert not saved & set(server.asked) and set(server.answered) == set(keyed.values())
     assert sum(n - 1 for n in collections.Counter(server.answered).values()) <= at_once
     assert kept(tmp_path).startswith(cached[: cached.rfind(b"\n") + 1]) and kept(tmp_path).count(b"\n") == 60
     server.asked.clear()
-    assert judge.score(Judge(args), ROWS) == RIGHT and not server.asked
+    assert judge.rate(Judge(args), ROWS) == RIGHT and not server.asked
 
 
 # -------------------------------------------------------------------------------- the command line
@@ -629,6 +672,7 @@ def test_a_killed_run_goes_on_through_every_fault(serve, tmp_path):
     dict(judge_at_once=-1), dict(judge_timeout=0.0), dict(judge_timeout=-1.0),
 ], ids=str)  # fmt: skip
 def test_a_mistake_is_told_before_anything_is_asked(mistake, serve, tmp_path, quick):
+    """One line, no request, no file."""
     server = serve(answer)
     with pytest.raises(UserError) as error:
         scores(server, tmp_path, 1, **mistake)
@@ -636,11 +680,12 @@ def test_a_mistake_is_told_before_anything_is_asked(mistake, serve, tmp_path, qu
 
 
 def test_the_command_line_scores_one_response(tiny, tmp_path):
+    """The same question that `rate` asks, and its score as the last line."""
     command = [sys.executable, ROOT / "judge.py", "--judge", tiny, "--query", "Q", "--preference", "P", "R."]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     [line] = (tmp_path / "runs" / "verdicts.jsonl").read_text().splitlines()
     same = Judge(JudgeArgs(judge=str(tiny), judge_cache=str(tmp_path / "else.jsonl")))
-    asked = same.key(judge.SCORE, "User: Q\nAssistant: R.\nUser's preference: P", judge.TOKENS["verdict"])
+    asked = same.key(judge.SCORE, "User: Q\nAssistant: R.\nUser's preference: P", judge.MAX_TOKENS["verdict"])
     score = judge.read_score(json.loads(line)["reply"])
     assert done.returncode == 0 and json.loads(line)["key"] == asked
     assert ("no score" if score is None else str(score)) in done.stdout.splitlines()[-1]
@@ -648,6 +693,7 @@ def test_the_command_line_scores_one_response(tiny, tmp_path):
 
 @pytest.mark.parametrize("missing", [0, 2, 4, 6, ...])
 def test_a_missing_argument_is_answered_with_usage(missing, tmp_path, monkeypatch, capsys):
+    """One line, exit code 2, nothing written."""
     whole = ["--judge", "m", "--query", "Q", "--preference", "P", "response"]
     monkeypatch.chdir(tmp_path)
     left = [] if missing is ... else whole[:missing] + whole[missing + 2 :]

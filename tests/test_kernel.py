@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import losses
-from losses import kernel_backward, kernel_forward, plain_backward, plain_forward, token_logps
+from fast import kernel_backward, kernel_forward
+from losses import plain_backward, plain_forward, token_logps
 
 triton = pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import losses
-from losses import batches, common_prefix, dpo, score, sequence_logps, token_logps
+from losses import common_prefix, dpo, response_logps, sequence_logps, split_by_tokens, token_logps
 from model import load
 
 transformers_logging.disable_progress_bar()
@@ -222,7 +222,7 @@ def gradients(model) -> dict[str, Tensor]:
 def test_score_is_each_sequence_alone(oracle_folder, oracle, groups):
     """Values and all gradients are those of transformers' full logits, one sequence at a time."""
     model = load(oracle_folder)
-    scored = score(model, groups)
+    scored = response_logps(model, groups)
     assert [[len(lp) for lp in group] for group in scored] == [[len(r) for r in rs] for _, rs in groups]
     ours = [lp for group in scored for lp in group]
     theirs = [alone(oracle, p, r) for p, rs in groups for r in rs]
@@ -241,7 +241,7 @@ def test_what_all_prefixes_begin_with_is_fed_once(exact, root, groups):
     """The model sees the root once, the rest of every prefix, and each response but for its last token."""
     model, fed = exact[0], []
     with model.register_forward_pre_hook(lambda _, args: fed.append(args[0].tolist())):
-        score(model, groups)
+        response_logps(model, groups)
     expected = groups[0][0][:root]
     for prefix, responses in groups:
         expected = expected + prefix[root:] + [t for r in responses for t in r[:-1]]
@@ -253,13 +253,13 @@ def test_a_shared_root_makes_room_in_a_batch():
     a, b, c = (([1, 2, *rest], [[7, 8]]) for rest in ([3, 4, 5, 5], [3, 4, 5, 6], [9, 9, 9, 9]))
     for tokens, expected in ((5, [[0], [1], [2]]), (6, [[0, 1], [2]]), (17, [[0, 1], [2]]),
                              (18, [[0, 1, 2]])):
-        assert list(batches([a, b, c], tokens)) == expected
+        assert list(split_by_tokens([a, b, c], tokens)) == expected
 
 
 def test_the_end_token_counts(oracle_folder, oracle):
     """The last log-prob of a response is its end token's, although padding would be the same id."""
     assert oracle.config.pad_token_id == EOS
-    (with_end, without), = score(load(oracle_folder), [([5, 6], [[7, 8, EOS], [7, 8]])])
+    (with_end, without), = response_logps(load(oracle_folder), [([5, 6], [[7, 8, EOS], [7, 8]])])
     expected = oracle(torch.tensor([[5, 6, 7, 8]])).logits[0, -1].log_softmax(-1)[EOS]
     assert len(with_end) == 3
     torch.testing.assert_close(with_end[-1], expected, rtol=0, atol=1e-5)
@@ -270,7 +270,7 @@ def test_the_end_token_counts(oracle_folder, oracle):
 def test_score_leaves_its_groups_alone(exact, given):
     """Ids go in and come out as they were."""
     groups = copy.deepcopy(given)
-    score(exact[0], groups)
+    response_logps(exact[0], groups)
     assert groups == given
 
 
@@ -297,7 +297,7 @@ def test_a_tied_gradient_by_the_long_way(exact):
 def test_nothing_has_no_log_probability(exact, groups):
     """An empty response or prefix raises instead of scoring 0."""
     with pytest.raises(ValueError, match="without tokens"):
-        score(exact[0], groups)
+        response_logps(exact[0], groups)
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 17, 18, 30, 4096])
@@ -306,8 +306,8 @@ def test_sequence_logps_are_sums_of_score(exact, tokens):
     model, graphs = exact[0], []
     with exact[0].register_forward_hook(lambda _, args, hidden: graphs.append(hidden.requires_grad)):
         got = sequence_logps(model, GROUPS, tokens)
-    assert not any(graphs) and len(graphs) == len(list(batches(GROUPS, tokens)))
-    expected = [[lp.sum().item() for lp in group] for group in score(model, GROUPS)]
+    assert not any(graphs) and len(graphs) == len(list(split_by_tokens(GROUPS, tokens)))
+    expected = [[lp.sum().item() for lp in group] for group in response_logps(model, GROUPS)]
     for a, b in zip(got, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-12)
 
@@ -317,7 +317,7 @@ def test_sequence_logps_are_sums_of_score(exact, tokens):
 ])  # fmt: skip
 def test_batches_hold_at_most_their_tokens(tokens, expected):
     """Groups of 11, 9 and 4 tokens, in order; one larger than the budget goes alone."""
-    assert list(batches(GROUPS, tokens)) == expected
+    assert list(split_by_tokens(GROUPS, tokens)) == expected
 
 
 # -------------------------------------------------------------------------------- dpo
@@ -412,7 +412,7 @@ def loss_gradient(models, pack) -> tuple[list[float], list[Tensor]]:
     for batch in pack:
         groups = [(PAIRS[pairs[0]][0], [r for i in pairs for r in PAIRS[i][1:]]) for pairs in batch]
         order = [i for pairs in batch for i in pairs]
-        lp = torch.stack([t.sum() for group in score(policy, groups) for t in group])
+        lp = torch.stack([t.sum() for group in response_logps(policy, groups) for t in group])
         ref = torch.tensor([x for group in sequence_logps(reference, groups) for x in group], dtype=lp.dtype)
         loss, _ = dpo(lp.view(-1, 2), ref.view(-1, 2), 0.3)
         loss.sum().backward()
@@ -457,7 +457,7 @@ def test_dpo_is_trl(oracle_folder, oracle, tmp_path):
     expected.backward()
 
     model, groups = load(oracle_folder), [(p, [c, r]) for p, c, r in PAIRS]
-    logps = torch.stack([torch.stack([t.sum() for t in group]) for group in score(model, groups)])
+    logps = torch.stack([torch.stack([t.sum() for t in group]) for group in response_logps(model, groups)])
     ref = torch.tensor(sequence_logps(load(reference_folder), groups))
     loss, metrics = dpo(logps, ref, beta=0.3)
     assert abs(loss.mean().item() - math.log(2)) > 0.05

@@ -22,7 +22,7 @@ import sample
 import train
 from model import load
 from run import main
-from sample import Tokenizer
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_model, write_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,13 +20,15 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
-from conftest import random_model, write_model
-from losses import dpo, score
+from checks import honours
+from data import load_examples
+from losses import dpo, response_logps
 from model import load
-from pairs import Pair, honours, load_examples, load_pairs
+from pairs import Pair, load_pairs
 from run import Metrics, UserError, read_json, read_jsonl
-from sample import Sample, Tokenizer
-from train import Args, all_logps, epoch_order, objective, rows
+from sample import Sample
+from tokenizer import Tokenizer
+from train import Args, all_logps, epoch_order, objective, training_rows
 
 END = 1  # the tiny model's end token
 
@@ -177,7 +180,7 @@ def fit(tiny, tmp_path, monkeypatch):
         gradients.clear()
         args, file = Args(**arguments), tmp_path / "metrics.jsonl"
         file.unlink(missing_ok=True)
-        pairs, model = rows(pairs, args), load(tiny)
+        pairs, model = training_rows(pairs, args), load(tiny)
         zeros = torch.zeros(len(pairs), 1)
         reference = zeros if args.method == "sft" else all_logps(model, pairs, args)
         train.train(model, pairs, reference, args, Metrics(file))
@@ -251,7 +254,7 @@ def test_flops_are_those_that_run(groups, fed, seen, predicted):
     head = c.vocab_size * c.hidden_size * predicted
     assert train.flops(c, groups) == 6 * (weights * fed + head + 2 * c.num_hidden_layers * width * seen)
     with FlopCounterMode(display=False) as counter:
-        torch.stack([lp.sum() for responses in score(model, groups) for lp in responses]).sum().backward()
+        torch.stack([lp.sum() for responses in response_logps(model, groups) for lp in responses]).sum().backward()
     assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == 6 * weights * fed + 8 * head
 
 
@@ -260,11 +263,11 @@ def test_flops_are_those_that_run(groups, fed, seen, predicted):
 def test_rows_of_n_negatives():
     """Pairwise: a row a rejected response, all with the chosen one; softmax and sft: a row a pair."""
     pairs = make_pairs(4, rejected=3)
-    pairwise = rows(pairs, Args(n_neg=3))
+    pairwise = training_rows(pairs, Args(n_neg=3))
     assert [(r.id, r.chosen_ids, r.rejected_ids) for r in pairwise] == [
         (p.id, p.chosen_ids, [ids]) for p in pairs for ids in p.rejected_ids]
     for args in (Args(n_neg=3, softmax=True), Args(method="sft")):
-        assert [(r.id, len(r.rejected_ids)) for r in rows(pairs, args)] == [(p.id, 3) for p in pairs]
+        assert [(r.id, len(r.rejected_ids)) for r in training_rows(pairs, args)] == [(p.id, 3) for p in pairs]
 
 
 @pytest.mark.parametrize(("softmax", "steps", "start"), [(False, 6, math.log(2)), (True, 2, math.log(4))])

@@ -21,8 +21,8 @@ import eval as evaluation
 import train
 from model import load
 from pairs import Pair, load_pairs
-from run import Metrics, gather, main, mine, rank, read_json, read_jsonl, world
-from train import Args, all_logps, rows
+from run import Metrics, gather, main, rank, read_json, read_jsonl, shard, world
+from train import Args, all_logps, training_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +69,7 @@ def experiment(folder: Path, scratch: Path, method: str, pass_tokens: int, count
             super().__init__(parameters, lr)
 
     args = Args(batch=3, lr=0.1, pass_tokens=pass_tokens, **METHODS[method])
-    pairs = rows(make_pairs(count, rejected=args.n_neg or 1), args)
+    pairs = training_rows(make_pairs(count, rejected=args.n_neg or 1), args)
     file = scratch / f"metrics-{method}-{pass_tokens}-{count}-{scale}-{world()}.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "sum_gradients", scaled)
@@ -89,7 +89,7 @@ def experiment(folder: Path, scratch: Path, method: str, pass_tokens: int, count
 def shares() -> list[tuple[list, list]]:
     """This process's share of lists of 0 to 7 items, and what all shares together give."""
     lists = [[dict(item=i) for i in range(n)] for n in range(8)]
-    return [(mine(items), gather(mine(items))) for items in lists]
+    return [(shard(items), gather(shard(items))) for items in lists]
 
 
 def work() -> None:

@@ -1,5 +1,7 @@
-"""README.md cannot rot: its commands run to their last line, its line counts are true."""
+"""README.md and docs.md cannot rot: their commands run to the end, what they name exists."""
 
+import dataclasses
+import importlib
 import os
 import re
 import shlex
@@ -10,19 +12,18 @@ from pathlib import Path
 
 import pytest
 
-import train
-from pairs import DATA
+from data import DATA
 from run import parse_all
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
-COMMANDS = [line.strip() for line in TEXT.splitlines() if re.match(r"    (pip|python|torchrun) ", line)]
+README, DOCS = ((ROOT / name).read_text() for name in ("README.md", "docs.md"))
+COMMANDS = [line.strip() for text in (README, DOCS) for line in text.splitlines()
+            if re.match(r"    (pip|python|torchrun) ", line)]
 SMALL = {  # what makes a command small; those on given pairs are small already
-    "train.py": ["--limit", "12", "--max-new-tokens", "8"], "pairs.py": ["--limit", "12"],
-    "eval.py": ["--limit", "12"], "sample.py": ["--max-new-tokens", "8"], "judge.py": [],
+    "train.py": {"--limit": "12", "--max-new-tokens": "8"}, "pairs.py": {"--limit": "12"},
+    "eval.py": {"--limit": "12"}, "sample.py": {"--max-new-tokens": "8"}, "judge.py": {},
 }  # fmt: skip
-ENDS = {"train.py": "summary.json", "pairs.py": "pairs.json", "eval.py": "eval.json"}
-OPTIONS = {"train.py": train.Args}  # of the commands that need the hub: test_datasets.py has a fake one
+LAST_FILE = {"train.py": "summary.json", "pairs.py": "pairs.json", "eval.py": "eval.json"}
 
 
 @pytest.fixture(scope="module")
@@ -35,44 +36,78 @@ def folder(tmp_path_factory) -> Path:
     return target
 
 
-def test_commands_are_found():
-    """Every program is shown, and the first command trains without any argument."""
+def arguments_of(program: str) -> type:
+    """The dataclass of a program's arguments."""
+    return importlib.import_module(program.removesuffix(".py")).Args
+
+
+def test_every_program_is_shown():
+    """The first command of the README trains without any argument."""
     assert COMMANDS[0] == "pip install -r requirements.txt && torchrun train.py"
     assert all(any(program in command for command in COMMANDS) for program in SMALL)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_runs_to_its_end(command, folder):
-    """In their order, on the embedded model: exit code 0, and the file that is written last is there."""
+    """In their order, on the embedded model: exit code 0, and the file that is written last is there.
+
+    Of commands that need the hub the arguments are parsed: test_datasets.py has a hub of its own.
+    """
     command = command.split("&& ")[-1]
     if "pytest" in command:
         assert command == "python -m pytest"
         return
     argv = shlex.split(command.replace("MODEL", "tiny").replace("JUDGE", "tiny"))
     program = next(word for word in argv if word in SMALL)
-    if argv[argv.index("--data") + 1 if "--data" in argv else 0] in DATA:
-        assert parse_all(OPTIONS[program], argv[argv.index(program) + 1 :])
+    if "--data" in argv and argv[argv.index("--data") + 1] in DATA:
+        assert parse_all(arguments_of(program), argv[argv.index(program) + 1 :])
         return
     if "--pairs" not in argv:
-        argv += [word for flag, value in zip(SMALL[program][::2], SMALL[program][1::2], strict=True)
-                 if flag not in argv for word in (flag, value)]
-    head = ["-m", "torch.distributed.run"] if argv[0] == "torchrun" else []
+        for flag, value in SMALL[program].items():
+            argv += [] if flag in argv else [flag, value]
+    module = ["-m", "torch.distributed.run"] if argv[0] == "torchrun" else []
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    done = subprocess.run([sys.executable, *head, *argv[1:]], cwd=folder, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, *module, *argv[1:]], cwd=folder, capture_output=True, text=True,
                           env=os.environ | dict(OMP_NUM_THREADS="1"), check=False)
     assert done.returncode == 0, done.stderr
-    new = {p.name for p in folder.rglob("*") if before.get(p) != p.stat().st_mtime_ns}
+    written = {p.name for p in folder.rglob("*") if before.get(p) != p.stat().st_mtime_ns}
     if "--dry-run" in argv:
-        assert "estimate" in done.stdout and not any(name.endswith((".json", ".jsonl")) for name in new)
+        assert "estimate" in done.stdout
+        assert not any(name.endswith((".json", ".jsonl")) for name in written)
     elif program in ("sample.py", "judge.py"):
         assert done.stdout.strip()
     elif "--report" in argv:
-        assert {"report.md", "report.png"} <= new
+        assert {"report.md", "report.png"} <= written
     else:
-        assert ENDS[program] in new
+        assert LAST_FILE[program] in written
 
 
-def test_line_counts_are_true():
-    """The table of files names all of them, with as many lines as they have."""
-    table = dict(re.findall(r"\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", TEXT))
-    assert table == {file.name: str(len(file.read_text().splitlines())) for file in ROOT.glob("*.py")}
+@pytest.mark.parametrize("text", [README, DOCS], ids=["README.md", "docs.md"])
+def test_every_option_that_is_named_exists(text):
+    """Outside the commands, which are run: some program has the option."""
+    fields = [field.name for program in SMALL for field in dataclasses.fields(arguments_of(program))]
+    flags = {"--" + name.replace("_", "-") for name in fields} | {"--help", "--nproc_per_node"}
+    named = set(re.findall(r"(?<![-\w])--[a-z][a-z_-]*", text))
+    assert named and named <= flags
+
+
+def test_every_function_of_the_table_exists():
+    """Where README says which part of the paper is found where."""
+    rows = re.findall(r"^\| .+ \| (.*\w\.py, `.*) \|$", README, re.M)
+    assert len(rows) >= 8
+    for row in rows:
+        for file, names in re.findall(r"(\w+)\.py, (`[^;]*`)", row):
+            module = importlib.import_module(file)
+            missing = [name for name in re.findall(r"`(\w+)`", names) if not hasattr(module, name)]
+            assert not missing, f"{file}.py has no {missing}"
+
+
+@pytest.mark.parametrize("text", [README, DOCS], ids=["README.md", "docs.md"])
+def test_every_link_leads_somewhere(text):
+    """To a file of the project, or to a heading of the same page."""
+    headings = {line.lstrip("# ").lower().replace(" ", "-") for line in text.splitlines() if line[:1] == "#"}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), target

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 import sample
-from losses import score
-from model import Cache, load
+from losses import response_logps
+from model import load
 from run import UserError
-from sample import Sampling, Tokenizer, filtered_probs, generate, pick
+from sample import Cache, Sampling, filtered_probs, generate, sample_token
+from tokenizer import Tokenizer
 
 transformers_logging.disable_progress_bar()
 
@@ -400,7 +401,7 @@ def test_pick_inverts_the_cumulative_distribution(s):
     logits = 2 * torch.randn(40, generator=torch.Generator().manual_seed(3))
     uniform = torch.arange(20_000) / 20_000
     uniform[-1] = 1 - 2**-24
-    ids, logps = pick(logits.expand(len(uniform), -1), uniform, s)
+    ids, logps = sample_token(logits.expand(len(uniform), -1), uniform, s)
     expected = nucleus(logits.double().numpy(), s)
     seen = np.bincount(ids.numpy(), minlength=40)
     assert seen[expected == 0].sum() == 0
@@ -411,7 +412,7 @@ def test_pick_inverts_the_cumulative_distribution(s):
 def test_greedy_is_the_argmax():
     """Temperature 0 ignores the uniforms and still returns the model's own log-probs."""
     logits = torch.randn(30, 50, generator=torch.Generator().manual_seed(4))
-    ids, logps = pick(logits, torch.rand(30), Sampling(0.0, 1.0, 1))
+    ids, logps = sample_token(logits, torch.rand(30), Sampling(0.0, 1.0, 1))
     assert torch.equal(ids, logits.argmax(-1))
     torch.testing.assert_close(logps, logits.log_softmax(-1).amax(-1))
 
@@ -439,7 +440,7 @@ def test_logps_are_a_scoring_pass(tiny, s):
     """log pi of what was drawn is the untempered, unfiltered model's, whatever the sampling."""
     model, prompts = load(tiny), tiny_prompts(9)
     samples = generate(model, prompts, s, frozenset(range(20)), seed=1, slots=4)
-    scored = score(model, [(p, [x.ids]) for p, x in zip(prompts, samples, strict=True)])
+    scored = response_logps(model, [(p, [x.ids]) for p, x in zip(prompts, samples, strict=True)])
     for x, (logps,) in zip(samples, scored, strict=True):
         torch.testing.assert_close(torch.tensor(x.logps), logps.detach(), rtol=0, atol=1e-5)
 

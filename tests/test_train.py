@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from model import load
+from optimizer import learning_rate
 from pairs import Pair, load_pairs
 from run import Metrics, UserError, read_json, read_jsonl
-from train import Args, all_logps, epoch_order, learning_rate
+from train import Args, all_logps, epoch_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,13 +201,13 @@ def test_the_first_step_is_at_the_reference_exactly(compute, pass_tokens, fit):
 
 def test_the_reference_is_scored_in_the_passes_of_the_first_epoch(fit, monkeypatch):
     """The same pairs side by side, so that even rounding is the same; the second epoch has its own passes."""
-    passes, response_logps = [], train.response_logps
+    passes, pair_logps = [], train.pair_logps
 
     def spy(model, some, args):
         passes.append([pair.id for pair in some])
-        return response_logps(model, some, args)
+        return pair_logps(model, some, args)
 
-    monkeypatch.setattr(train, "response_logps", spy)
+    monkeypatch.setattr(train, "pair_logps", spy)
     fit(make_pairs(12), batch=5, epochs=2, pass_tokens=60)
     first = next(i for i in range(1, len(passes)) if sum(map(len, passes[:i])) == 12)
     assert first > 3 and max(map(len, passes)) > 1  # steps are cut, and not into single pairs

@@ -1,0 +1,190 @@
+"""checks.py - whether a response is right, by rule: final answers, and the demo's checkers.
+
+    extract     the final answer of a response to a math or multiple-choice question (Table 2)
+    honours     whether a response respects one of the demo's contexts, by a small program
+    verify      either of the two, whichever an example asks for
+
+What differs from the paper: it does not say how answers are read; strict and flexible reading are both
+reported. The demo and its checks are ours.
+
+    python -m pytest tests/test_answers.py tests/test_checks.py
+"""
+
+import re
+from collections.abc import Callable
+
+# -------------------------------------------------------------------------------- right answers by rule
+
+LETTERS = "ABCDEFGH"  # of multiple-choice questions
+
+# Responses can be long and strange, so every pattern of this file takes time linear in the text's length: no
+# two neighbouring repetitions match the same characters, and look-aheads keep a number from matching in part.
+MARKS = re.compile(r"[\s*_\\(=:]*")  # what may stand before a number, "**" or "\(" for instance
+NUMBER = re.compile(
+    r"(?P<sign>[-+\u2212]?)\s*(?:[$\u00a3\u20ac]\s*)?(?P<minus>[-\u2212]?)"
+    r"(?P<value>(?:\d{1,3}(?:,\d{3})+|\d+)(?!,?\d)(?:\.\d+(?!\d))?|\.\d+(?!\d))"
+    r"(?![\d,]*\d)"  # digits that are left over make it no number: 1,08,0
+    r"(?!\s*/\s*\d)"  # nor is a fraction one: 1/2
+)
+# Where a number begins in running text. A sign belongs to it unless it directly follows a word or a number,
+# as in 10-3. The second case passes over a row of signs that no digit follows.
+NUMBER_START = re.compile(
+    r"(?<![\w.,])(?:(?:[-+\u2212$\u00a3\u20ac]+\s?)?\.?(?P<digit>\d)|[-+\u2212$\u00a3\u20ac]+)"
+)
+
+
+def number(text: str, start: int = 0) -> str | None:
+    """The number at the start of a text, or at `start`, exact and in its shortest form, or None.
+
+    1,080.50 is read as "1080.5" and -$7 as "-7". A sign, a currency and thousands commas are understood;
+    marks before the number ("**") and everything after it are ignored.
+    """
+    found = NUMBER.match(text, MARKS.match(text, start).end())
+    if found is None:
+        return None
+    integer, _, decimals = found["value"].replace(",", "").partition(".")
+    value = integer.lstrip("0") or "0"
+    if decimals.rstrip("0"):
+        value += "." + decimals.rstrip("0")
+    negative = found["sign"] in ("-", "\u2212") or found["minus"] != ""
+    return "-" + value if negative and value != "0" else value
+
+
+def last_number(text: str) -> str | None:
+    """The last number in a text, as `number` reads it."""
+    starts = [match.start() for match in NUMBER_START.finditer(text) if match["digit"]]
+    numbers = (number(text, start) for start in reversed(starts))
+    return next((value for value in numbers if value is not None), None)
+
+
+def math_answer(text: str, flexible: bool) -> str | None:
+    """The number after the last ####; flexible: where there is none, the last number."""
+    _, marker, after = text.rpartition("####")
+    answer = number(after) if marker else None
+    return last_number(text) if answer is None and flexible else answer
+
+
+def choice_answer(text: str, choices: int, flexible: bool) -> str | None:
+    """The letter after the last "the answer is:"; flexible: where there is none, the last letter on its own.
+
+    choices: how many letters there are, from A on. The colon may be missing where it is clear from what
+    follows that the letter is not the beginning of a phrase ("the answer is A good idea").
+    """
+    letter = f"([{LETTERS[:choices]}])"
+    stated = (r"(?i:the (?:correct |right |best )?answer is)"
+              rf"(?:\s*:[\s*(<\[]*{letter}(?![\w'])|[\s*(<\[]+{letter}(?=[.,;)*>\]]|\s*$|\s*\n))")
+    found = re.findall(stated, text)
+    if found:
+        with_colon, without_colon = found[-1]
+        return with_colon or without_colon
+    alone = re.findall(rf"(?<![\w']){letter}(?![\w']|\s+[a-z])", text) if flexible else []
+    return alone[-1] if alone else None
+
+
+def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> str | None:
+    """The final answer of a response, or None if it gives none.
+
+    style: "math" (a number in its shortest form) or "choice" (a letter). choices: how many a question has.
+    flexible: accept an answer that is not given in the form that the prompt asks for.
+    """
+    return math_answer(text, flexible) if style == "math" else choice_answer(text, choices, flexible)
+
+
+def verify(example, text: str, flexible: bool = False) -> bool | None:
+    """Whether a response is right, by the example's check or its answer; None if the example has neither.
+
+    example: any object with the attributes check, answer, style and choices, such as data.Example (which
+    this file cannot import, because data.py imports this one). flexible: see `extract`.
+    """
+    if example.check:
+        return honours(example.check, text)
+    if example.answer is None or example.style not in ("math", "choice"):
+        return None
+    return extract(example.style, text, len(example.choices or ()), flexible) == example.answer
+
+
+# The demo's checks: each tells whether a response does what one context asks for. Contexts name them
+# (assets/demo/contexts.jsonl), so their names are part of the data. [^\W_] is a letter or a digit.
+
+def after_last_word(text: str) -> str:
+    """The marks and spaces after the last letter or digit; empty if the text has no letter or digit."""
+    found = re.search(r"[^\W_]([\W_]*)\Z", text)
+    return found[1] if found else ""
+
+
+def starts_with(text: str, phrase: str) -> bool:
+    """The first words are the phrase, in any case; spaces and marks before it are ignored."""
+    return bool(re.match(rf"[\W_]*{re.escape(phrase)}(?![^\W_])", text, re.I))
+
+
+def ends_with(text: str, phrase: str) -> bool:
+    """The last words are the phrase, in any case; spaces and marks after it are ignored."""
+    return bool(re.search(rf"(?<![^\W_]){re.escape(phrase)}[\W_]*$", text, re.I))
+
+
+def ends_with_question(text: str) -> bool:
+    """A question mark follows the last word, and no full stop, comma, colon or semicolon follows the mark."""
+    _, mark, rest = after_last_word(text).rpartition("?")
+    return mark == "?" and not any(stop in rest for stop in ".,:;")
+
+
+def max_words(text: str, n: int) -> bool:
+    """There are 1 to n words; a word is a run without spaces that has a letter or a digit."""
+    words = [run for run in text.split() if any(map(str.isalnum, run))]
+    return 1 <= len(words) <= n
+
+
+def max_sentences(text: str, n: int) -> bool:
+    """There are 1 to n sentences and the last one is finished.
+
+    A sentence ends at marks that include one of .!? and stand before a space, or at the end of a line.
+    """
+    only_ends = re.sub(r"[^\w\s.!?]|_", "", text)  # without the other marks, an end stands next to its space
+    parts = re.split(r"[.!?]\s|\n", only_ends)
+    sentences = [part for part in parts if any(map(str.isalnum, part))]
+    finished = any(end in after_last_word(text) for end in ".!?")
+    return finished and 1 <= len(sentences) <= n
+
+
+def lowercase(text: str) -> bool:
+    """There are letters, and none of them is a capital."""
+    return text.islower()
+
+
+def bullets(text: str, n: int) -> bool:
+    """At least n lines, and over half of those not blank, are a bullet (-, * or •), a space and words."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    items = [line for line in lines if re.match(r"\s*[-*•]\s.*[^\W_]", line)]
+    return len(items) >= n and 2 * len(items) > len(lines)
+
+
+def emoji(text: str) -> bool:
+    """There is a symbol, dingbat or pictograph, by the Unicode blocks U+2600-27BF and U+1F300-1FAFF."""
+    return bool(re.search("[\u2600-\u27bf\U0001f300-\U0001faff]", text))
+
+
+def exclaims(text: str, n: int) -> bool:
+    """There are at least n exclamation marks."""
+    return text.count("!") >= n
+
+
+def quoted(text: str) -> bool:
+    """All the text stands between two double quotation marks, straight or curly, with no others inside."""
+    found = re.fullmatch(r'\s*["“]([^"“”]*)["”]\s*', text)
+    return bool(found and re.search(r"\w", found[1]))
+
+
+def mentions(text: str, *words: str) -> bool:
+    """One of the words, which are regular expressions, occurs as a whole word, in any case."""
+    return bool(re.search(rf"(?<![^\W_])(?:{'|'.join(words)})(?![^\W_])", text, re.I))
+
+
+CHECKS: dict[str, Callable[..., bool]] = {check.__name__: check for check in (
+    starts_with, ends_with, ends_with_question, max_words, max_sentences, lowercase, bullets, emoji,
+    exclaims, quoted, mentions)}
+
+
+def honours(check: list, response: str) -> bool:
+    """Whether a response passes a context's check, [name, *arguments]; a blank response passes none."""
+    name, *arguments = check
+    return bool(response.strip()) and CHECKS[name](response, *arguments)

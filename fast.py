@@ -1,0 +1,396 @@
+"""fast.py - what is there for speed and memory alone. The method can be understood without this file.
+
+Every function here has a plain form of a line or two, given in its docstring; tests/test_fast.py compares the
+two, values and gradients, in fp64 and bf16. What each of them saves in a whole run is in bench/README.md.
+
+    linear_logps     log-softmax-gather of the output layer: no logits are kept; Triton kernels on a GPU
+    attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products
+    products_in_fp32 the scores of a decoding step, without a copy of the keys in fp32
+    rms_norm         keeps its input in the compute type, not an fp32 copy of it
+    swiglu           keeps its two arguments and not a third tensor of their size
+    invert_cumulative   draws a token without a cumulative sum over the vocabulary
+    graphed          a decoding step as one CUDA graph
+    tune_allocator   freed memory stays in the process
+
+Legend: N rows, V vocabulary, E hidden size, F feed-forward size, H query heads, G key/value heads, D head
+size, m queries, n keys.
+
+    python -m pytest tests/test_fast.py
+"""
+
+import ctypes
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Logits that exist at a time: 8 MB of fp32 on a CPU, which its cache can hold; 256 MB of bf16 on a GPU.
+LOGITS_AT_ONCE = dict(cpu=2**21, cuda=2**27)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where it is fp64: the type of norms, rotations, softmax and every sum."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether bf16 matrix products are fast: on GPUs, and on CPUs with the instructions for them."""
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# ------------------------------------------------------------------------- log-probs of target tokens
+
+def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden @ weight.T)[target] for every row, without holding all logits at once.
+
+    hidden (N, E), weight (V, E), targets (N,) int64 -> (N,) in fp32, or in fp64 from fp64. Plain form:
+
+        upcast(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    """
+    return _LinearLogps.apply(hidden, weight, targets)
+
+
+class _LinearLogps(torch.autograd.Function):
+    """Forward and backward go through the vocabulary slice by slice.
+
+    Forward keeps the log-sum-exp of each row and drops the logits; backward computes them again. With the
+    upstream gradient g and d = g * (onehot(target) - softmax(logits)):
+
+        d hidden = d @ weight,   d weight = d.T @ hidden
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        lse = torch.full(targets.shape, -math.inf, dtype=exact, device=hidden.device)  # (N,)
+        picked = torch.zeros_like(lse)  # (N,) the target's logit
+        for start, _, logits in vocabulary_slices(hidden, weight):
+            slice_lse, slice_picked = slice_forward(logits, targets - start)
+            lse = torch.logaddexp(lse, slice_lse)
+            picked += slice_picked
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        return picked - lse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        d_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for start, part, logits in vocabulary_slices(hidden, weight):
+            d = slice_backward(logits, targets - start, lse, grad)  # (N, columns)
+            if d_hidden is not None:
+                d_hidden += d @ part
+            if d_weight is not None:
+                d_weight[start : start + len(part)] = d.T @ hidden  # (columns, E)
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None
+
+
+def vocabulary_slices(hidden: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(first token id, rows of the weight, logits of all N positions) of each slice of the vocabulary."""
+    columns = max(1, LOGITS_AT_ONCE[hidden.device.type] // len(hidden))
+    if columns > 64:
+        columns -= columns % 64  # products of round shapes are faster
+    for start in range(0, len(weight), columns):
+        part = weight[start : start + columns]  # (columns, E)
+        yield start, part, F.linear(hidden, part)  # (N, columns)
+
+
+def slice_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """For one slice of the vocabulary: the log-sum-exp of each row, and the target's logit if it lies in the
+    slice (0 <= target < columns), else 0.
+
+    logits (N, columns), targets (N,) int64 -> (N,) and (N,), in fp32, or in fp64 from fp64.
+    """
+    if runs_triton(logits):
+        return kernel_forward(logits, targets)
+    logits = upcast(logits)
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    index = targets.clamp(0, logits.shape[1] - 1)
+    picked = logits.gather(1, index[:, None]).squeeze(1)  # (N,)
+    return logits.logsumexp(-1), picked.where(inside, 0)
+
+
+def slice_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of one slice's logits, grad * (onehot(target) - exp(logits - lse)).
+
+    logits (N, columns); targets, lse (over the whole vocabulary) and grad (N,) -> (N, columns) in the type of
+    logits.
+    """
+    if runs_triton(logits):
+        return kernel_backward(logits, targets, lse, grad)
+    d = (logits - lse[:, None]).exp_().mul_(-grad[:, None])
+    inside = (targets >= 0) & (targets < d.shape[1])
+    rows = inside.nonzero().squeeze(1)
+    d[rows, targets[rows]] += grad[rows]
+    return d.to(logits.dtype)
+
+
+def runs_triton(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype != torch.float64
+
+
+# On a machine without a GPU Triton need not be installed; TRITON_INTERPRET=1 runs the kernels as numpy.
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def _forward_kernel(logits, targets, lse, picked, columns, stride, BLOCK: tl.constexpr):
+        """One program a row: a running maximum, and a running sum that is rescaled as the maximum grows."""
+        row = tl.program_id(0).to(tl.int64)  # row * stride can exceed 2^31
+        logits += row * stride
+        maximum = tl.full((), float("-inf"), tl.float32)
+        total = tl.full((), 0.0, tl.float32)
+        for start in range(0, columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + column, mask=column < columns, other=float("-inf"))  # (BLOCK,)
+            x = x.to(tl.float32)
+            higher = tl.maximum(maximum, tl.max(x, 0))
+            # A row of -inf alone must not compute -inf - -inf, which is nan.
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp(maximum - base) + tl.sum(tl.exp(x - base), 0)
+            maximum = higher
+        target = tl.load(targets + row)
+        inside = (target >= 0) & (target < columns)
+        value = tl.load(logits + tl.where(inside, target, 0)).to(tl.float32)
+        tl.store(picked + row, tl.where(inside, value, 0.0))
+        tl.store(lse + row, maximum + tl.log(total))
+
+    @triton.jit
+    def _backward_kernel(logits, targets, lse, grad, out, columns, stride, BLOCK: tl.constexpr):
+        """One program a row and BLOCK columns: grad * (onehot(target) - exp(logits - lse))."""
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * stride + column, mask=column < columns, other=float("-inf"))  # (BLOCK,)
+        softmax = tl.exp(x.to(tl.float32) - tl.load(lse + row))
+        onehot = tl.where(column == tl.load(targets + row), 1.0, 0.0)
+        d = tl.load(grad + row) * (onehot - softmax)
+        tl.store(out + row * columns + column, d.to(out.dtype.element_ty), mask=column < columns)
+
+
+def kernel_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """slice_forward by the Triton kernel: each logit is read once. Columns must be adjacent in memory."""
+    rows, columns = logits.shape
+    lse = torch.empty(rows, dtype=torch.float32, device=logits.device)  # (N,)
+    picked = torch.empty_like(lse)  # (N,)
+    block = min(triton.next_power_of_2(columns), 8192)
+    _forward_kernel[(rows,)](logits, targets, lse, picked, columns, logits.stride(0),
+                             BLOCK=block, num_warps=8)
+    return lse, picked
+
+
+def kernel_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+    """slice_backward by the Triton kernel, into a new tensor."""
+    rows, columns = logits.shape
+    out = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device)  # (N, columns)
+    block = min(triton.next_power_of_2(columns), 8192)
+    grid = rows, triton.cdiv(columns, block)
+    _backward_kernel[grid](logits, targets, lse, grad.contiguous(), out, columns, logits.stride(0),
+                           BLOCK=block, num_warps=8)
+    return out
+
+
+# ------------------------------------------------------------------------- layers
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Grouped-query attention softmax(q k' / sqrt(D) + mask) v, as matrix products in the type of q.
+
+    q (H, m, D), k and v (G, n, D), mask (m, n) fp32, 0 where a query may look and -inf elsewhere
+    -> (H, m, D). Plain form:
+
+        F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0]
+    """
+    return _Attention.apply(q, k, v, mask)
+
+
+class _Attention(torch.autograd.Function):
+    """With p the attention weights and o the output:
+
+        d v = p' d o,   d s = p * (d o v' - rowsum(d o * o)),   d q = d s k,   d k = d s' q
+
+    Scores and softmax are fp32: in bf16 a score of 100, as keys with a large constant offset give, is off by
+    up to 1/4. Of the (m, n) tables only p is kept, in the type of q.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        kv_heads, n, size = k.shape
+        m = q.shape[1]
+        # The H/G query heads that share a key/value head become rows of one product.
+        rows = q.reshape(kv_heads, -1, size) * size**-0.5  # (G, H/G * m, D)
+        scores = upcast(rows) @ upcast(k).transpose(1, 2)  # (G, H/G * m, n)
+        scores = scores.view(-1, m, n).add_(mask)  # (H, m, n)
+        p = scores.softmax(-1).to(q.dtype).view(kv_heads, -1, n)  # (G, H/G * m, n)
+        out = p @ v  # (G, H/G * m, D)
+        ctx.save_for_backward(rows, k, v, p, out)
+        return out.view(-1, m, size)  # (H, m, D)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, k, v, p, out = ctx.saved_tensors
+        d_out = grad.reshape(rows.shape)  # (G, H/G * m, D)
+        row_sum = (upcast(d_out) * out).sum(-1, keepdim=True)  # (G, H/G * m, 1)
+        d_scores = (d_out @ v.transpose(1, 2) - row_sum).mul_(p).to(p.dtype)  # (G, H/G * m, n)
+        d_q = d_scores @ k * k.shape[-1] ** -0.5  # (G, H/G * m, D)
+        d_k = d_scores.transpose(1, 2) @ rows  # (G, n, D)
+        d_v = p.transpose(1, 2) @ d_out  # (G, n, D)
+        return d_q.view(grad.shape), d_k, d_v, None
+
+
+def products_in_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of bf16 or fp32 matrices (batch, ..., m, k) and (batch, ..., k, n), in fp32. Plain form:
+
+        upcast(a) @ upcast(b)
+    """
+    if a.device.type == "cuda" and a.dtype == b.dtype == torch.bfloat16:
+        batch = a.shape[:-2]
+        product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+        return product.unflatten(0, batch)  # (batch, ..., m, n)
+    return upcast(a) @ upcast(b)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, in fp32, returned in the type of x (..., E). Plain form:
+
+        F.rms_norm(upcast(x), weight.shape, weight, eps).to(x.dtype)
+    """
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With s = 1 / rms(x), u = x s and h = d y * weight:
+
+        d x = s (h - u mean(h u)),   d weight = sum of d y * u
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y = upcast(x)  # (..., E)
+        mean_square = torch.linalg.vecdot(y, y)[..., None] / y.shape[-1]  # (..., 1)
+        scale = (mean_square + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (y * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        grad = upcast(grad)
+        unit = upcast(x) * scale  # (..., E)
+        d_weight = (grad * unit).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # (E,)
+        h = grad * weight
+        mean = torch.linalg.vecdot(h, unit)[..., None] / unit.shape[-1]  # (..., 1)
+        d_x = h.sub_(unit.mul_(mean)).mul_(scale)
+        return d_x.to(x.dtype), d_weight, None
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, all (T, F). Plain form:
+
+        F.silu(gate) * up
+    """
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """With s the logistic function and silu(z) = z s(z):
+
+        d gate = d y * up * s(gate) (1 + gate (1 - s(gate))),   d up = d y * silu(gate)
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+
+
+# ------------------------------------------------------------------------- sampling
+
+def invert_cumulative(mass: Tensor, uniform: Tensor) -> Tensor:
+    """For each row the column at which the cumulated mass exceeds the share `uniform` in [0, 1) of it all.
+
+    mass (n, V), not negative, uniform (n,) -> (n,) int64. Plain form:
+
+        (mass.cumsum(-1) <= uniform[:, None] * mass.sum(-1, keepdim=True)).sum(-1)
+
+    The column is looked up twice, among the sums of blocks of 128 columns and then within one block: a
+    cumulative sum over the whole vocabulary would take longer than the rest of the draw.
+    """
+    blocks = F.pad(mass, (0, -mass.shape[1] % 128)).unflatten(1, (-1, 128))  # (n, V/128, 128)
+    sums = blocks.sum(-1)  # (n, V/128)
+    target = uniform[:, None] * sums.sum(-1, keepdim=True)  # (n, 1)
+    block, rest = _invert(sums, target)  # (n, 1) each
+    inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1)  # (n, 128)
+    column, _ = _invert(inside, rest)  # (n, 1)
+    return (128 * block + column).squeeze(1)  # (n,)
+
+
+def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first column whose cumulated mass exceeds the target (n, 1), and what is left of the target there.
+    """
+    cumulative = mass.cumsum(-1)  # (n, columns)
+    just_below = cumulative[:, -1:].nextafter(target.new_zeros(()))
+    target = target.minimum(just_below)  # rounding must not put it beyond the last column
+    column = torch.searchsorted(cumulative, target, right=True)  # (n, 1)
+    before = cumulative.gather(1, column) - mass.gather(1, column)  # (n, 1)
+    return column, target - before
+
+
+# ------------------------------------------------------------------------- running
+
+def graphed(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """step() as one CUDA graph, captured now: a call launches the same kernels over the same memory again,
+    all at once. On other devices step itself."""
+    if device.type != "cuda":
+        return step
+    stream = torch.cuda.Stream(device)  # of this graph alone, like what libraries set up on it
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        step()  # the first call sets up what cannot be captured
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def tune_allocator() -> None:
+    """Keep freed memory in the process, on huge pages (Linux with glibc).
+
+    By default the kernel takes the pages of every large tensor back when it is freed and zeroes them again
+    for the next one, 4 KB at a time: on a CPU that costs more than the arithmetic of an elementwise
+    operation.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")  # steps seldom repeat their shapes
+    libc = ctypes.CDLL(None)
+    libc.mallopt(1, 0)  # M_MXFAST: no lists of small blocks to tidy up whenever a large one is freed
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too, where they are used again
+    libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never gives anything back
+    # Ask for all of the heap's addresses at once, so that it is one range which huge pages can back.
+    libc.malloc.restype = ctypes.c_void_p
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    policy = Path("/proc/sys/vm/overcommit_memory")
+    if policy.exists() and policy.read_text().strip() == "2":  # here addresses count as memory
+        memory = 2**30
+    share = memory // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(share))))
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith("[heap]"):
+            start, end = (int(address, 16) for address in line.split()[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)  # MADV_HUGEPAGE

@@ -1,0 +1,492 @@
+"""report.py - how the numbers of evaluations are shown: tables, figures, the report over runs.
+
+    tables        the summary that eval.py prints, and some answers side by side
+    figures       the gain and the learning curve (Fig. 2), judges' outcomes (Fig. 3), entropies (Figs. 4, 5)
+    report        the paper's tables over runs and seeds (python eval.py --report RUN RUN ...)
+
+What differs from the paper: its own figures stand beside ours.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data import Example
+from judge import PAPER
+from measures import SYSTEMS
+from run import read_json, read_jsonl, seed_from, write_atomic
+
+# -------------------------------------------------------------------------------- formatting
+
+def mean_of(row: dict, key: str) -> float | None:
+    """A measurement of a system, whether or not it has an interval; None where there is none."""
+    measurement = row.get(key)
+    return measurement["mean"] if isinstance(measurement, dict) else measurement
+
+
+def with_interval(measurement: dict | None, form: str, scale: float = 1) -> str:
+    """63.1 [58.0, 68.2]: a mean with its interval; - where there is none."""
+    if measurement is None or measurement["mean"] is None:
+        return "-"
+    mean, low, high = (format(scale * measurement[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def cell(runs: list[dict], key: str, scale: float, form: str) -> str:
+    """Mean ± standard deviation over runs with different seeds; of one run its interval, if it has one."""
+    means = [mean_of(run, key) for run in runs]
+    values = [scale * mean for mean in means if mean is not None]
+    if not values:
+        return "-"
+    if len(values) > 1:
+        return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}} ({len(values)} seeds)"
+    measurement = runs[0][key]
+    return with_interval(measurement, form, scale) if isinstance(measurement, dict) else f"{values[0]:{form}}"
+
+
+def markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+# -------------------------------------------------------------------------------- the printed table
+
+QUALITY = (  # heading, key, format; shown where a system has it
+    ("flexible", "flexible", ".1%"), ("unparsed", "unparsed", ".1%"), ("by MI", "choice_mi", ".1%"),
+    ("score", "score", ".2f"), ("strict wins", "strict", ".1%"), ("ties", "ties", ".1%"),
+    ("at equal len", "length_controlled", ".1%"), ("off target", "off_target", ".1%"),
+    ("tokens", "tokens", ".1f"), ("unfinished", "unfinished", ".0%"), ("base nll", "nll_per_token", ".3f"),
+    ("distinct-2", "distinct_2", ".3f"), ("self-BLEU-4", "self_bleu_4", ".3f"),
+    ("prompt gain", "prompt_gain", ".1f"),
+)
+
+
+def table(result: dict) -> str:
+    """The printed summary: systems and differences of each part, what judges say, every context."""
+    lines = []
+    for part, block in result["parts"].items():
+        lines += ["", *system_lines("all" if part == "all" else f"{part} contexts", block["systems"])]
+        lines += [difference_line(name, d) for name, d in block["differences"].items()]
+        for system, row in block["systems"].items():
+            if "entropy_right" in row:
+                right, wrong = (with_interval(row[key], ".2f") for key in ("entropy_right", "entropy_wrong"))
+                lines.append(f"{system}: entropy over the letters, nats: {right} if right, {wrong} if wrong")
+    for name, verdicts in result.get("judges", {}).items():
+        lines += ["", *judge_lines(name, verdicts)]
+    if result["contexts"]:
+        lines += ["", "each context, share honoured"]
+    for c in result["contexts"]:
+        rates = "  ".join(f"{system} {c[system]:4.0%}" for system in SYSTEMS if system in c)
+        lines.append(f"  {c['context_id']} {c['group']:6} {rates}  {c['context'][:90]}")
+    return "\n".join(lines)
+
+
+def system_lines(title: str, systems: dict) -> list[str]:
+    """A heading, then a line a system: win rate, context gain, and the quality columns that the data have."""
+    columns = [column for column in QUALITY
+               if any(mean_of(row, column[1]) is not None for row in systems.values())]
+    headings = " ".join(f"{heading:>12}" for heading, _, _ in columns)
+    lines = [f"{title:12} {'win rate %':>19} {'context gain, nats':>22} {headings}"]
+    for system, row in systems.items():
+        means = [(mean_of(row, key), form) for _, key, form in columns]
+        quality = " ".join(f"{'-' if mean is None else format(mean, form):>12}" for mean, form in means)
+        rate, gain = with_interval(row["win_rate"], ".1f", 100), with_interval(row["context_gain"], ".2f")
+        lines.append(f"{system:12} {rate:>19} {gain:>22} {quality}")
+    return lines
+
+
+def difference_line(name: str, d: dict) -> str:
+    """One pair of systems: differences of the win rate, the judge's score and the context gain."""
+    matched = d["win_rate_length_matched"]
+    rate, even = with_interval(d["win_rate"], "+.1f", 100), with_interval(matched, "+.1f", 100)
+    gain = with_interval(d["context_gain"], "+.2f")
+    per_token = with_interval(d["context_gain_per_token"], "+.3f")
+    test = "" if d["mcnemar_p"] is None else f" (McNemar p {d['mcnemar_p']:.2g})"
+    score = f"; score {with_interval(d['score'], '+.2f')}" if d["score"]["n"] else ""
+    return (f"{name}: win rate {rate}{test}, at matched length {even} (n = {matched['n']}){score}; "
+            f"context gain {gain}, per token {per_token}")
+
+
+def judge_lines(name: str, verdicts: dict) -> list[str]:
+    """What one judge could not be read on, how far it agrees with people, whom it prefers."""
+    unread = ", ".join(f"{n} of {texts}" for texts, n in verdicts["unread"].items() if n) or "none"
+    lines = [f"judge {name}: replies it could not be read from: {unread}"]
+    if "critic" in verdicts:
+        strict, tolerant = (with_interval(verdicts["critic"][key], ".1f", 100)
+                            for key in ("strict", "tie_tolerant"))
+        lines.append(f"  agrees with people: strictly {strict}%, ties allowed {tolerant}%")
+    if "pairwise" in verdicts:
+        p = verdicts["pairwise"]
+        level = "-" if p["length_controlled"] is None else f"{p['length_controlled']:.1%}"
+        counts = ", ".join(f"{p[key]} {key}" for key in ("wins", "ties", "losses", "unread"))
+        lines.append(f"  trained against prompted: {with_interval(p['win_rate'], '.1f', 100)}% ({counts}; "
+                     f"{p['flip_rate']:.0%} flip with the order), at equal length {level}")
+    return lines
+
+
+def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[str, np.ndarray],
+                 count: int = 3) -> str:
+    """Some prompts with the answers of prompting and of training: `count` gains, and one still wrong."""
+    baseline = "prompted" if "prompted" in answers else "default"
+    before, after = won[baseline], won["trained"]
+    order = np.random.default_rng(seed_from("examples")).permutation(len(examples))
+    gained = [i for i in order if before[i] == 0 and after[i] == 1][:count]
+    failed = [i for i in order if after[i] == 0][:1]
+    lines = []
+    for i in [*gained, *failed]:
+        context = f" [{examples[i].context}]" if examples[i].context else ""
+        label, verdict = baseline + ":", " (still wrong)" if i in failed else ""
+        lines += ["", f"{examples[i].prompt}{context}",
+                  f"  {label:9} {answers[baseline][i].text!r}",
+                  f"  trained:  {answers['trained'][i].text!r}{verdict}"]
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------- figures
+
+# Colours that the colour-blind tell apart (Okabe and Ito's blue and vermilion); blue is what is trained.
+BLUE, VERMILION, BLACK, GREY = "#0072B2", "#D55E00", "#333333", "#7F7F7F"
+ACCURACIES = dict(  # the paper's Fig. 2: key of metrics.jsonl -> the curve's name
+    accuracy_chosen="chosen: reward > 0", accuracy="chosen > rejected",
+    accuracy_rejected="rejected: reward < 0",
+)
+
+
+def pyplot():
+    """matplotlib's, without a screen; imported here, because that is slow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save_figure(figure, file: Path) -> None:
+    """Write a figure to `file` whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    figure.savefig(temporary, dpi=150, format=file.suffix[1:])
+    os.replace(temporary, file)
+    pyplot().close(figure)
+
+
+def training_steps(folder: Path, candidate: int = 0) -> list[dict]:
+    """The steps of metrics.jsonl that trained one candidate of a run."""
+    rows = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
+    return [row for row in rows if row["candidate"] == candidate and "loss" in row]
+
+
+def running_mean(steps: list[dict], key: str, windows: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """The last step of each window and the metric's mean over it; the run is so many windows long."""
+    width = max(1, len(steps) // windows)
+    values = np.array([row[key] for row in steps])  # (steps,)
+    smooth = np.convolve(values, np.ones(width) / width, "valid")  # (steps - width + 1,)
+    return np.array([row["step"] for row in steps[width - 1 :]]), smooth
+
+
+def learning_curve(folder: Path, candidate: int = 0) -> None:
+    """metrics.jsonl -> learning_curve.png: prediction accuracies (the paper's Fig. 2), rewards, margin, loss.
+
+    Faint points are steps, lines their running mean over a twentieth of the run.
+    """
+    plt = pyplot()
+    steps = training_steps(folder, candidate)
+    panels = [("prediction accuracy", ACCURACIES),
+              ("reward, nats", dict(reward_chosen="chosen", margin="margin", reward_rejected="rejected")),
+              ("loss", dict(loss="loss"))]
+    panels = [(title, curves) for title, curves in panels if set(curves) <= steps[0].keys()]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained",
+                                squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels, strict=True):
+        for (key, label), colour in zip(curves.items(), ("tab:blue", "tab:gray", "tab:red"), strict=False):
+            axis.plot([row["step"] for row in steps], [row[key] for row in steps], ".", color=colour,
+                      alpha=0.2, markersize=3)
+            axis.plot(*running_mean(steps, key), color=colour, label=label)
+        axis.set(title=title, xlabel="step")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="x-small",
+                    frameon=False)
+    save_figure(figure, folder / "learning_curve.png")
+
+
+def gain_figure(run: Path, file: Path) -> None:
+    """What training gained: a run's eval.json and metrics.jsonl as one picture.
+
+    Left: each system's win rate with its 95% interval, for seen and unseen contexts where the data tell them
+    apart. Right: the prediction accuracies of training (Fig. 2), for objectives that have them. No file is
+    written where there is no trained system or no win rate.
+    """
+    result, summary = read_json(run / "eval.json"), read_json(run / "summary.json")
+    systems = result["parts"]["all"]["systems"]
+    if "trained" not in systems or systems["trained"]["win_rate"]["mean"] is None:
+        return
+    steps = training_steps(run, summary.get("chosen", {}).get("candidate", 0))
+    has_accuracies = set(ACCURACIES) <= steps[0].keys()
+    method = result["run"]["method"]
+    figure, axes = pyplot().subplots(1, 1 + has_accuracies, figsize=(9 if has_accuracies else 4.6, 3.4),
+                                     layout="constrained", squeeze=False)
+    figure.get_layout_engine().set(wspace=0.06)
+    draw_win_rates(axes[0, 0], result["parts"], "MIPO" if method == "dpo" else method.upper())
+    if has_accuracies:
+        draw_accuracies(axes[0, 1], steps)
+    save_figure(figure, file)
+
+
+def draw_win_rates(axis, parts: dict, method: str) -> None:
+    """A dot and its interval for every system; a block a part, headed by the trained system's gain."""
+    names = dict(default="no context", prompted="prompting", trained=method)
+    colours = dict(default=GREY, prompted=BLACK, trained=BLUE)
+    y, positions = 0.0, {}  # position -> system
+    for part in [part for part in parts if part != "all"] or ["all"]:
+        gain = list(parts[part]["differences"].values())[-1]["win_rate"]  # trained - what stands before it
+        axis.text(0, y, "all rows" if part == "all" else f"{part} contexts", va="center", fontweight="bold",
+                  fontsize="small")
+        axis.text(105, y, with_interval(gain, "+.0f", 100) + " points", va="center", ha="right", color=BLUE,
+                  fontsize="small")
+        for system, mean, low, high in win_rates(parts[part]):
+            y += 1
+            positions[y] = system
+            axis.plot([low, high], [y, y], color=colours[system], linewidth=3, solid_capstyle="round")
+            axis.plot(mean, y, "o", color=colours[system], markersize=8)
+            axis.annotate(f"{mean:.0f}%", (max(high, mean + 2), y), xytext=(6, 0), va="center",
+                          textcoords="offset points", color=colours[system])
+        y += 1.5
+    axis.set(xlabel="win rate, % (95% intervals)", xlim=(-2, 105), xticks=range(0, 101, 25),
+             ylim=(y - 0.8, -0.6), yticks=list(positions),
+             yticklabels=[names[system] for system in positions.values()])
+    for label, system in zip(axis.get_yticklabels(), positions.values(), strict=True):
+        label.set_color(colours[system])
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="0.92")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    last_two = [f"{names[system]} {mean:.0f}%" for system, mean, _, _ in win_rates(parts["all"])[-2:]]
+    axis.set_title("Win rate: " + ", ".join(last_two), loc="left", pad=12)
+
+
+def win_rates(block: dict) -> list[tuple[str, float, float, float]]:
+    """(system, mean, low, high), in percent, of one part's systems that have a win rate."""
+    rates = {system: row["win_rate"] for system, row in block["systems"].items()}
+    return [(system, 100 * rate["mean"], 100 * rate["low"], 100 * rate["high"])
+            for system, rate in rates.items() if rate["mean"] is not None]
+
+
+def draw_accuracies(axis, steps: list[dict]) -> None:
+    """The prediction accuracies, running means over a tenth of the run, each named at its right end."""
+    colours = dict(accuracy_chosen=BLUE, accuracy=BLACK, accuracy_rejected=VERMILION)
+    ends = {}
+    for key, colour in colours.items():
+        x, smooth = running_mean(steps, key, windows=10)
+        axis.plot(x, 100 * smooth, color=colour, linewidth=1.8)
+        ends[key] = 100 * smooth[-1]
+    for key, height in spread(ends, gap=7).items():
+        axis.text(1.02, height, ACCURACIES[key], color=colours[key], fontsize="small", va="center",
+                  transform=axis.get_yaxis_transform())
+    axis.set(xlabel="training step", ylabel="% of pairs", xlim=(0, steps[-1]["step"]), ylim=(-3, 103),
+             yticks=range(0, 101, 25))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(axis="y", color="0.92")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(f"Chosen beats rejected in {ends['accuracy']:.0f}% of pairs", loc="left", pad=12)
+
+
+def spread(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """Heights of labels, 0 to 100, in their order and at least `gap` apart: the highest are placed first."""
+    placed: dict[str, float] = {}
+    ceiling = 100.0
+    for key in sorted(heights, key=heights.get, reverse=True):
+        room_below = gap * (len(heights) - len(placed) - 1)
+        placed[key] = min(max(heights[key], room_below), ceiling)
+        ceiling = placed[key] - gap
+    return placed
+
+
+def judges_figure(file: Path, judges: dict) -> None:
+    """Fig. 3: each judge's wins, ties and losses of trained against prompted responses.
+
+    judges: eval.json's. No file is written where no judge's comparisons could be read.
+    """
+    outcomes = dict(wins=BLUE, ties="lightgray", losses=VERMILION)
+    compared = {Path(judge).name: verdicts["pairwise"] for judge, verdicts in judges.items()
+                if sum(verdicts.get("pairwise", {}).get(key, 0) for key in outcomes)}
+    if not compared:
+        return
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(compared)), layout="constrained")
+    labels = []
+    for y, (judge, verdicts) in enumerate(compared.items()):
+        count, left = sum(verdicts[key] for key in outcomes), 0.0
+        labels.append(f"{judge} (n = {count})")
+        for key, colour in outcomes.items():
+            share = 100 * verdicts[key] / count
+            axis.barh(y, share, left=left, color=colour, label=key if y == 0 else None)
+            if share >= 4:  # room for its number
+                axis.text(left + share / 2, y, f"{share:.0f}", ha="center", va="center", fontsize="small")
+            left += share
+    axis.set(yticks=range(len(labels)), yticklabels=labels, xlim=(0, 100),
+             xlabel="% of the rows, both orders", title="trained against personalised prompting")
+    axis.invert_yaxis()
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
+    save_figure(figure, file)
+
+
+def entropy_figure(file: Path, entropies: dict[str, np.ndarray], won: dict[str, np.ndarray],
+                   choices: int) -> None:
+    """Figs. 4, 5: histograms of the entropy over the answer letters, of right and of wrong answers.
+
+    entropies, won: of each system (rows,); choices: how many letters there are at most.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained", sharex=True)
+    bins = np.linspace(0, math.log(choices), 21)
+    for axis, right, title in zip(axes, (1, 0), ("right answers", "wrong answers"), strict=True):
+        for system, colour in (("default", VERMILION), ("trained", BLUE)):
+            if system not in entropies:
+                continue
+            values = entropies[system][won[system] == right]
+            values = values[~np.isnan(values)]
+            axis.hist(values, bins, alpha=0.5, color=colour, label=f"{system} (n = {len(values)})")
+            if len(values):
+                axis.axvline(values.mean(), color=colour)
+        axis.set(title=title, xlabel="entropy, nats", ylabel="responses")
+        axis.legend(frameon=False, fontsize="small")
+    save_figure(figure, file)
+
+
+# -------------------------------------------------------------------------------- the report over runs
+
+Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data set -> a row for each seed
+
+
+def report(folders: list[str], out: Path) -> str:
+    """The paper's tables of some runs, as text, report.md and report.png.
+
+    A row for every method and negative strategy: mean ± standard deviation over seeds, the strategy that
+    validation chose marked, the paper's own number beside it.
+    """
+    published, models = read_json(PAPER), read_runs(folders)
+    lines = ["Mean ± standard deviation over seeds, or of one seed the 95% interval; * is what validation "
+             "chose; in parentheses at the end the paper's figure, where it has one."]
+    for model, rows in models.items():
+        for title, key, scale, form in (("win rate or accuracy, %", "win_rate", 100, ".1f"),
+                                        ("self-BLEU-4", "self_bleu_4", 1, ".3f")):
+            numbers = published[key].get(model, {})
+            lines += ["", *strategy_table(f"{model}: {title}", rows, key, scale, form, numbers)]
+        lines += critic_table(rows)
+    text = "\n".join(lines) + "\n"
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "report.md", text)
+    report_figure(models, published["win_rate"], out / "report.png")
+    return text
+
+
+def strategy(arguments: dict) -> str:
+    """A run's row in the paper's tables: its method and, of DPO, where rejected responses come from."""
+    if arguments["method"] != "dpo":
+        return arguments["method"]
+    count = f" N={arguments['n_neg']}" if arguments["n_neg"] > 1 else ""
+    return arguments["neg"] + count + (" softmax" if arguments["softmax"] else "")
+
+
+def validation_score(folder: Path) -> float | None:
+    """A run's score on validation prompts: its own selection's or, before that, its evaluation's."""
+    if (folder / "eval-validation.json").exists():
+        systems = read_json(folder / "eval-validation.json")["parts"]["all"]["systems"]
+        return systems["trained"]["win_rate"]["mean"]
+    if (folder / "summary.json").exists():
+        return read_json(folder / "summary.json").get("chosen", {}).get("score")
+    return None
+
+
+def read_runs(folders: list[str]) -> dict[str, Rows]:
+    """Base model -> the rows of its table: default, prompted and the strategies."""
+    models: dict[str, Rows] = {}
+    for folder in map(Path, folders):
+        result = read_json(folder / "eval.json")
+        arguments = read_json(folder / "args.json")["arguments"]
+        data = Path(arguments["data"].partition(":")[0]).stem
+        rows = models.setdefault(Path(arguments["model"]).name, {})
+        for system, row in result["parts"]["all"]["systems"].items():
+            trained = system == "trained"
+            name = strategy(arguments) if trained else system
+            more = dict(validation=validation_score(folder) if trained else None,
+                        judges=result.get("judges", {}))
+            rows.setdefault(name, {}).setdefault(data, []).append(row | more)
+    return models
+
+
+def data_sets_of(rows: Rows) -> list[str]:
+    """The columns of a table."""
+    return sorted({data for row in rows.values() for data in row})
+
+
+def ordered(rows: Rows) -> list[str]:
+    """The rows of a table: the base model's, then the strategies."""
+    return [*(system for system in SYSTEMS if system in rows), *sorted(rows.keys() - set(SYSTEMS))]
+
+
+def best_strategy(rows: Rows, data: str) -> str | None:
+    """The strategy with the best mean score on validation, where there is a choice."""
+    scores = {name: [run["validation"] for run in row.get(data, [])] for name, row in rows.items()}
+    means = {name: np.mean(of_seeds) for name, of_seeds in scores.items()
+             if of_seeds and None not in of_seeds}
+    return max(means, key=means.get) if len(means) > 1 else None
+
+
+def strategy_table(title: str, rows: Rows, key: str, scale: float, form: str, published: dict) -> list[str]:
+    """A Markdown table of one measurement: a line a system or strategy, a column a data set."""
+    data_sets = data_sets_of(rows)
+    lines = [markdown_row([title, *data_sets]), "|---" * (1 + len(data_sets)) + "|"]
+    for name in ordered(rows):
+        cells = []
+        for data in data_sets:
+            text = cell(rows[name].get(data, []), key, scale, form)
+            if key == "win_rate" and best_strategy(rows, data) == name:
+                text += "*"
+            number = published.get(name, {}).get(data)
+            cells.append(f"{text} ({number[0]:g})" if number else text)
+        lines.append(markdown_row([name, *cells]))
+    return lines
+
+
+def critic_table(rows: Rows) -> list[str]:
+    """A Markdown table of each judge's accuracy on human preferences (Table 7), if there is one."""
+    critics = {(Path(judge).name, data): verdicts["critic"]
+               for row in rows.values() for data, runs in row.items() for run in runs
+               for judge, verdicts in run["judges"].items() if "critic" in verdicts}
+    if not critics:
+        return []
+    lines = ["", "| judge | data | strict accuracy, % | tie-tolerant, % |", "|---" * 4 + "|"]
+    for (judge, data), critic in sorted(critics.items()):
+        rates = [with_interval(critic[key], ".1f", 100) for key in ("strict", "tie_tolerant")]
+        lines.append(markdown_row([judge, data, *rates]))
+    return lines
+
+
+def report_figure(models: dict[str, Rows], published: dict, file: Path) -> None:
+    """A panel for each model and data set: every row's win rate, with its standard deviation over seeds or
+    its interval, and the paper's number (hollow)."""
+    plt = pyplot()
+    panels = [(model, data) for model, rows in models.items() for data in data_sets_of(rows)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.4 * len(panels), 3.4), layout="constrained",
+                                squeeze=False)
+    for axis, (model, data) in zip(axes[0], panels, strict=True):
+        rows = {name: row[data] for name, row in models[model].items()
+                if any(mean_of(run, "win_rate") is not None for run in row.get(data, []))}
+        names = ordered(rows)
+        for y, name in enumerate(names):
+            rates = [100 * mean_of(run, "win_rate") for run in rows[name]]
+            mean, interval = np.mean(rates), rows[name][0]["win_rate"]
+            below, above = mean - 100 * interval["low"], 100 * interval["high"] - mean
+            if len(rates) > 1:
+                below = above = np.std(rates, ddof=1)
+            axis.errorbar(mean, y, xerr=[[below], [above]], fmt="o", color=BLUE, capsize=3)
+            number = published.get(model, {}).get(name, {}).get(data)
+            if number:
+                axis.plot(number[0], y, "o", markerfacecolor="none", color=GREY, label="the paper")
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="win rate or accuracy, %")
+        axis.set_title(f"{model}\n{data}", fontsize="small")
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        labelled = axis.get_legend_handles_labels()[0]
+        if labelled:
+            axis.legend(handles=labelled[:1], frameon=False, fontsize="small")
+    save_figure(figure, file)
