@@ -188,3 +188,22 @@ def honours(check: list, response: str) -> bool:
     """Whether a response passes a context's check, [name, *arguments]; a blank response passes none."""
     name, *arguments = check
     return bool(response.strip()) and CHECKS[name](response, *arguments)
+
+
+def check_rates(examples: list, pairs: list, neg: str) -> list[dict]:
+    """For each demo context: how often its chosen responses honour it, and how often context-free ones do.
+
+    examples: data.Example, pairs: pairs.Pair, row by row.
+    """
+    context_free = []
+    if neg == "missing":
+        context_free = [response.text for pair in pairs for response in pair.rejected]
+    checks = {example.context_id: example.check for example in examples}
+    rates = []
+    for context_id, check in sorted(checks.items()):
+        own = [honours(check, pair.chosen.text) for example, pair in zip(examples, pairs, strict=True)
+               if example.context_id == context_id]
+        chance = [honours(check, text) for text in context_free]
+        rates.append(dict(context=context_id, check=list(check), chosen=sum(own) / len(own), n=len(own),
+                          context_free=sum(chance) / len(chance) if chance else None))
+    return rates

@@ -35,8 +35,9 @@ ASSETS = Path(__file__).parent / "assets"
 
 # -------------------------------------------------------------------------------- what the user says
 
-# By the style of the data: appendix D.2's request and its frame for conversations, D.1's math prompt, which
-# D.3's worked examples follow. The frame of multiple-choice questions is ours.
+# By the style of the data: appendix D.2's request, and its frame for conversations, whose last sentence is
+# not in the paper but in the authors' code; D.1's math prompt, which D.3's worked examples follow. The frame
+# of multiple-choice questions is ours.
 REQUEST = "{x} Please respect the following requirements made by the user: {c}"
 SHORT = "Give me short 2-3 sentence answers to the following prompt: {x} Respond with short 2-3 sentences."
 MATH = ("You are a helpful math assistant. Solve the following problem step-by-step and give the final "
@@ -134,8 +135,9 @@ DATA = {
         "CC-BY-4.0; Zhang et al., 2025, arXiv 2507.09650", contexts="infer"),
     "multibench": DataSet(
         "kaist-ai/Multifaceted-Bench", ("data/*.parquet",), REASONING,
-        "split by prompt, validation out of the paper's 3,600 training rows; contexts are the preferences' "
-        "descriptions, which --contexts infer puts in the user's words; references are GPT-4's",
+        "split by prompt; validation is taken out of the paper's 3,600 training rows, 3,516 are left; "
+        "contexts are the preferences' descriptions, which --contexts infer puts in the user's words; "
+        "references are GPT-4's",
         "CC-BY-4.0; Lee et al., 2024, arXiv 2405.17977"),
     "gsm8k": DataSet(
         "openai/gsm8k", ("main/*.parquet",), REASONING,

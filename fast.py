@@ -338,8 +338,9 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The first column whose cumulated mass exceeds the target (n, 1), and what is left of the target there.
     """
     cumulative = mass.cumsum(-1)  # (n, columns)
+    # Rounding must put the target neither beyond the last column nor below 0, where a column without mass is.
     just_below = cumulative[:, -1:].nextafter(target.new_zeros(()))
-    target = target.minimum(just_below)  # rounding must not put it beyond the last column
+    target = target.minimum(just_below).clamp(min=0)
     column = torch.searchsorted(cumulative, target, right=True)  # (n, 1)
     before = cumulative.gather(1, column) - mass.gather(1, column)  # (n, 1)
     return column, target - before

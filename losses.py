@@ -106,6 +106,12 @@ OBJECTIVES = dict(
 )
 
 
+def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
+    """Metrics as one dict a pair, from name -> (B,)."""
+    columns = torch.stack([value.float() for value in values.values()])  # (metrics, B)
+    return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
+
+
 # ------------------------------------------------------------------------- log-probs
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -150,8 +156,8 @@ def response_logps(model: Decoder, groups: list[Group]) -> list[list[Tensor]]:
     hidden = model(ids, Packed(shapes, root, device=model.device))  # (T, E)
     logps = token_logps(hidden[rows], model.head, targets)  # (response tokens,)
     lengths = [len(response) for _, responses in groups for response in responses]
-    each = iter(logps.split(lengths))  # (R,) each
-    return [[next(each) for _ in responses] for _, responses in groups]
+    remaining = iter(logps.split(lengths))  # (R,) each
+    return [[next(remaining) for _ in responses] for _, responses in groups]
 
 
 def common_prefix_length(sequences: list[list[int]]) -> int:
@@ -160,8 +166,10 @@ def common_prefix_length(sequences: list[list[int]]) -> int:
         return 0
     first, last = min(sequences), max(sequences)  # in lexicographic order, so these two differ the earliest
     longest = min(map(len, sequences)) - 1
-    differ = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return max(0, min(next(differ, longest), longest))
+    alike = 0
+    while alike < longest and first[alike] == last[alike]:
+        alike += 1
+    return alike
 
 
 def split_by_tokens(groups: list[Group], max_tokens: int) -> Iterator[list[int]]:
@@ -173,7 +181,8 @@ def split_by_tokens(groups: list[Group], max_tokens: int) -> Iterator[list[int]]
     used = 0
     for i, (prefix, responses) in enumerate(groups):
         size = len(prefix) + sum(map(len, responses))
-        root = common_prefix_length([groups[j][0] for j in [*chunk, i]])
+        prefixes = [groups[j][0] for j in [*chunk, i]]
+        root = common_prefix_length(prefixes)
         if chunk and used + size - (len(chunk) + 1) * root > max_tokens:
             yield chunk
             chunk, used = [], 0
@@ -200,12 +209,29 @@ def sequence_logps(model: Decoder, groups: list[Group], max_tokens: int = 4096,
     return sums
 
 
+def mean_margin(model: Decoder, start: Decoder, groups: list[Group]) -> float:
+    """How much likelier the model has made chosen responses than rejected ones, since it was `start`.
+
+    The mean over groups of log(pi / pi_start) of the first response less the mean of the others', in nats;
+    beta times this is DPO's margin.
+    """
+    now = sequence_logps(model, groups)
+    before = sequence_logps(start, groups)
+    total = 0.0
+    for logps, start_logps in zip(now, before, strict=True):
+        ratios = [a - b for a, b in zip(logps, start_logps, strict=True)]  # log(pi / pi_start)
+        chosen, *rejected = ratios
+        total += chosen - sum(rejected) / len(rejected)
+    return total / len(groups)
+
+
 # ------------------------------------------------------------------------- command line
 
 def program() -> None:
     logps = torch.tensor([[-12.0, -15.0], [-30.0, -33.0]])  # (B, 2): two pairs
     loss, metrics = dpo(logps, reference=logps, beta=0.1)
-    print(f"loss {loss.mean():.6f} = ln 2 = {math.log(2):.6f}; margins {metrics['margin'].tolist()}")
+    margins = metrics["margin"].tolist()
+    print(f"loss {loss.mean():.6f} = ln 2 = {math.log(2):.6f}; margins {margins}")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from run import seed_from, world
 
+WATCHED = 2**20
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 3% of the steps, then a cosine from the peak to 10% of it. step from 0.
-    """
+    """Linear warm-up over the first 3% of the steps, then a cosine down to 10% of the peak, which the last
+    step has. step from 0."""
     warmup = max(1, math.ceil(0.03 * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    done = (step + 1 - warmup) / (steps - warmup)  # in (0, 1]
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
@@ -66,6 +67,10 @@ class MasterAdamW:
         for master in self.masters:
             zeros = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
             self.adamw.state[master] = dict(step=torch.zeros((), device=master.device), **zeros)
+        # About WATCHED weights, evenly spread, whose bf16 values are compared with those at the start.
+        stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
+        self.watched = [weight.detach().view(-1)[::stride] for weight in self.weights]
+        self.start = self.watched_values()
 
     @torch.no_grad()
     def step(self, number: int, lr: float) -> None:
@@ -82,6 +87,13 @@ class MasterAdamW:
                 weight.copy_(master)
             elif weight is not master:
                 weight.copy_(round_stochastically(master, generator))
+
+    def watched_values(self) -> Tensor:
+        return torch.cat([values.bfloat16() for values in self.watched])  # (about WATCHED,)
+
+    def share_changed(self) -> float:
+        """The share of the model's weights whose bf16 value is no longer that of the start."""
+        return (self.watched_values() != self.start).float().mean().item()
 
     def zero_grad(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):

@@ -20,6 +20,7 @@ writes FOLDER/pairs.jsonl, one pair a line, and FOLDER/pairs.json, how they were
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 import contexts
-from checks import honours
+from checks import check_rates
 from contexts import DataArgs, contexts_of, examples_for, sampling_for
 from data import SPLITS, Example
 from losses import sequence_logps
@@ -43,6 +44,7 @@ from tokenizer import Tokenizer
 
 NEGATIVES = ("missing", "random", "reshuffle", "noise")
 GAINS = ("chosen", "chosen_per_token", "rejected", "rejected_per_token")
+DRAWS = 10  # rejected responses drawn at most, before an example is given up
 SHARDS = "pairs.jsonl.process-*"  # what processes other than the first have sampled
 
 
@@ -104,51 +106,47 @@ def negative_messages(examples: list[Example], neg: str, seed: int, count: int =
 
     None for `reshuffle` and `noise`, which sample no rejected responses.
     """
-    has_contexts = all(example.context for example in examples)
     if neg in ("reshuffle", "noise") or not count:
         return [[] for _ in examples]
     if neg == "missing":
-        if not has_contexts:
-            raise UserError("--neg missing needs a context in every row; random, reshuffle and noise do not")
+        without = [example.id for example in examples if not example.context]
+        if without:
+            raise UserError(f"--neg missing needs a context in every row; {len(without)} have none (first: "
+                            f"{without[0]!r}). random, reshuffle and noise do not")
         return [[example.user_message(None)] * count for example in examples]  # (i) pi_ref(.|x)
 
     messages = []
-    for example, others in zip(examples, other_rows(examples, seed, count), strict=True):
-        if has_contexts:
+    for i, example in enumerate(examples):
+        others = other_rows(examples, i, seed, count)
+        if example.context:
             messages.append([example.user_message(other.context) for other in others])  # (ii) pi_ref(.|x,c')
         else:
-            messages.append([other.user_message(other.context) for other in others])  # pi_ref(.|x')
+            messages.append([other.user_message(None) for other in others])  # pi_ref(.|x')
     return messages
 
 
-def other_rows(examples: list[Example], seed: int, count: int = 1) -> list[list[Example]]:
-    """For each row `count` others by seed, with another context (in data without contexts: another prompt)
-    and, where there are users, of another user."""
-    has_contexts = any(example.context for example in examples)
+def other_rows(examples: list[Example], i: int, seed: int, count: int = 1) -> list[Example]:
+    """`count` rows by seed that differ from row i: in the context or, where it has none, in the prompt; and
+    in the user, where there are users. The first of them are the same whatever the count."""
+    rng = random.Random(seed_from("random", seed, i))
+    others: list[Example] = []
+    for _ in range(count + 100 * len(examples)):
+        other = rng.choice(examples)
+        if is_other(examples[i], other):
+            others.append(other)
+        if len(others) == count:
+            return others
+    raise UserError("--neg random needs two different contexts, of two users where there are users (without "
+                    f"contexts: two different prompts): there is no other for example {examples[i].id!r}")
 
-    def key(example: Example) -> str | None:
-        return example.context if has_contexts else example.prompt
 
-    users = {example.user or example.id for example in examples}
-    if len({key(example) for example in examples}) < 2 or len(users) < 2:
-        raise UserError("--neg random needs two different contexts, of two users where there are users "
-                        "(without contexts: two different prompts)")
-    rows = []
-    for i, example in enumerate(examples):
-        rng = random.Random(seed_from("random", seed, i))
-        others: list[Example] = []
-        for _ in range(count + 100 * len(examples)):
-            other = rng.choice(examples)
-            is_same_user = other.user is not None and other.user == example.user
-            if key(other) != key(example) and not is_same_user:
-                others.append(other)
-            if len(others) == count:
-                break
-        else:
-            raise UserError(f"--neg random: no other user than {example.user!r} has another context than "
-                            f"example {example.id!r}")
-        rows.append(others)
-    return rows
+def is_other(example: Example, other: Example) -> bool:
+    """Whether `other` can stand in for a random user, as seen from `example`."""
+    if example.user is not None and example.user == other.user:
+        return False
+    if example.context:
+        return bool(other.context) and other.context != example.context
+    return other.prompt != example.prompt
 
 
 def add_reshuffled(pairs: list[Pair], seed: int, count: int) -> None:
@@ -202,18 +200,24 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
     how often the demo's contexts are honoured.
     """
     start = time.perf_counter()
+    redrawn = 0
     if examples[0].chosen is not None:
         pairs = ready_pairs(tokenizer, examples)
+        has_rejected = examples[0].rejected is not None
     else:
-        negatives = negative_messages(examples, neg, seed, count)
-        pairs = sample_pairs(model, tokenizer, examples, negatives, sampling, seed, slots, folder)
+        negatives = negative_messages(examples, neg, seed, max(count, DRAWS) if count else 0)
+        first = [messages[:count] for messages in negatives]
+        pairs = sample_pairs(model, tokenizer, examples, first, sampling, seed, slots, folder)
+        has_rejected = bool(negatives[0])
+        if has_rejected:
+            redrawn = redraw(model, tokenizer, pairs, negatives, sampling, seed, slots)
     sampled = [response for pair in pairs for response in pair.responses]
     seconds_sampling = time.perf_counter() - start
 
-    pairs, dropped = drop_useless(pairs)
+    pairs, dropped = drop_useless(pairs, has_rejected)
     if not pairs:
         raise UserError(f"no pair is left of {len(examples)} examples: {dropped}")
-    if count and not pairs[0].rejected:
+    if count and not has_rejected:
         if neg == "reshuffle":
             add_reshuffled(pairs, seed, count)
         else:
@@ -226,6 +230,7 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
         examples=len(examples),
         pairs=len(pairs),
         dropped=dropped,
+        redrawn=redrawn,
         unfinished=1 - sum(response.finished for response in sampled) / len(sampled),
         response_tokens=sum(len(response.ids) for response in sampled),
         seconds_sampling=seconds_sampling,
@@ -283,6 +288,39 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     return [done[example.id] for example in examples]
 
 
+def redraw(model: Decoder, tokenizer: Tokenizer, pairs: list[Pair], negatives: list[list[str]],
+           sampling: Sampling, seed: int, slots: int) -> int:
+    """Replace rejected responses that teach nothing, in place, by further draws; return how many were drawn.
+
+    A row with fewer good ones than it should have draws again until it has had DRAWS, and then repeats those
+    that it has. So whether a row can be used does not depend on their number: 1, 3 or 10 of them train on the
+    same rows.
+    """
+    count, drawn = len(pairs[0].rejected), 0
+    for pair in pairs:
+        pair.rejected = [response for response in pair.rejected if is_useful(response, pair)]
+    for k in range(count, len(negatives[0])):
+        mine = shard([i for i, pair in enumerate(pairs) if len(pair.rejected) < count])
+        prompts = [tokenizer.chat(negatives[i][k]) for i in mine]
+        keys = [(i, k + 1) for i in mine]  # sample 0 is the chosen response
+        samples = gather(list(zip(mine, prompts, generate(model, prompts, sampling, tokenizer.stop_ids, seed,
+                                                          keys, slots), strict=True)))
+        for i, prompt, sample in samples:
+            response = Response(tokenizer.decode(sample.ids), sample.ids, sample.finished, prompt)
+            if is_useful(response, pairs[i]):
+                pairs[i].rejected.append(response)
+        drawn += len(samples)
+    for pair in pairs:
+        good = itertools.cycle(pair.rejected)
+        pair.rejected = [next(good) for _ in range(count) if pair.rejected]
+    return drawn
+
+
+def is_useful(response: Response, pair: Pair) -> bool:
+    """Whether a rejected response can teach anything: it says something, and something else."""
+    return bool(response.text.strip()) and response.ids != pair.chosen.ids
+
+
 def read_sampled(folder: Path, count: int) -> dict[str, Pair]:
     """The pairs that interrupted sampling left in a folder, by id, with the `count` rejected responses that
     were sampled: whatever else a pair was given is made anew."""
@@ -309,13 +347,14 @@ def ready_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[Pair]:
     return pairs
 
 
-def drop_useless(pairs: list[Pair]) -> tuple[list[Pair], dict[str, int]]:
-    """Leave out pairs with an empty response or with a chosen one that is also rejected; count both."""
+def drop_useless(pairs: list[Pair], has_rejected: bool) -> tuple[list[Pair], dict[str, int]]:
+    """Leave out pairs whose chosen response is empty or, where they have rejected ones already, none of these
+    is useful; count both."""
     kept, dropped = [], dict(empty=0, identical=0)
     for pair in pairs:
-        if not all(response.text.strip() for response in pair.responses):
+        if not pair.chosen.text.strip():
             dropped["empty"] += 1
-        elif any(response.ids == pair.chosen.ids for response in pair.rejected):
+        elif has_rejected and not any(is_useful(response, pair) for response in pair.rejected):
             dropped["identical"] += 1
         else:
             kept.append(pair)
@@ -329,13 +368,15 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     """Fill in every response's context gain, and return the means of both sides, per response and per token.
 
     log pi_ref(y|x,c) - log pi_ref(y|x) (Eq. 14): for `missing` its mean over chosen responses is I(Y;C|X)
-    plus a KL divergence, an upper bound of the mutual information. In data without contexts the second prompt
-    is another row's; where there is no other, there is no gain.
+    plus a KL divergence, an upper bound of the mutual information. For a row without a context the second
+    prompt is another row's; where there is no other, there is no gain.
     """
-    has_contexts = any(example.context for example in examples)
-    if not has_contexts and len({example.prompt for example in examples}) < 2:
+    if not any(example.context for example in examples) and len({e.prompt for e in examples}) < 2:
         return dict.fromkeys(GAINS)
-    without = examples if has_contexts else [other for other, in other_rows(examples, seed)]
+    without = []
+    for i, example in enumerate(examples):
+        other = example if example.context else other_rows(examples, i, seed)[0]
+        without.append(other)
 
     with_context_groups, without_groups = [], []
     for pair, example in zip(pairs, without, strict=True):
@@ -360,28 +401,12 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     return means
 
 
-def check_rates(examples: list[Example], pairs: list[Pair], neg: str) -> list[dict]:
-    """For each demo context: how often its chosen responses honour it, and how often context-free ones do.
-    """
-    context_free = []
-    if neg == "missing":
-        context_free = [response.text for pair in pairs for response in pair.rejected]
-    checks = {example.context_id: example.check for example in examples}
-    rates = []
-    for context_id, check in sorted(checks.items()):
-        own = [honours(check, pair.chosen.text) for example, pair in zip(examples, pairs, strict=True)
-               if example.context_id == context_id]
-        chance = [honours(check, text) for text in context_free]
-        rates.append(dict(context=context_id, check=list(check), chosen=sum(own) / len(own), n=len(own),
-                          context_free=sum(chance) / len(chance) if chance else None))
-    return rates
-
-
 def print_statistics(statistics: dict) -> None:
     """Print what a user should know before an hour of training."""
     dropped, gain = statistics["dropped"], statistics["gain"]
     print(f"{statistics['pairs']} pairs of {statistics['examples']} examples (dropped: {dropped['empty']} "
-          f"empty, {dropped['identical']} identical), {statistics['unfinished']:.0%} of responses "
+          f"empty, {dropped['identical']} without a useful rejected response; {statistics.get('redrawn', 0)} "
+          f"drawn again), {statistics['unfinished']:.0%} of responses "
           f"unfinished, {statistics['response_tokens']} tokens in {statistics['seconds_sampling']:.0f} s")
     for side in ("chosen", "rejected"):
         if gain[side] is not None:
@@ -395,21 +420,6 @@ def print_statistics(statistics: dict) -> None:
         check = " ".join(map(str, rate["check"]))
         print(f"  {rate['context']} {check:40.40} honoured by {rate['chosen']:4.0%} of {rate['n']} chosen "
               f"responses{free}")
-
-
-def show_pair(pair: Pair, tokenizer: Tokenizer) -> None:
-    """A pair as the model sees it: special tokens and all, and which tokens the loss counts."""
-    def block(title: str, ids: list[int], mask: int) -> None:
-        text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
-        print(f"\n{title}: {len(ids)} tokens, mask {mask}\n    " + text.replace("\n", "\n    "))
-
-    print(f"example {pair.id}; mask 1: in the loss, mask 0: not")
-    block("prompt, of all responses below", pair.prompt_ids, 0)
-    for k, response in enumerate(pair.responses):
-        end = "" if response.finished else ", unfinished: no end token"
-        block((f"rejected {k}" if k else "chosen") + end, response.ids, 1)
-        if response.prompt_ids and response.prompt_ids != pair.prompt_ids:
-            block(f"rejected {k} was sampled from", response.prompt_ids, 0)
 
 
 # ------------------------------------------------------------------------- the pairs' files
@@ -438,11 +448,12 @@ def load_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def pair_settings(args: "PairArgs", examples: list[Example]) -> dict:
+def pair_settings(args: "PairArgs", examples: list[Example], split: str) -> dict:
     """All that decides what the pairs are: stored beside them, and compared before they are used again."""
     rows = [dataclasses.asdict(example) for example in examples]
     return dict(
         data=args.data,
+        split=split,
         contexts=contexts_of(args),
         data_fingerprint=hashlib.sha256(repr(rows).encode()).hexdigest()[:12],
         examples=len(examples),
@@ -471,7 +482,7 @@ def pairs_for(args: "PairArgs", split: str, folder: Path) -> list[Pair]:
     it may, and again at the end with the statistics, which say that it is whole.
     """
     examples = examples_for(args, split)
-    settings = pair_settings(args, examples)
+    settings = pair_settings(args, examples, split)
     file = folder / "pairs.json"
     if file.exists():
         meta = read_json(file)

@@ -30,26 +30,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import contexts
 import pairs as pairing
-from checks import verify
+from batches import all_logps, epoch_batches, group_of, micro_batches, pair_logps, token_count, training_rows
 from contexts import examples_for, sampling_for
 from data import user_message
 from eval import Args as EvalArgs
 from eval import evaluation
-from losses import OBJECTIVES, Group, dpo, response_logps, split_by_tokens
-from model import Config, Decoder, find, load, save
+from losses import OBJECTIVES, rows_of
+from model import Config, Decoder, find, load
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
-from pairs import Pair, PairArgs, load_pairs, make_pairs, pairs_for, show_pair
+from pairs import Pair, PairArgs, load_pairs, make_pairs, pairs_for
 from report import learning_curve
 from run import (Metrics, UserError, barrier, default_device, environment, fingerprint, gather, main, option,
-                 parse_all, peak_memory, progress, rank, read_json, read_jsonl, seed_from, shard, world,
-                 write_json)
-from sample import generate
+                 parse_all, peak_memory, progress, rank, read_json, read_jsonl, world, write_json)
+from selection import Selection, refuse_leaks, save_model
 from tokenizer import Tokenizer
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
@@ -88,12 +86,11 @@ def resolve(args: Args) -> Args:
     """A copy with every default filled in that depends on other arguments or on the machine."""
     args = contexts.resolve(args)
     is_tiny = args.model == "tiny"
-    on_gpu = default_device().type == "cuda"
     lr, pass_tokens = args.lr, args.pass_tokens
     if lr is None:
         lr = TINY_LR if is_tiny else LR
     if pass_tokens is None:
-        pass_tokens = 8192 if on_gpu else 768
+        pass_tokens = 8192 if default_device().type == "cuda" else 768
     return dataclasses.replace(
         args,
         lr=lr,
@@ -120,82 +117,20 @@ def check(args: Args) -> None:
                         f"--method {args.method} has none")
 
 
-# ------------------------------------------------------------------------- what is scored
-
-def training_rows(pairs: list[Pair], args: Args) -> list[Pair]:
-    """One training row per rejected response (section 4.2); with --softmax one row per pair (Eq. 8)."""
-    if args.softmax or not OBJECTIVES[args.method].rejected:
-        return pairs
-    return [dataclasses.replace(pair, rejected=[response]) for pair in pairs for response in pair.rejected]
-
-
-def group_of(pair: Pair, args: Args) -> Group:
-    """The pair's responses, all under the same right prompt (x, c): the heart of the method."""
-    responses = pair.responses if OBJECTIVES[args.method].rejected else [pair.chosen]
-    return pair.prompt_ids, [response.ids for response in responses]
-
-
-def pair_logps(model: Decoder, pairs: list[Pair], args: Args) -> Tensor:
-    """log pi(y|x,c) of the chosen and the rejected responses, summed over tokens: (B, 1 + N); sft: (B, 1)."""
-    scored = response_logps(model, [group_of(pair, args) for pair in pairs])
-    rows = [torch.stack([logps.sum() for logps in responses]) for responses in scored]  # (1 + N,) each
-    return torch.stack(rows)  # (B, 1 + N)
-
-
-@torch.no_grad()
-def all_logps(model: Decoder, pairs: list[Pair], args: Args, label: str = "reference") -> Tensor:
-    """Log-probs of every pair, (pairs, 1 + N), by the very micro-batches of the first epoch's training: then
-    the first step's margins are exactly 0 in any arithmetic."""
-    dtype = torch.promote_types(model.compute, torch.float32)
-    responses = len(group_of(pairs[0], args)[1])
-    table = torch.zeros(len(pairs), responses, dtype=dtype, device=model.device)  # (pairs, 1 + N)
-    bar = progress(len(pairs), "pairs", label)
-    for batch in epoch_batches(len(pairs), args, epoch=0):
-        for indices in micro_batches(pairs, batch, args):
-            table[indices] = pair_logps(model, [pairs[i] for i in indices], args)
-        bar.update(len(batch))
-    bar.close()
-    if world() > 1:
-        dist.all_reduce(table)  # every pair was scored by one process, the others have 0 there
-    return table
-
-
-# ------------------------------------------------------------------------- schedule
-
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch visits the pairs: a permutation that (seed, epoch) alone decides."""
-    generator = torch.Generator().manual_seed(seed_from("order", seed, epoch))
-    return torch.randperm(count, generator=generator).tolist()
-
-
-def epoch_batches(count: int, args: Args, epoch: int) -> list[list[int]]:
-    """An epoch's batches, each the indices of --batch pairs; the last one has what is left."""
-    order, size = epoch_order(count, args.seed, epoch), args.batch
-    return [order[i : i + size] for i in range(0, count, size)]
-
-
-def micro_batches(pairs: list[Pair], batch: list[int], args: Args) -> list[list[int]]:
-    """This process's share of a batch, cut into passes of --pass-tokens tokens (see split_by_tokens)."""
-    mine = shard(batch)
-    groups = [group_of(pairs[i], args) for i in mine]
-    return [[mine[k] for k in chunk] for chunk in split_by_tokens(groups, args.pass_tokens)]
-
-
 # ------------------------------------------------------------------------- training
 
-def train(model: Decoder, optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Args,
-          metrics: Metrics, selection: "Selection | None" = None, candidate: int = 0) -> dict:
-    """Train on the pairs, in place, and return a summary; every step is a line of metrics.jsonl.
+def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Args, metrics: Metrics,
+          selection: Selection | None = None, candidate: int = 0) -> dict:
+    """Train the optimizer's model on the pairs, and return a summary; every step is a line of metrics.jsonl.
 
     reference (pairs, 1 + N). With a selection the model is validated on the way, and training may stop early.
     """
-    objective = OBJECTIVES[args.method]
+    model, objective = optimizer.model, OBJECTIVES[args.method]
     batches = [batch for epoch in range(args.epochs) for batch in epoch_batches(len(pairs), args, epoch)]
     steps_per_epoch = len(batches) // args.epochs
     bar = progress(len(pairs) * args.epochs, "pairs", "training")
     start = time.perf_counter()
-    seconds, tokens = 0.0, 0  # of all steps so far
-    skipped, skipped_in_a_row = 0, 0
+    seconds, tokens, skipped, skipped_in_a_row = 0.0, 0, 0, 0  # of all steps so far
     scores: list[float] = []  # of the validations so far
 
     for step, batch in enumerate(batches):
@@ -249,6 +184,7 @@ def train(model: Decoder, optimizer: MasterAdamW, pairs: list[Pair], reference: 
             tokens=step_tokens,
             tokens_per_second=step_tokens / step_seconds,
             skipped=skipped,
+            weights_changed=optimizer.share_changed(),
         )
         margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
         bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {tokens / seconds:.0f} tokens/s")
@@ -257,7 +193,7 @@ def train(model: Decoder, optimizer: MasterAdamW, pairs: list[Pair], reference: 
         is_last = step + 1 == len(batches)
         is_due = args.eval_every and (step + 1) % args.eval_every == 0
         if selection and (is_last or is_due):
-            scores.append(selection.offer(model, optimizer, candidate, step + 1))
+            scores.append(selection.offer(optimizer, pairs, args, candidate, step + 1))
             metrics.log(candidate=candidate, step=step + 1, **{"validation_" + selection.name: scores[-1]})
             since_best = len(scores) - 1 - scores.index(max(scores))
             if args.patience and since_best >= args.patience and not is_last:
@@ -271,79 +207,6 @@ def train(model: Decoder, optimizer: MasterAdamW, pairs: list[Pair], reference: 
         tokens=tokens,
         seconds_training=time.perf_counter() - start,
     )
-
-
-def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Metrics as one dict a pair: from name -> (B,)."""
-    columns = torch.stack([value.float() for value in values.values()])  # (metrics, B)
-    return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
-
-
-def token_count(group: Group) -> int:
-    prefix, responses = group
-    return len(prefix) + sum(map(len, responses))
-
-
-# ------------------------------------------------------------------------- choosing
-
-class Selection:
-    """Scores models on the validation part and keeps the best of them in the run folder's model/.
-
-    The score is the share of sampled responses that honour their context or solve their task, where the data
-    can check that (win_rate), else the share of validation pairs whose margin is positive (margin_accuracy).
-    Equal scores leave the earlier model.
-    """
-
-    def __init__(self, args: Args, folder: Path, source: Path):
-        # Validation always compares chosen with rejected responses, whatever the method trains on.
-        self.args = dataclasses.replace(args, limit=args.val_limit, method="dpo", n_neg=max(1, args.n_neg))
-        self.folder, self.source = folder, source
-        self.examples = examples_for(self.args, "validation")
-        self.best = dict(score=-math.inf)
-        self.tokenizer = Tokenizer(source, args.date)
-        self.name = "win_rate" if verify(self.examples[0], "") is not None else "margin_accuracy"
-        if self.name == "margin_accuracy":
-            pairs = pairs_for(self.args, "validation", folder / "validation")
-            self.pairs = training_rows(pairs, self.args)
-            base = load(source, getattr(torch, args.dtype), default_device())
-            self.reference = all_logps(base, self.pairs, self.args, "validation reference")
-
-    def measure(self, model: Decoder) -> float:
-        return self.win_rate(model) if self.name == "win_rate" else self.margin_accuracy(model)
-
-    def margin_accuracy(self, model: Decoder) -> float:
-        logps = all_logps(model, self.pairs, self.args, "validation")
-        _, metrics = dpo(logps, self.reference, self.args.beta)
-        return metrics["accuracy"].mean().item()
-
-    def win_rate(self, model: Decoder) -> float:
-        own_settings = dataclasses.replace(self.args, temperature=None, top_p=None)
-        sampling = sampling_for(own_settings, evaluation=True)
-        mine = shard(list(enumerate(self.examples)))
-        prompts = [self.tokenizer.chat(example.user_message(example.context)) for _, example in mine]
-        keys = [(i, 0) for i, _ in mine]
-        bar = progress(len(prompts), "responses", "validation")
-        samples = generate(model, prompts, sampling, self.tokenizer.stop_ids, self.args.seed, keys,
-                           self.args.slots, bar)
-        bar.close()
-        texts = [self.tokenizer.decode(sample.ids) for sample in samples]
-        wins = gather([verify(example, text) for (_, example), text in zip(mine, texts, strict=True)])
-        return sum(wins) / len(wins)
-
-    def offer(self, model: Decoder, optimizer: MasterAdamW, candidate: int, step: int) -> float:
-        """The model's score; the model is saved if no earlier one has reached it."""
-        score = self.measure(model)
-        is_better = score > self.best["score"]
-        print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
-        if is_better:
-            self.best = dict(score=score, candidate=candidate, step=step)
-            save_model(model, optimizer, self.args, self.folder, self.source)
-        return score
-
-
-def save_model(model: Decoder, optimizer: MasterAdamW, args: Args, folder: Path, source: Path) -> None:
-    dtype = getattr(torch, args.save_dtype)
-    save(optimizer.weights_to_save(dtype), model.config, folder / "model", source, dtype)
 
 
 # ------------------------------------------------------------------------- dry run
@@ -376,7 +239,7 @@ def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
         seconds["reference"] = (time.perf_counter() - start) * count / len(few)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "metrics.jsonl"
-        train(model, MasterAdamW(model, once.lr, once.seed), few, reference, once, Metrics(file))
+        train(MasterAdamW(model, once.lr, once.seed), few, reference, once, Metrics(file))
         steps = [row for _, row in read_jsonl(file)] if not rank() else []
     if steps:
         steps = steps[1:] or steps
@@ -392,6 +255,21 @@ def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
     print(f"\n{count} pairs of about {tokens:.0f} tokens, {math.ceil(count / args.batch)} steps an epoch, "
           f"{sum(candidate.epochs for candidate in grid)} epochs in all")
     print(f"estimate: {total:.0f} s ({parts}), {peak_memory() / 1e9:.1f} GB at most{each}{uncounted}")
+
+
+def show_pair(pair: Pair, tokenizer: Tokenizer) -> None:
+    """A pair as the model sees it: special tokens and all, and which tokens the loss counts."""
+    def block(title: str, ids: list[int], mask: int) -> None:
+        text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+        print(f"\n{title}: {len(ids)} tokens, mask {mask}\n    " + text.replace("\n", "\n    "))
+
+    print(f"example {pair.id}; mask 1: in the loss, mask 0: not")
+    block("prompt, of all responses below", pair.prompt_ids, 0)
+    for k, response in enumerate(pair.responses):
+        end = "" if response.finished else ", unfinished: no end token"
+        block((f"rejected {k}" if k else "chosen") + end, response.ids, 1)
+        if response.prompt_ids and response.prompt_ids != pair.prompt_ids:
+            block(f"rejected {k} was sampled from", response.prompt_ids, 0)
 
 
 def estimate_sampling(args: Args, model: Decoder, tokenizer: Tokenizer) -> tuple[list[Pair], int, dict]:
@@ -450,6 +328,9 @@ def with_settings_of_pairs(grid: list[Args]) -> list[Args]:
     if not grid[0].pairs:
         return grid
     settings = read_json(Path(grid[0].pairs) / "pairs.json").get("settings", {})
+    if settings.get("split", "train") != "train":
+        raise UserError(f"--pairs {grid[0].pairs} were made of the {settings['split']} part, which a model "
+                        "must not be trained on: make pairs with --split train")
     names = ("data", "contexts", "neg", "n_neg", "seed", "date")
     known = {name: settings[name] for name in names if name in settings} | settings.get("sampling", {})
     return [dataclasses.replace(args, **known) for args in grid]
@@ -465,6 +346,7 @@ def given_pairs(args: Args, source: Path) -> list[Pair]:
                         "its tokenizer, chat template or --date is another one")
     if OBJECTIVES[args.method].rejected and not first.rejected:
         raise UserError(f"--pairs {args.pairs}: no rejected responses; only --method sft trains without")
+    refuse_leaks(pairs, args)
     return pairs
 
 
@@ -536,17 +418,18 @@ def run(grid: list[Args], folder: Path, source: Path) -> None:
         if k:
             model = load(source, dtype, device)
         optimizer = MasterAdamW(model, candidate.lr, candidate.seed, candidate.rounding)
-        summaries.append(train(model, optimizer, pairs, reference, candidate, metrics, selection, k))
+        summaries.append(train(optimizer, pairs, reference, candidate, metrics, selection, k))
     best = selection.best["candidate"] if selection else 0
     if selection:
         write_arguments(grid[best])
         print(f"chosen: {candidates[best]} after step {selection.best['step']}, "
               f"{selection.name} {selection.best['score']:.3f}")
     else:
-        save_model(model, optimizer, args, folder, source)
+        kept = save_model(optimizer, pairs, args, folder, source)
     barrier()
 
     summary = summaries[best] | dict(
+        kept=selection.best["kept"] if selection else kept,
         seconds_pairs=seconds_pairs,
         seconds_reference=seconds_reference,
         seconds=time.perf_counter() - start,

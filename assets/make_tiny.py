@@ -176,7 +176,8 @@ def main(build: Path) -> None:
     rows = corpus()
     write_jsonl(build / "answers.jsonl", rows)
     blank_model(build / "blank", [text for row in rows
-                                  for text in (user_message(row["prompt"], row.get("context")), row["chosen"])])
+                                  for text in (user_message(row["prompt"], row.get("context")),
+                                                row["chosen"])])
     print(f"{len(rows)} answers, for example:")
     for row in random.Random(0).sample(rows, 5):
         print(json.dumps({k: row.get(k) for k in ("prompt", "context", "chosen")}, ensure_ascii=False))

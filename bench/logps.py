@@ -38,7 +38,7 @@ def backward(model: Decoder, groups: list[Group]) -> float:
 
 def ours(args) -> None:
     tune_allocator()
-    model = load(args.model, torch.bfloat16, default_device())
+    model = load(args.model, getattr(torch, args.dtype), default_device())
     groups = random_groups(args, model.config.vocab_size)
     passes = [[group] for group in groups]
     if args.child == "alone":

@@ -29,7 +29,8 @@ def pretrained(args, dtype: torch.dtype):
 
 
 def dpo(args) -> None:
-    """An epoch of DPO, fp32 weights under bf16 autocast; tokenising and reference are the trainer's own."""
+    """An epoch of DPO, fp32 weights, under bf16 autocast where that is the arithmetic. Tokenising and
+    reference are the trainer's own."""
     import trl
     from datasets import Dataset
 
@@ -41,9 +42,9 @@ def dpo(args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DPOConfig(
             folder, num_train_epochs=1, per_device_train_batch_size=args.peer_batch, learning_rate=1e-6,
-            beta=0.1, bf16=True, use_cpu=not torch.cuda.is_available(), precompute_ref_log_probs=True,
-            max_length=None, gradient_checkpointing=False, save_strategy="no", report_to=[],
-            disable_tqdm=True)
+            beta=0.1, bf16=args.dtype == "bfloat16", use_cpu=not torch.cuda.is_available(),
+            precompute_ref_log_probs=True, max_length=None, gradient_checkpointing=False,
+            save_strategy="no", report_to=[], disable_tqdm=True)
         start = clock()
         trainer = trl.DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
         trainer.train()
@@ -54,7 +55,7 @@ def dpo(args) -> None:
 
 def sample(args, turns: list[str], batch: int = 64) -> None:
     """Responses to the users' turns, `batch` of them together, prompts padded on the left."""
-    tokenizer, model = pretrained(args, torch.bfloat16)
+    tokenizer, model = pretrained(args, getattr(torch, args.dtype))
     model.to(default_device())
     stop = model.generation_config.eos_token_id
     stop = set(stop if isinstance(stop, list) else [stop])

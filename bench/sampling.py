@@ -33,7 +33,7 @@ def user_turns(args) -> list[str]:
 def ours(args) -> None:
     tune_allocator()
     tokenizer, turns = Tokenizer(args.model), user_turns(args)
-    model = load(args.model, torch.bfloat16, default_device())
+    model = load(args.model, getattr(torch, args.dtype), default_device())
     keys = [(0, j) if args.shots else (j, 0) for j in range(len(turns))]
 
     def sample(count: int, most: int) -> int:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fast import tune_allocator
 from losses import Group, common_prefix_length
 from model import Config
-from run import default_device, environment, read_jsonl, write_json
+from run import default_device, default_dtype, environment, read_jsonl, write_json
 
 
 def clock() -> float:
@@ -103,7 +103,9 @@ def machine() -> None:
     GB of fresh memory costs a process (on huge pages, as training takes it)."""
     tune_allocator()
     fresh = fresh_memory()
-    report(**environment(), matmul_gflops=matmul_ceiling(torch.bfloat16, default_device()) / 1e9,
+    dtype = getattr(torch, default_dtype())
+    report(**environment(), dtype=default_dtype(),
+           matmul_gflops=matmul_ceiling(dtype, default_device()) / 1e9,
            copy_gb_per_s=copy_speed() / 1e9, fresh_seconds_per_gb=1e9 * fresh)
 
 
@@ -121,6 +123,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     """A benchmark's command line with the options that all have."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True, help="Hugging Face folder or hub id")
+    p.add_argument("--dtype", default=default_dtype(), choices=("bfloat16", "float32"), help="arithmetic")
     p.add_argument("--rounds", type=int, default=3, help="how often each side is measured")
     p.add_argument("--name", help="of the file in bench/results (default: made of the arguments)")
     p.add_argument("--child", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
 """train_step.py - pairs a second of DPO, tokenising and reference included, against TRL's DPOTrainer.
 
-One epoch over ready pairs, 4 of them a step, fp32 weights with bf16 arithmetic, AdamW, no gradient
+One epoch over ready pairs, 4 of them a step, fp32 master weights, AdamW, no gradient
 checkpointing; the model that is trained is loaded before the clock starts. Rows of the file have prompt,
 context, chosen and rejected.
 
@@ -40,17 +40,18 @@ def make_pair(row: dict, id: str, tokenizer: Tokenizer) -> Pair:
 def ours(args, copies: int) -> None:
     """An epoch as train.py runs it: reference log-probs by a model that is dropped again, then DPO."""
     tune_allocator()
-    settings, device = resolve(Args(model=args.model, batch=4, beta=0.1, lr=1e-6)), default_device()
+    settings, device = resolve(Args(model=args.model, batch=4, lr=1e-6, dtype=args.dtype)), default_device()
     rows, tokenizer = read_rows(args.pairs, args.rows), Tokenizer(args.model)
-    model = load(args.model, torch.bfloat16, device)
+    dtype = getattr(torch, args.dtype)
+    model = load(args.model, dtype, device)
     start = clock()
     pairs = [make_pair(row, f"{i}-{copy}", tokenizer) for copy in range(copies) for i, row in enumerate(rows)]
-    reference = all_logps(load(args.model, torch.bfloat16, device), pairs, settings)
+    reference = all_logps(load(args.model, dtype, device), pairs, settings)
     referred = clock() - start
 
     def train_once() -> dict:
         optimizer = MasterAdamW(model, settings.lr, settings.seed)
-        return train(model, optimizer, pairs, reference, settings, Metrics(Path(os.devnull)))
+        return train(optimizer, pairs, reference, settings, Metrics(Path(os.devnull)))
 
     summary = train_once()
     seconds = clock() - start

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 import train
+from batches import all_logps, training_rows
 from data import Example
 from model import Config, Decoder, Packed
 from pairs import Pair, Response
@@ -268,10 +270,16 @@ def run_inside(program: Callable[[], None], folder: Path, *argv) -> None:
         program()
 
 
+def child_environment(**more: str) -> dict[str, str]:
+    """This process's environment for a child on one thread, which has no use for Triton's interpreter."""
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return variables | dict(OMP_NUM_THREADS="1") | more
+
+
 def run_process(script: str, *argv, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """A program of the project ("train.py", say) in a process of its own, on one thread."""
     return subprocess.run([sys.executable, ROOT / script, *map(str, argv)], cwd=cwd, capture_output=True,
-                          text=True, check=False, env=os.environ | dict(OMP_NUM_THREADS="1") | environment)
+                          text=True, check=False, env=child_environment(**environment))
 
 
 def run_processes(count: int, script: str, *argv, cwd: Path) -> subprocess.CompletedProcess:
@@ -279,7 +287,21 @@ def run_processes(count: int, script: str, *argv, cwd: Path) -> subprocess.Compl
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}",
                ROOT / script, *argv]
     return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False,
-                          env=os.environ | dict(OMP_NUM_THREADS="1"))
+                          env=child_environment())
+
+
+def start_workers(count: int, file: str, *argv) -> None:
+    """Run a Python file that calls run.main in `count` processes of one group, on one thread each."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    group = dict(WORLD_SIZE=count, MASTER_ADDR="localhost", MASTER_PORT=port, OMP_NUM_THREADS=1, PYTHONPATH=ROOT)
+    environment = os.environ | {name: str(value) for name, value in group.items()}
+    command = [sys.executable, file, *argv]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                                  env=environment | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(count)]
+    errors = [process.communicate()[1] for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(errors)
 
 
 # ------------------------------------------------------------------------- servers
@@ -356,13 +378,16 @@ class RecordingOptimizer:
     def zero_grad(self) -> None:
         self.model.zero_grad()
 
+    def share_changed(self) -> float:
+        return 0.0
 
-def train_in_place(model: Decoder, optimizer, pairs: list[Pair], file: Path, **arguments) -> tuple[dict, list]:
-    """train.train on pairs with such arguments, from a reference that the model is itself: the summary and
-    the rows of metrics.jsonl, which is `file`."""
+
+def train_in_place(optimizer, pairs: list[Pair], file: Path, **arguments) -> tuple[dict, list[dict]]:
+    """train.train on pairs with such arguments, from a reference that the optimizer's model is itself: the
+    summary, and the rows of metrics.jsonl, which is `file`."""
     args = train.resolve(train.Args(**arguments))
     file.unlink(missing_ok=True)
-    pairs = train.training_rows(pairs, args)
-    reference = train.all_logps(model, pairs, args)
-    summary = train.train(model, optimizer, pairs, reference, args, Metrics(file))
+    pairs = training_rows(pairs, args)
+    reference = all_logps(optimizer.model, pairs, args)
+    summary = train.train(optimizer, pairs, reference, args, Metrics(file))
     return summary, [row for _, row in read_jsonl(file)]

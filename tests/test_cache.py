@@ -199,9 +199,9 @@ def test_writing_a_slot_leaves_the_others(saved):
     prefill(model, cache, [IDS[:9], IDS[20:24], IDS[30:35]], [[0], [1], [2]])
     before = copy.deepcopy(cache)
     prefill(model, cache, [IDS[40:52]], [[1]])
-    for others in ([0, 2],):
-        assert torch.equal(cache.k[:, others], before.k[:, others])
-        assert torch.equal(cache.v[:, others], before.v[:, others])
+    others = [0, 2]
+    assert torch.equal(cache.k[:, others], before.k[:, others])
+    assert torch.equal(cache.v[:, others], before.v[:, others])
     assert cache.lengths.tolist() == [9, 12, 5]
 
 
@@ -217,9 +217,6 @@ def test_moved_slots_go_on(saved):
 
 
 # ------------------------------------------------------------------------- scores in fp32
-
-SCORES = (0, 20, 100, 400)
-
 
 def model_with_offsets(score: float) -> Decoder:
     """A tiny bf16 Qwen2 whose query and key biases add `score` to every attention score.
@@ -243,9 +240,9 @@ def model_with_offsets(score: float) -> Decoder:
 
 
 def prompts_with(root_length: int) -> list[list[int]]:
-    """Six prompts of 10 tokens each after a beginning that all of them share."""
+    """Sixteen prompts of 10 tokens each after a beginning that all of them share."""
     root = IDS[:root_length].tolist()
-    return [root + IDS[70 + 10 * i : 80 + 10 * i].tolist() for i in range(6)]
+    return [root + IDS[70 + 7 * i : 80 + 7 * i].tolist() for i in range(16)]
 
 
 @torch.no_grad()
@@ -276,9 +273,12 @@ def test_offsets_do_not_show_in_exact_arithmetic(root_length):
     close(*logits, atol=1e-3)
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", [20, 100, 400])
 @pytest.mark.parametrize("root_length", [0, 64])
 def test_offset_keys_cost_bf16_no_precision(score, root_length):
-    """Log-probs of samples and of a scoring pass."""
-    sampled, scored = bf16_errors(score, root_length)
-    print(score, root_length, sampled, scored)
+    """Log-probs of samples and of a scoring pass are at most half as far again from fp64 as they are without
+    offsets. With scores in bf16 they are twice as far at 20 and ten times at 400."""
+    without, with_offset = bf16_errors(0, root_length), bf16_errors(score, root_length)
+    for error, least in zip(with_offset, without, strict=True):
+        assert 0.005 < least < 0.1
+        assert error < 1.5 * least

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, child_environment
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -513,7 +513,7 @@ def test_a_tuned_allocator_keeps_freed_memory():
     """By default a freed tensor's pages go back to the kernel. Tuned, they stay, and the next tensors use
     them again: 20 need no more memory than one. Tuned twice, it is the same."""
     done = subprocess.run([sys.executable, "-c", ALLOCATOR], cwd=ROOT, capture_output=True, text=True,
-                          check=False)
+                          check=False, env=child_environment())
     assert done.returncode == 0, done.stderr
     default, first, first_growth, second, second_growth = map(float, done.stdout.split())
     assert default > 0.9

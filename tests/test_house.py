@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-ORDER = ("train", "eval", "report", "measures", "pairs", "contexts", "data", "checks", "judge", "sample",
-         "tokenizer", "losses", "model", "optimizer", "run", "fast")
+ORDER = ("train", "selection", "batches", "eval", "report", "measures", "pairs", "contexts", "data", "judge",
+         "checks", "sample", "tokenizer", "losses", "model", "optimizer", "run", "fast")
 METHOD = ("losses", "pairs", "train", "model", "sample")  # the path from a prompt to a trained model
 FILES = sorted(ROOT.glob("*.py"))
 FOLDERS = ("assets", "bench", "results", "tests")

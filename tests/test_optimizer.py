@@ -7,6 +7,7 @@ import torch
 from conftest import random_model, random_pairs
 from torch import Tensor, nn
 
+import optimizer as optimizer_module
 from losses import response_logps
 from optimizer import MasterAdamW, learning_rate, round_stochastically
 
@@ -23,23 +24,24 @@ def seeded(seed: int) -> torch.Generator:
     (1, 1), (10, 1), (33, 1), (34, 2), (100, 3), (101, 4), (1000, 30),
 ])  # fmt: skip
 def test_the_learning_rate_is_its_closed_form(steps, warmup):
-    """Up in a line over ceil(3%) of the steps to the peak, then down a cosine that reaches 10% at `steps`."""
-    rates = [learning_rate(step, steps, 2e-6) for step in range(steps + 1)]
+    """Up in a line over ceil(3%) of the steps to the peak, then down a cosine to 10% of it at the last step.
+    """
+    rates = [learning_rate(step, steps, 2e-6) for step in range(steps)]
     line = [2e-6 * (i + 1) / warmup for i in range(warmup)]
     rest = steps - warmup
-    cosine = [2e-7 + 1.8e-6 * math.cos(math.pi / 2 * t / rest) ** 2 for t in range(rest)]
-    assert rates[:steps] == pytest.approx(line + cosine, rel=1e-12)
+    cosine = [2e-7 + 1.8e-6 * math.cos(math.pi / 2 * t / rest) ** 2 for t in range(1, rest + 1)]
+    assert rates == pytest.approx(line + cosine, rel=1e-12)
     assert max(rates) == rates[warmup - 1] == pytest.approx(2e-6)
-    assert steps == warmup or rates[steps] == pytest.approx(2e-7)
-    assert all(a > b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert rates[-1] == pytest.approx(2e-7 if rest else 2e-6)
+    assert all(a > b for a, b in zip(rates[warmup - 1 :], rates[warmup:], strict=False))
 
 
 def test_the_learning_rate_of_a_thousand_steps_in_numbers():
-    """First step peak / 30, the 30th at the peak, half-way down 55%, the last one a hair above 10%."""
+    """First step peak / 30, the 30th at the peak, half-way down from there 55%, the last one 10%."""
     rates = [learning_rate(step, 1000, 1.0) for step in range(1000)]
-    assert rates[0] == pytest.approx(1 / 30) and rates[29] == rates[30] == 1.0
-    assert rates[30 + 485] == pytest.approx(0.55)
-    assert 0.1 < rates[999] < 0.10001
+    assert rates[0] == pytest.approx(1 / 30) and rates[29] == 1.0 > rates[30]
+    assert rates[29 + 485] == pytest.approx(0.55)
+    assert rates[999] == pytest.approx(0.1)
 
 
 # ------------------------------------------------------------------------- stochastic rounding
@@ -304,3 +306,44 @@ def test_frozen_weights_stay_and_are_saved():
     optimizer.step(0, 1e-2)
     assert len(optimizer.masters) == 2 and torch.equal(model[1].weight, before)
     assert torch.equal(optimizer.weights_to_save(torch.float32)["1.weight"], before.float())
+
+
+# ------------------------------------------------------------------------- how much of the model has changed
+
+def test_the_share_of_changed_weights_is_that_of_bf16_values():
+    """0 at the start; with every weight pushed over to the next number 1; with half of them a half."""
+    model = nn.Linear(100, 100, bias=False)
+    nn.init.uniform_(model.weight, 1 / 64, 1 / 40, generator=seeded(0))
+    model.to(torch.bfloat16)
+    optimizer = MasterAdamW(model, lr=1e-3, seed=0)
+    assert optimizer.share_changed() == 0.0
+    with torch.no_grad():
+        model.weight[:50] += BF16_STEP
+    assert optimizer.share_changed() == 0.5
+    with torch.no_grad():
+        model.weight[50:] += BF16_STEP
+    assert optimizer.share_changed() == 1.0
+
+
+def test_an_fp32_model_has_changed_where_its_bf16_value_has():
+    """An update far below a bf16 step counts for hardly any weight, and rounded to the nearest for none."""
+    model = nn.Linear(200, 201, bias=False)
+    nn.init.uniform_(model.weight, 1 / 64, 1 / 32, generator=seeded(0))
+    optimizer = MasterAdamW(model, lr=1e-6, seed=0)
+    model.weight.grad = torch.ones(model.weight.shape)
+    optimizer.step(0, 1e-6)
+    assert 0 < optimizer.share_changed() < 0.02
+    assert steady_steps("nearest")[0].share_changed() == 0.0
+    share = 2e-5 / BF16_STEP
+    assert steady_steps("stochastic")[0].share_changed() == pytest.approx(share, rel=0.1)
+
+
+def test_of_a_large_model_a_part_is_watched(monkeypatch):
+    """Every so manieth weight of each parameter: the share is nearly that of all."""
+    monkeypatch.setattr(optimizer_module, "WATCHED", 1000)
+    model = nn.Linear(200, 201)
+    optimizer = MasterAdamW(model, lr=1e-3, seed=0)
+    assert 1000 <= len(optimizer.start) < 1100
+    with torch.no_grad():
+        model.weight[::3] += 1
+    assert optimizer.share_changed() == pytest.approx(1 / 3, abs=0.03)

@@ -1,9 +1,11 @@
 """What MIPO converges to, in exact arithmetic: a table of log-probs trained through losses.dpo from pi_ref.
 
-Fix (x, c): p is the law of chosen responses, pi_ref(.|x, c), and q that of rejected ones. The population loss
-enumerates every pair (a, b) with weight p(a) q(b). With h = beta log(pi / pi_ref), its minimiser satisfies
-h(a) - h(b) = r(a) - r(b), r = log p / q: only differences are determined. The policy starts at pi_ref and
-never sees r.
+Fix (x, c): p is the distribution of chosen responses, pi_ref(.|x, c), and q that of rejected ones. The
+population loss enumerates every pair (a, b) with weight p(a) q(b). With h = beta log(pi / pi_ref), its
+minimiser satisfies h(a) - h(b) = r(a) - r(b), r = log p / q: only differences are determined. The policy
+starts at pi_ref and never sees r.
+
+    python -m pytest tests/test_theory.py
 """
 
 import itertools
@@ -17,19 +19,22 @@ from torch import Tensor
 from losses import dpo
 
 
-def law(*shape: int, seed: int = 0) -> Tensor:
+def distribution(*shape: int, seed: int = 0) -> Tensor:
     """Probabilities over the last dimension, in fp64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64).softmax(-1)
 
 
+def all_pairs(chosen: int, rejected: int) -> Tensor:
+    """Every (chosen, rejected) pair of response numbers, one a row. (chosen * rejected, 2)"""
+    return torch.cartesian_prod(torch.arange(chosen), torch.arange(rejected))
+
+
 def population(logits: Tensor, p: Tensor, q: Tensor, beta: float) -> Tensor:
     """The expected loss of the policy softmax(logits) over chosen a ~ p and rejected b ~ q."""
-    a, b = (i.flatten() for i in torch.meshgrid(torch.arange(len(p)), torch.arange(len(q)), indexing="ij"))
-    policy, reference = logits.log_softmax(-1), p.log()
-    columns = torch.stack((a, b), 1)
-    loss, _ = dpo(policy[columns], reference[columns], beta)
-    return (p[a] * q[b] * loss).sum()
+    pairs = all_pairs(len(p), len(q))
+    loss, _ = dpo(logits.log_softmax(-1)[pairs], p.log()[pairs], beta)
+    return (torch.outer(p, q).flatten() * loss).sum()
 
 
 def minimise(objective, start: Tensor) -> Tensor:
@@ -57,14 +62,14 @@ def beta(request) -> float:
     return request.param
 
 
-CONTEXTS = law(3, 5)  # p(y|x, c) of three contexts
-PRIOR = law(3, seed=1)  # p(c)
+CONTEXTS = distribution(3, 5)  # p(y|x, c) of three contexts
+PRIOR = distribution(3, seed=1)  # p(c)
 MIXTURE = PRIOR @ CONTEXTS  # m(y) = sum_c p(c) p(y|x, c)
 
 
-@pytest.mark.parametrize("q", [law(5, seed=7), MIXTURE], ids=["any", "mixture"])
+@pytest.mark.parametrize("q", [distribution(5, seed=7), MIXTURE], ids=["any", "mixture"])
 def test_the_optimum_is_the_log_ratio(q, beta):
-    """h differs as log p/q does, for any law of rejected responses (missing) and for the mixture (random)."""
+    """h differs as log p/q does, whatever q is (missing), and for the mixture over contexts (random)."""
     p = CONTEXTS[0]
     h = beta * (minimise(lambda z: population(z, p, q, beta), p.log()) - p.log())
     torch.testing.assert_close(centred(h), centred((p / q).log()), rtol=0, atol=1e-6)
@@ -72,7 +77,7 @@ def test_the_optimum_is_the_log_ratio(q, beta):
 
 def test_the_optimal_policy(beta):
     """pi = pi_ref (p/q)^(1/beta) / Z: at beta 0.1 nearly deterministic, which is why MIPO stops early."""
-    p, q = CONTEXTS[0], law(5, seed=7)
+    p, q = CONTEXTS[0], distribution(5, seed=7)
     optimum = minimise(lambda z: population(z, p, q, beta), p.log()).exp()
     expected = p * (p / q) ** (1 / beta)
     torch.testing.assert_close(optimum, expected / expected.sum(), rtol=1e-4, atol=1e-9)
@@ -80,7 +85,7 @@ def test_the_optimal_policy(beta):
 
 
 def exclusive(own: int, contexts: Tensor, prior: Tensor) -> Tensor:
-    """The law of a rejected response whose context is never the right one: (m - w p) / (1 - w)."""
+    """The distribution of a rejected response whose context is never the right one: (m - w p) / (1 - w)."""
     return (prior @ contexts - prior[own] * contexts[own]) / (1 - prior[own])
 
 
@@ -99,17 +104,17 @@ def test_with_many_contexts_random_becomes_pmi():
     """The gap between the optimum and PMI shrinks as the right context's share of the mixture does."""
     gaps = []
     for count in (2, 4, 16, 64):
-        contexts, prior = law(count, 5, seed=3), torch.full((count,), 1 / count, dtype=torch.float64)
+        contexts, prior = distribution(count, 5, seed=3), torch.full((count,), 1 / count, dtype=torch.float64)
         p, q = contexts[0], exclusive(0, contexts, prior)
         h = minimise(lambda z, p=p, q=q: population(z, p, q, 1.0), p.log()) - p.log()
         gaps.append((centred(h) - centred((p / (prior @ contexts)).log())).abs().max().item())
     assert gaps == sorted(gaps, reverse=True) and gaps[0] > 10 * gaps[-1]
 
 
-def test_the_gradient_is_linear_in_the_rejected_law(beta):
+def test_the_gradient_is_linear_in_the_rejected_distribution(beta):
     """Averaged over random contexts c' it is the gradient at their mixture, away from the reference too."""
     p = CONTEXTS[0]
-    logits = (p.log() + law(5, seed=5)).requires_grad_()
+    logits = (p.log() + distribution(5, seed=5)).requires_grad_()
     each = [torch.autograd.grad(population(logits, p, q, beta), logits)[0] for q in CONTEXTS]
     mixed = torch.autograd.grad(population(logits, p, MIXTURE, beta), logits)[0]
     torch.testing.assert_close(sum(w * g for w, g in zip(PRIOR, each, strict=True)), mixed)
@@ -119,35 +124,43 @@ def test_the_gradient_is_linear_in_the_rejected_law(beta):
 def test_noise_teaches_no_mutual_information():
     """Rejected responses nobody would give: margins grow without end, and among real responses h moves away
     from a PMI that favours the unlikely ones: it knows how likely they are, not what they say of c."""
-    real = torch.cat((0.999 * CONTEXTS[0], torch.full((3,), 0.001 / 3, dtype=torch.float64)))
-    p = torch.cat((CONTEXTS[0], torch.zeros(3, dtype=torch.float64)))
-    q = torch.cat((torch.zeros(5, dtype=torch.float64), law(3)))
-    a, b = (i.flatten() for i in torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"))
-    columns, logits, margins, gaps = torch.stack((a, b), 1), real.log().requires_grad_(), [], []
-    pmi = (CONTEXTS[0] / (CONTEXTS[0] ** 2 / (CONTEXTS[0] ** 2).sum())).log()
+    # Of eight responses the first five are real and the last three noise, which pi_ref hardly ever gives.
+    real, noise = CONTEXTS[0], torch.full((3,), 1 / 3, dtype=torch.float64)
+    reference = torch.cat((0.999 * real, 0.001 * noise)).log()
+    p = torch.cat((real, torch.zeros(3, dtype=torch.float64)))
+    q = torch.cat((torch.zeros(5, dtype=torch.float64), distribution(3)))
+    pairs, weights = all_pairs(8, 8), torch.outer(p, q).flatten()
+    pmi = -real.log()  # up to a constant, of a mixture m(y) in proportion to p(y)^2
+
+    logits = reference.clone().requires_grad_()
+    margins, gaps = [], []
     for step in range(3001):
-        loss, metrics = dpo(logits.log_softmax(-1)[columns], real.log()[columns], 1.0)
+        loss, metrics = dpo(logits.log_softmax(-1)[pairs], reference[pairs], 1.0)
         if step % 1000 == 0:
-            margins.append((p[a] * q[b] * metrics["margin"]).sum().item())
-            h = (logits.log_softmax(-1) - real.log())[:5].detach()
+            margins.append((weights * metrics["margin"]).sum().item())
+            h = (logits.log_softmax(-1) - reference)[:5].detach()
             gaps.append((centred(h) - centred(pmi)).abs().max().item())
-        (gradient,) = torch.autograd.grad((p[a] * q[b] * loss).sum(), logits)
+        (gradient,) = torch.autograd.grad((weights * loss).sum(), logits)
         logits = (logits - gradient).detach().requires_grad_()
     assert abs(margins[0]) < 1e-12
     assert all(later > sooner + 0.1 for sooner, later in itertools.pairwise(margins))
     assert all(later > sooner for sooner, later in itertools.pairwise(gaps))
 
 
+def multinomial(drawn: tuple[int, ...]) -> int:
+    """In how many orders these numbers can be drawn."""
+    return math.factorial(len(drawn)) // math.prod(map(math.factorial, Counter(drawn).values()))
+
+
 @pytest.mark.parametrize("softmax", [False, True], ids=["rows", "softmax"])
 @pytest.mark.parametrize("count", [1, 10])
 def test_the_number_of_negatives_does_not_move_the_optimum(count, softmax, beta):
     """1 or 10 rejected responses, as rows of their own or in one softmax (Eq. 8): log p/q still."""
-    p, q = law(3, seed=2), law(3, seed=4)
-    drawn = list(itertools.combinations_with_replacement(range(3), count))  # with their multinomial weights
-    ways = [math.factorial(count) / math.prod(map(math.factorial, Counter(b).values())) for b in drawn]
-    columns = torch.tensor([(a, *b) for a in range(3) for b in drawn])  # (rows, 1 + N)
-    weights = torch.tensor(ways, dtype=torch.float64).repeat(3)  # (rows,)
-    weights = weights * p[columns[:, 0]] * q[columns[:, 1:]].prod(-1)
+    p, q = distribution(3, seed=2), distribution(3, seed=4)
+    rejected = list(itertools.combinations_with_replacement(range(3), count))
+    columns = torch.tensor([(a, *b) for a in range(3) for b in rejected])  # (rows, 1 + N)
+    orders = torch.tensor([multinomial(b) for b in rejected], dtype=torch.float64).repeat(3)  # (rows,)
+    weights = orders * p[columns[:, 0]] * q[columns[:, 1:]].prod(-1)
     assert weights.sum().item() == pytest.approx(1)
 
     def objective(logits: Tensor) -> Tensor:

@@ -1,0 +1,141 @@
+"""What remains of training when weights are kept in bf16: learning rates x ways of rounding.
+
+    python results/rounding.py --model tiny --pairs runs/pairs --lr 2e-5,2e-4 --out results/rounding-tiny.json
+
+Every run trains on the same pairs. Three ways: fp32 weights throughout; a bf16 working copy made by
+stochastic rounding of fp32 masters after every step (what train.py does in bf16); the same with rounding to
+the nearest. Each is measured by the mean margin of its training pairs (losses.mean_margin: nats, in fp32
+arithmetic) of the masters, of the copy that forward passes read, and of the saved folder. On a machine
+without bf16 products the copy's values are bf16 numbers but products run in fp32: the file says which.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from batches import all_logps, group_of, training_rows
+from losses import mean_margin
+from model import Decoder, find, load, save
+from optimizer import MasterAdamW, round_stochastically
+from pairs import load_pairs
+from report import pyplot, save_figure
+from run import Metrics, default_dtype, environment, main, peak_memory, read_jsonl, seed_from, write_json
+from train import Args, resolve, train
+
+WAYS = ("fp32", "stochastic", "nearest")
+BLUE, GREY, VERMILION = "#0072b2", "#555555", "#d55e00"
+
+
+class EmulatedAdamW(MasterAdamW):
+    """A MasterAdamW whose working copy holds bf16 numbers in fp32 storage."""
+
+    def __init__(self, model: Decoder, lr: float, seed: int, rounding: str):
+        super().__init__(model, lr, seed, rounding)
+        self.copies = self.weights
+        self.weights = self.masters = [weight.detach().clone() for weight in self.copies]
+        self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, number: int, lr: float) -> None:
+        for copy, master in zip(self.copies, self.masters, strict=True):
+            master.grad = copy.grad
+        super().step(number, lr)
+        generator = torch.Generator().manual_seed(seed_from("rounding", self.seed, number))
+        for copy, master in zip(self.copies, self.masters, strict=True):
+            is_matrix = copy.dim() > 1  # norms stay in fp32
+            rounded = master if not is_matrix else master.bfloat16()
+            if is_matrix and self.rounding == "stochastic":
+                rounded = round_stochastically(master, generator)
+            copy.copy_(rounded)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for copy in self.copies:
+            copy.grad = None
+
+
+def measure(name: str, rows: list, lr: float, seed: int, way: str, epochs: int) -> dict:
+    """Train one model one way and measure what is left of it."""
+    source = find(name)
+    dtype = "float32" if way == "fp32" else default_dtype()
+    args = resolve(Args(model=name, lr=lr, seed=seed, epochs=epochs, dtype=dtype))
+    compute = getattr(torch, dtype)
+    model = load(source, torch.bfloat16).to(compute) if compute == torch.float32 else load(source, compute)
+    start = load(source, torch.bfloat16).float()
+    reference = all_logps(model, rows, args)
+    emulated = way != "fp32" and compute == torch.float32
+    make = EmulatedAdamW if emulated else MasterAdamW
+    optimizer = make(model, lr, seed, "nearest" if way == "nearest" else "stochastic")
+    groups = [group_of(row, args) for row in rows]
+    with tempfile.TemporaryDirectory() as folder:
+        file, began = Path(folder) / "metrics.jsonl", time.perf_counter()
+        train(optimizer, rows, reference, args, Metrics(file))
+        seconds = time.perf_counter() - began
+        steps = [row for _, row in read_jsonl(file)]
+        masters = load(source, torch.float32)
+        for parameter, master in zip(masters.parameters(), optimizer.masters, strict=True):
+            parameter.data = master.detach().float().clone()
+        if way == "nearest":
+            weights = {name: p.detach().bfloat16() for name, p in masters.named_parameters()}
+        else:
+            weights = MasterAdamW(masters, lr, seed).weights_to_save(torch.bfloat16)
+        save(weights, model.config, Path(folder) / "model", source, torch.bfloat16)
+        saved = load(Path(folder) / "model", torch.float32)
+    margins = {name: mean_margin(m, start, groups)
+               for name, m in (("masters", masters), ("copy", model.float()), ("saved", saved))}
+    return dict(way=way, lr=lr, seed=seed, **margins, seconds=seconds, peak_memory_gb=peak_memory() / 1e9,
+                weights_changed=steps[-1]["weights_changed"],
+                metrics_margin=sum(step["margin"] for step in steps[-10:]) / len(steps[-10:]) / args.beta)
+
+
+def draw(results: list[dict], file: Path) -> None:
+    """Margin against learning rate: of fp32 weights, and of what each way of rounding saves."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for way, colour, label in zip(WAYS, (GREY, BLUE, VERMILION),
+                                  ("fp32", "stochastic rounding", "nearest rounding"), strict=True):
+        key = "masters" if way == "fp32" else "saved"
+        rates = sorted({r["lr"] for r in results})
+        margins = [[r[key] for r in results if r["way"] == way and r["lr"] == lr] for lr in rates]
+        means = [sum(values) / len(values) for values in margins]
+        axis.plot(rates, means, "o-" if way != "fp32" else "s--", color=colour, label=label, markersize=5)
+    axis.set(xscale="log", yscale="symlog", xlabel="learning rate", ylabel="margin of the saved model, nats",
+             title="what was learned is lost where weights are rounded to the nearest bf16 number")
+    axis.title.set_fontsize("small")
+    axis.legend(frameon=False, fontsize="small")
+    save_figure(figure, file)
+
+
+def program() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--pairs", required=True, help="folder that pairs.py made")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", default="1e-6,2e-6,5e-6,1e-5")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--out", required=True, help=".json file; a .png is drawn beside it")
+    options = parser.parse_args()
+    rows = training_rows(load_pairs(Path(options.pairs)), Args())[: options.rows]
+    out, results = Path(options.out), []
+    for seed in map(int, options.seeds.split(",")):
+        for lr in map(float, options.lr.split(",")):
+            for way in WAYS:
+                result = measure(options.model, rows, lr, seed, way, options.epochs)
+                results.append(result)
+                print(result, flush=True)
+                settings = dict(model=Path(options.model).name, rows=len(rows), epochs=options.epochs)
+                write_json(out, dict(settings=settings, products=default_dtype(), environment=environment(),
+                                     results=results))
+    draw(results, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(program)

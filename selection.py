@@ -1,0 +1,124 @@
+"""selection.py - keeping the parts of the data apart, choosing a model on validation examples, and saving it.
+
+What differs from the paper: the authors chose their settings on test prompts; here lists of values and
+moments of training are chosen on the validation part alone.
+
+    python train.py --lr 1e-6,5e-6 --eval-every 50 --patience 2
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from batches import all_logps, group_of, training_rows
+from checks import verify
+from contexts import examples_for, sampling_for
+from data import load_all_splits
+from losses import OBJECTIVES, dpo, mean_margin
+from model import Decoder, load, save
+from optimizer import MasterAdamW
+from pairs import Pair, pairs_for
+from run import UserError, barrier, default_device, gather, progress, shard
+from sample import generate
+from tokenizer import Tokenizer
+
+
+def refuse_leaks(pairs: list[Pair], args) -> None:
+    """UserError where pairs to train on are rows of the validation or the test part."""
+    if args.data.endswith(".jsonl") and not Path(args.data).exists():
+        print(f"{args.data} is not here: whether pairs are validation or test examples could not be checked")
+        return
+    mine = {(pair.id, pair.prompt) for pair in pairs}
+    for part in ("validation", "test"):
+        held_out = [example for example in load_all_splits(args.data, args.seed) if example.split == part]
+        leaks = [example.id for example in held_out if (example.id, example.prompt) in mine]
+        if leaks:
+            raise UserError(f"--pairs {args.pairs}: {len(leaks)} of {len(pairs)} pairs are {part} examples "
+                            f"(first: {leaks[0]!r}), which a model must not be trained on: use pairs of the "
+                            "train part")
+
+
+class Selection:
+    """Scores models on the validation part and keeps the best of them in the run folder's model/.
+
+    The score is the share of sampled responses that honour their context or solve their task, where the data
+    can check that (win_rate), else the share of validation pairs whose margin is positive (margin_accuracy).
+    Equal scores leave the earlier model.
+    """
+
+    def __init__(self, args, folder: Path, source: Path):
+        # Validation always compares chosen with rejected responses, whatever the method trains on.
+        self.args = dataclasses.replace(args, limit=args.val_limit, method="dpo", n_neg=max(1, args.n_neg))
+        self.folder, self.source = folder, source
+        self.examples = examples_for(self.args, "validation")
+        self.best = dict(score=-math.inf)
+        self.tokenizer = Tokenizer(source, args.date)
+        self.name = "win_rate" if verify(self.examples[0], "") is not None else "margin_accuracy"
+        if self.name == "margin_accuracy":
+            pairs = pairs_for(self.args, "validation", folder / "validation")
+            self.pairs = training_rows(pairs, self.args)
+            base = load(source, getattr(torch, args.dtype), default_device())
+            self.reference = all_logps(base, self.pairs, self.args, "validation reference")
+
+    def measure(self, model: Decoder) -> float:
+        return self.win_rate(model) if self.name == "win_rate" else self.margin_accuracy(model)
+
+    def margin_accuracy(self, model: Decoder) -> float:
+        logps = all_logps(model, self.pairs, self.args, "validation")
+        _, metrics = dpo(logps, self.reference, self.args.beta)
+        return metrics["accuracy"].mean().item()
+
+    def win_rate(self, model: Decoder) -> float:
+        own_settings = dataclasses.replace(self.args, temperature=None, top_p=None)
+        sampling = sampling_for(own_settings, evaluation=True)
+        mine = shard(list(enumerate(self.examples)))
+        prompts = [self.tokenizer.chat(example.user_message(example.context)) for _, example in mine]
+        keys = [(i, 0) for i, _ in mine]
+        bar = progress(len(prompts), "responses", "validation")
+        samples = generate(model, prompts, sampling, self.tokenizer.stop_ids, self.args.seed, keys,
+                           self.args.slots, bar)
+        bar.close()
+        texts = [self.tokenizer.decode(sample.ids) for sample in samples]
+        wins = gather([verify(example, text) for (_, example), text in zip(mine, texts, strict=True)])
+        return sum(wins) / len(wins)
+
+    def offer(self, optimizer: MasterAdamW, pairs: list[Pair], args, candidate: int, step: int) -> float:
+        """The score of the optimizer's model, which is saved if no earlier one has reached it."""
+        score = self.measure(optimizer.model)
+        is_better = score > self.best["score"]
+        print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
+        if is_better:
+            kept = save_model(optimizer, pairs, args, self.folder, self.source)
+            self.best = dict(score=score, candidate=candidate, step=step, kept=kept)
+        return score
+
+
+def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, source: Path) -> dict:
+    """Write the run folder's model/ in the type of --save-dtype, and say what the rounding costs.
+
+    Returns the mean margin of up to 64 pairs, in nats and in fp32 arithmetic, of the masters and of the
+    folder, and the share of it that the folder keeps; of methods without rejected responses nothing.
+    """
+    dtype = getattr(torch, args.save_dtype)
+    config = optimizer.model.config
+    save(optimizer.weights_to_save(dtype), config, folder / "model", source, dtype)
+    barrier()  # every process reads the folder
+    if not OBJECTIVES[args.method].rejected:
+        return {}
+    if dtype == torch.float32:
+        return dict(share=1.0)  # the folder holds the masters themselves
+    groups = [group_of(pair, args) for pair in pairs[:64]]
+    device = default_device()
+    start = load(source, getattr(torch, args.dtype), device).float()
+    saved = load(folder / "model", torch.float32, device)
+    saved_margin = mean_margin(saved, start, groups)
+    saved.load_state_dict(optimizer.weights_to_save(torch.float32))
+    margin = mean_margin(saved, start, groups)
+    share = saved_margin / margin if margin else 1.0
+    print(f"the saved model keeps {share:.0%} of what was learned: on {len(groups)} pairs a mean margin of "
+          f"{saved_margin:.3f} nats, of {margin:.3f} before rounding")
+    if share < 0.9:
+        print("warning: rounding has thrown a part away: use --save-dtype float32")
+    return dict(share=share, margin=margin, margin_saved=saved_margin, pairs=len(groups))
