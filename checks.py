@@ -13,7 +13,7 @@ reported. The demo and its checks are ours.
 import re
 from collections.abc import Callable
 
-# -------------------------------------------------------------------------------- right answers by rule
+# ------------------------------------------------------------------------- right answers by rule
 
 LETTERS = "ABCDEFGH"  # of multiple-choice questions
 

@@ -28,7 +28,8 @@ from tokenizer import TEMPLATE_DATE
 
 @dataclass
 class DataArgs(JudgeArgs):
-    """Which examples, which model, how it is sampled: train.py, eval.py and pairs.py add their own to these.
+    """Which examples, which model, how it is sampled. Arguments are inherited along the files: a judge's
+    (JudgeArgs), these, those of pairs (PairArgs), and each program's own (Args).
 
     Where temperature, top_p and max_new_tokens are None, `sampling_for` takes the data set's own.
     """
@@ -90,7 +91,7 @@ def examples_for(args: DataArgs, split: str) -> list[Example]:
     return add_contexts(examples, args)
 
 
-# -------------------------------------------------------------------------------- contexts
+# ------------------------------------------------------------------------- contexts
 
 def contexts_of(args: DataArgs) -> str:
     """Where contexts come from: given, infer, or a file. --contexts, else what the data set needs."""
@@ -165,7 +166,7 @@ def note_of(args: DataArgs) -> dict:
                 note=data_set.note if data_set else None, terms=data_set.terms if data_set else None)
 
 
-# -------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------- command line
 
 def program() -> None:
     """Print the size of each split, the sampling settings, and the first example's user message."""

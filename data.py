@@ -33,7 +33,7 @@ from sample import Sampling
 ASSETS = Path(__file__).parent / "assets"
 
 
-# -------------------------------------------------------------------------------- what the user says
+# ------------------------------------------------------------------------- what the user says
 
 # By the style of the data: appendix D.2's request, and its frame for conversations, whose last sentence is
 # not in the paper but in the authors' code; D.1's math prompt, which D.3's worked examples follow. The frame
@@ -95,7 +95,7 @@ def shots() -> str:
     return "\n\n".join(texts)
 
 
-# -------------------------------------------------------------------------------- arguments, which examples
+# ------------------------------------------------------------------------- what the data sets are like
 
 SPLITS = ("train", "validation", "test")
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -200,7 +200,7 @@ def print_once(text: str) -> None:
     print(text)
 
 
-# -------------------------------------------------------------------------------- demo
+# ------------------------------------------------------------------------- demo
 
 DEMO_CONTEXTS = 5  # for every training prompt: 600 pairs
 
@@ -236,7 +236,7 @@ def demo_example(prompt: dict, context: dict) -> Example:
                    check=context["check"])
 
 
-# -------------------------------------------------------------------------------- own .jsonl files
+# ------------------------------------------------------------------------- own .jsonl files
 
 COLUMNS = dict(prompt=str, context=(str, list), reference=str, answer=str, user=str, id=str, split=str,
                chosen=str, rejected=str)
@@ -307,7 +307,7 @@ def example_fields(row: dict, where: str) -> dict:
     return fields
 
 
-# -------------------------------------------------------------------------------- the paper's data sets
+# ------------------------------------------------------------------------- the paper's data sets
 
 SPLIT_SEED = 42  # one for every --seed: runs with different seeds are tested on the same rows
 

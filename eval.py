@@ -12,8 +12,9 @@ Win rate, the share of responses that
 Where the data allow it there are also self-BLEU-4 and distinct-2 (Tables 3, 4), the judge's own accuracy on
 human preferences (Table 7), its comparisons of trained and prompted responses in both orders (Fig. 3), the
 entropy over the answer letters (Figs. 4, 5), and accuracy by log p(choice|question) - log p(choice).
-Every number has a 95% interval: a bootstrap over users or prompts, Wilson's for accuracies. Differences are
-paired, row by row; differences of accuracies have McNemar's exact test.
+Differences are paired, row by row, and come first; those of accuracies have McNemar's exact test. Every
+number has a 95% interval over users or prompts, in the demo over prompts and contexts crossed (measures.py,
+`interval`).
 
 A gain must not come from degenerate text. So there are the length, the unfinished share, the base model's
 likelihood, the win rate at equal length, `off_target` (how often a response honours contexts that it was not
@@ -46,12 +47,12 @@ from contexts import check as check_data
 from data import SPLITS, Example, user_message
 from judge import Judge
 from losses import Group, sequence_logps
-from measures import (Answer, Answers, bootstrap, cluster_of, evaluate, length_controlled, nan_where, or_nan,
-                      wilson, wins)
+from measures import (RATE, Answer, Answers, evaluate, groups_of, interval, length_controlled, nan_where,
+                      or_nan, wins)
 from model import Decoder, find, load
-from report import entropy_figure, gain_figure, judges_figure, report, side_by_side, table
-from run import (UserError, default_device, environment, fingerprint, gather, main, option, parse, progress,
-                 rank, read_json, read_jsonl, shard, write_json, write_jsonl)
+from report import entropy_figure, gain_figure, judges_figure, report, table
+from run import (UserError, default_device, default_dtype, environment, fingerprint, gather, main, option,
+                 parse, progress, rank, read_json, read_jsonl, seed_from, shard, write_json, write_jsonl)
 from sample import Sample, Sampling, generate
 from tokenizer import TEMPLATE_DATE, Tokenizer
 
@@ -224,56 +225,76 @@ def or_null(value):
     return None if value != value else value  # only NaN differs from itself
 
 
-# -------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------- judging
 
 def judge_all(judge: Judge, examples: list[Example], answers: Answers,
               write_rubrics: bool) -> tuple[Answers, dict]:
     """Let one judge score every answer and reference (Table 1), score what people rejected (Table 7), and
     compare the trained model's responses with prompting's (Fig. 3).
 
-    Returns the answers with their scores, and the judge's own numbers for eval.json.
+    Returns the answers with their scores, and the judge's own numbers for eval.json. Systems and references
+    are compared on the items on which the judge could be read for all of them.
     """
     name = judge.args.judge
-    references, unread_references = mean_scores(judge, examples, [e.reference for e in examples], "reference")
-    verdicts: dict = dict(unread=dict(reference=unread_references))
+    texts = dict(reference=[e.reference for e in examples])
+    texts |= {system: [answer.text for answer in rows] for system, rows in answers.items()}
+    items = {label: item_scores(judge, examples, rows, label) for label, rows in texts.items()}
+    means, shared = means_over_shared_items(items)
     scored: Answers = {}
     for system, rows in answers.items():
-        texts = [answer.text for answer in rows]
-        scores, verdicts["unread"][system] = mean_scores(judge, examples, texts, system)
         scored[system] = [
             dataclasses.replace(answer, scores=answer.scores | {name: score},
                                 reference_scores=answer.reference_scores | {name: reference})
-            for answer, score, reference in zip(rows, scores, references, strict=True)]
+            for answer, score, reference in zip(rows, means[system], means["reference"], strict=True)]
+    asked = sum(len(e.items or [e.context]) for e in examples)
+    verdicts: dict = dict(items=dict(asked=asked, shared=shared))
 
-    rejected = [e.human_rejected for e in examples]
-    if any(rejected):
-        scores, unread = mean_scores(judge, examples, rejected, "human_rejected")
-        verdicts["unread"]["human_rejected"] = unread
-        margin = np.subtract(references, scores)  # (rows,)
-        clusters = [cluster_of(e) for e in examples]
+    if any(e.human_rejected for e in examples):
+        rejected = [e.human_rejected for e in examples]
+        items["human_rejected"] = item_scores(judge, examples, rejected, "human_rejected")
+        pair, _ = means_over_shared_items({label: items[label] for label in ("reference", "human_rejected")})
+        margin = np.subtract(pair["reference"], pair["human_rejected"])  # (rows,)
+        groups = groups_of(examples)
         verdicts["critic"] = dict(
-            strict=bootstrap(nan_where(np.isnan(margin), margin > 0), clusters),
-            tie_tolerant=bootstrap(nan_where(np.isnan(margin), margin >= 0), clusters))
+            strict=interval(nan_where(np.isnan(margin), margin > 0), **groups, bounds=RATE),
+            tie_tolerant=interval(nan_where(np.isnan(margin), margin >= 0), **groups, bounds=RATE))
+    verdicts["unread"] = {label: sum(math.isnan(score) for row in rows for score in row)
+                          for label, rows in items.items()}
     if "trained" in answers and "prompted" in answers:
         verdicts["pairwise"] = compare_with_prompting(judge, examples, answers, write_rubrics)
     return scored, verdicts
 
 
-def mean_scores(judge: Judge, examples: list[Example], texts: list[str | None],
-                label: str) -> tuple[list[float], int]:
-    """The judge's mean score of each text over its row's context items, and how many replies were unreadable.
+def item_scores(judge: Judge, examples: list[Example], texts: list[str | None],
+                label: str) -> list[list[float]]:
+    """The judge's score of each text on each item of its row's context; none for a row without a text.
 
-    NaN where a row has no text, or none of its replies could be read: what is unread is never scored.
+    NaN where the reply could not be read: what is unread is never scored.
     """
     questions = [(i, item) for i, e in enumerate(examples) if texts[i] is not None
                  for item in e.items or [e.context]]
     scores = judging.rate(judge, [(examples[i].prompt, texts[i], item) for i, item in questions], label)
-    readable: list[list[int]] = [[] for _ in examples]
+    rows: list[list[float]] = [[] for _ in examples]
     for (i, _), score in zip(questions, scores, strict=True):
-        if score is not None:
-            readable[i].append(score)
-    means = [float(np.mean(row)) if row else math.nan for row in readable]
-    return means, scores.count(None)
+        rows[i].append(or_nan(score))
+    return rows
+
+
+def means_over_shared_items(items: dict[str, list[list[float]]]) -> tuple[dict[str, list[float]], int]:
+    """Each row's mean score over the items that were read for all texts of the row; and how many those are.
+
+    items: label -> of each row a score an item. Otherwise two texts' means would be of different questions,
+    and the one whose hard questions went unread would win. NaN where a row has no such item, or no text.
+    """
+    means: dict[str, list[float]] = {label: [] for label in items}
+    count = 0
+    for rows in zip(*items.values(), strict=True):
+        scores = np.array([row for row in rows if row])  # (texts, items)
+        read = ~np.isnan(scores).any(axis=0)  # (items,)
+        count += int(read.sum())
+        for label, row in zip(items, rows, strict=True):
+            means[label].append(float(np.mean(np.array(row)[read])) if row and read.any() else math.nan)
+    return means, count
 
 
 def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answers,
@@ -292,27 +313,30 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
     verdicts = judging.compare(judge, list(zip(criteria, trained, prompted, strict=True)))
 
     outcomes = np.array([or_nan(outcome) for outcome, _ in verdicts])  # (rows,) 1 win, 1/2 tie, 0 loss
-    flips = np.array([float(flipped) for outcome, flipped in verdicts if outcome is not None])
+    unread = np.isnan(outcomes)
+    flips = nan_where(unread, np.array([float(flipped) for _, flipped in verdicts]))
+    read, groups = int((~unread).sum()), groups_of(examples)
     longer = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # in characters
     return dict(
-        win_rate=bootstrap(outcomes, [cluster_of(e) for e in examples]),
+        win_rate=interval(outcomes, **groups, bounds=RATE),
         wins=int((outcomes == 1).sum()),
         ties=int((outcomes == 0.5).sum()),
         losses=int((outcomes == 0).sum()),
-        unread=int(np.isnan(outcomes).sum()),
-        flip_rate=float(flips.sum()) / max(1, len(flips)),
-        flip_interval=wilson(flips),
+        unread=int(unread.sum()),
+        flip_rate=float(np.nansum(flips)) / max(1, read),
+        flip_interval=interval(flips, **groups, bounds=RATE),
         length_controlled=length_controlled(outcomes, np.array(longer)),
         rubrics_unread=written.count(None) if write_rubrics else None,
     )
 
 
-# -------------------------------------------------------------------------------- the program
+# ------------------------------------------------------------------------- the program
 
 @dataclass
 class Args(DataArgs):
     data: str | None = option(None, "as train.py's --data (default: what the run was trained on)", "data")
     date: str | None = option(None, "for chat templates that print one (default: the run's)", "sampling")
+    dtype: str | None = option(None, "arithmetic (default: the run's)", "sampling", ("bfloat16", "float32"))
     split: str = option("test", "which part to evaluate on; choose settings on validation", "data", SPLITS)
     out: str = option("", "folder for responses.jsonl and eval.json (default: the run folder)", "data")
     reuse: str = option("", "folder of an evaluation whose base model's responses are taken; the run's own: "
@@ -374,8 +398,9 @@ def resolve(args: Args) -> Plan:
         if args.reuse:
             raise UserError(f"--reuse brings the base model's responses, and {run} is a bare model: none is "
                             "left")
-    defaults = dict(data="demo", date=TEMPLATE_DATE, max_new_tokens=None) | trained_with
-    left_out = [key for key in ("data", "date", "max_new_tokens") if getattr(args, key) is None]
+    defaults = dict(data="demo", date=TEMPLATE_DATE, max_new_tokens=None, dtype=default_dtype())
+    defaults |= trained_with
+    left_out = [key for key in ("data", "date", "max_new_tokens", "dtype") if getattr(args, key) is None]
     args = dataclasses.replace(args, **{key: defaults[key] for key in left_out})
     sampling = sampling_for(args, evaluation=True)
     args = dataclasses.replace(args, temperature=sampling.temperature, top_p=sampling.top_p)
@@ -451,6 +476,24 @@ def write(plan: Plan, answers: Answers, result: dict) -> None:
     if "trained" in answers:
         print(side_by_side(examples, answers, won))
     print(f"\n{result['seconds']:.0f} s; written: eval{suffix}.json and responses{suffix}.jsonl in {out}")
+
+
+def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[str, np.ndarray],
+                 count: int = 3) -> str:
+    """Some prompts with the answers of prompting and of training: `count` gains, and one still wrong."""
+    baseline = "prompted" if "prompted" in answers else "default"
+    before, after = won[baseline], won["trained"]
+    order = np.random.default_rng(seed_from("examples")).permutation(len(examples))
+    gained = [i for i in order if before[i] == 0 and after[i] == 1][:count]
+    failed = [i for i in order if after[i] == 0][:1]
+    lines = []
+    for i in [*gained, *failed]:
+        context = f" [{examples[i].context}]" if examples[i].context else ""
+        label, verdict = baseline + ":", " (still wrong)" if i in failed else ""
+        lines += ["", f"{examples[i].prompt}{context}",
+                  f"  {label:9} {answers[baseline][i].text!r}",
+                  f"  trained:  {answers['trained'][i].text!r}{verdict}"]
+    return "\n".join(lines)
 
 
 def response_row(e: Example, system: str, answer: Answer) -> dict:

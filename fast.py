@@ -1,11 +1,11 @@
 """fast.py - what is there for speed and memory alone. The method can be understood without this file.
 
-Every function here has a plain form of a line or two, given in its docstring; tests/test_fast.py compares the
-two, values and gradients, in fp64 and bf16. What each of them saves in a whole run is in bench/README.md.
+The first six functions have a plain form of a line or two, given in their docstrings; tests/test_fast.py
+compares the two, values and gradients, in fp64 and bf16. What each saves in a run is in bench/README.md.
 
     linear_logps     log-softmax-gather of the output layer: no logits are kept; Triton kernels on a GPU
     attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products
-    products_in_fp32 the scores of a decoding step, without a copy of the keys in fp32
+    products_in_fp32 the scores of a decoding step; on a GPU without a copy of the keys in fp32
     rms_norm         keeps its input in the compute type, not an fp32 copy of it
     swiglu           keeps its two arguments and not a third tensor of their size
     invert_cumulative   draws a token without a cumulative sum over the vocabulary
@@ -198,12 +198,12 @@ def kernel_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) 
 # ------------------------------------------------------------------------- layers
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention softmax(q k' / sqrt(D) + mask) v, as matrix products in the type of q.
+    """Grouped-query attention softmax(q k.T / sqrt(D) + mask) v, as matrix products in the type of q.
 
     q (H, m, D), k and v (G, n, D), mask (m, n) fp32, 0 where a query may look and -inf elsewhere
     -> (H, m, D). Plain form:
 
-        F.scaled_dot_product_attention(q[None], k[None], v[None], mask, enable_gqa=True)[0]
+        F.scaled_dot_product_attention(q[None], k[None], v[None], mask.to(q.dtype), enable_gqa=True)[0]
     """
     return _Attention.apply(q, k, v, mask)
 
@@ -211,7 +211,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     """With p the attention weights and o the output:
 
-        d v = p' d o,   d s = p * (d o v' - rowsum(d o * o)),   d q = d s k,   d k = d s' q
+        d v = p.T d o,   d s = p * (d o v.T - rowsum(d o * o)),   d q = d s k,   d k = d s.T q
 
     Scores and softmax are fp32: in bf16 a score of 100, as keys with a large constant offset give, is off by
     up to 1/4. Of the (m, n) tables only p is kept, in the type of q.

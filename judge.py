@@ -46,7 +46,7 @@ from run import (UserError, broadcast, default_device, gather, main, option, par
 from sample import Sample, Sampling, generate
 from tokenizer import TEMPLATE_DATE, Tokenizer
 
-# -------------------------------------------------------------------------------- asking a model
+# ------------------------------------------------------------------------- asking a model
 
 MAX_TOKENS = dict(verdict=8, text=1024)  # of a reply: a number or a name; a JSON object
 ATTEMPTS = 6  # at one question to an endpoint; pauses of 1, 2, 4, ... seconds, or what the server asks for
@@ -273,7 +273,7 @@ def retry_after(header: str | None, default: float) -> float:
     return min(60.0, max(0.0, wait))
 
 
-# -------------------------------------------------------------------------------- questions and verdicts
+# ------------------------------------------------------------------------- questions and verdicts
 
 # Appendix D.2, word for word. {..} are the fields.
 SCORE = ("You are a helpful assistant, that evaluates another assistant's response based on how well the "
@@ -450,7 +450,7 @@ def rubrics(judge: Judge, preferences: list[str]) -> list[str | None]:
     return texts
 
 
-# -------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------- command line
 
 @dataclass
 class Args(JudgeArgs):

@@ -36,7 +36,7 @@ def dpo(logps: Tensor, reference: Tensor, beta: float,
 
     logps, reference (B, 1 + N): log pi(y|x,c) and log pi_ref(y|x,c), summed over the response's tokens with
     the end token, never averaged over length; column 0 is the chosen response. label_smoothing: the share of
-    pairs taken to be the wrong way round.
+    pairs in which one of the rejected responses is taken to be the better one.
 
     Returns the loss of each pair (B,) and, detached, one value a pair (B,) of every metric. At pi = pi_ref
     the loss is ln(1 + N) and the margin 0.
@@ -45,7 +45,8 @@ def dpo(logps: Tensor, reference: Tensor, beta: float,
     # prompt, and only differences count.
     rewards = beta * (logps - reference)  # (B, 1 + N)
 
-    # Eqs. 5 and 10: -log sigmoid(r_chosen - r_rejected), which for N = 1 is this softmax; Eq. 8 for N > 1.
+    # The chosen response's share of a softmax over rewards. For N = 1 it is sigmoid(r_chosen - r_rejected),
+    # Bradley and Terry's probability (Eq. 10), and the loss is Eq. 5; for N > 1 it is Eq. 8.
     log_share = rewards.log_softmax(-1)  # (B, 1 + N)
     loss = -(1 - label_smoothing) * log_share[:, 0]  # (B,)
     if label_smoothing:
@@ -78,11 +79,16 @@ def sft(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method trains on. A new one is a function of log-probs and a row of OBJECTIVES."""
+    """What a method trains on. A new one is a function of log-probs and a row of OBJECTIVES.
 
-    loss: Callable  # (logps (B, 1 + N), reference (B, 1 + N), lengths (B,), args) -> loss (B,), metrics (B,)
-    rejected: bool  # whether rejected responses are scored beside the chosen one
-    reference: bool  # whether the start model's log-probs are needed
+    loss(logps, reference, lengths, args) -> the loss of each pair (B,), and metrics, name -> (B,), detached,
+    with "loss" among them. logps, reference and lengths (in tokens) are (B, 1 + N), the chosen response
+    first, or (B, 1) where rejected responses are not used. args: the run's arguments, train.Args.
+    """
+
+    loss: Callable[[Tensor, Tensor, Tensor, object], tuple[Tensor, dict[str, Tensor]]]
+    uses_rejected: bool  # whether rejected responses are scored beside the chosen one
+    uses_reference: bool  # whether the start model's log-probs are needed
     mean_over: str  # a step's loss is the mean over its "pairs" or over their chosen "tokens"
 
 
@@ -90,26 +96,20 @@ def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> tuple[T
     """dpo, and where --nll asks for it the chosen response's negative log-likelihood a token beside it."""
     loss, metrics = dpo(logps, reference, args.beta, args.label_smoothing)
     if args.nll:
-        loss = loss - args.nll * logps[:, 0] / lengths
+        loss = loss - args.nll * logps[:, 0] / lengths[:, 0]
         metrics["loss"] = loss.detach().float()
     return loss, metrics
 
 
 def sft_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> tuple[Tensor, dict[str, Tensor]]:
-    """sft needs no reference and no arguments."""
+    """sft, which needs nothing but log-probs."""
     return sft(logps)
 
 
 OBJECTIVES = dict(
-    dpo=Objective(dpo_loss, rejected=True, reference=True, mean_over="pairs"),
-    sft=Objective(sft_loss, rejected=False, reference=False, mean_over="tokens"),
+    dpo=Objective(dpo_loss, uses_rejected=True, uses_reference=True, mean_over="pairs"),
+    sft=Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="tokens"),
 )
-
-
-def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Metrics as one dict a pair, from name -> (B,)."""
-    columns = torch.stack([value.float() for value in values.values()])  # (metrics, B)
-    return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
 
 
 # ------------------------------------------------------------------------- log-probs
@@ -118,7 +118,8 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The log-probability of each target token: log softmax(hidden @ weight.T)[target].
 
     hidden (T, E) in the compute type, weight (V, E), targets (T,) int64 -> (T,) in fp32 (in fp64 from fp64).
-    The logits never exist all at once: fast.py computes them slice by slice, in both directions.
+    It equals (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1), but the
+    logits never exist all at once: fast.py computes them slice by slice, in both directions.
     """
     return fast.linear_logps(hidden, weight, targets)
 
@@ -138,23 +139,24 @@ def response_logps(model: Decoder, groups: list[Group]) -> list[list[Tensor]]:
     """
     root = common_prefix_length([prefix for prefix, _ in groups])
     ids = groups[0][0][:root]  # all tokens that are fed
-    rows: list[int] = []  # for every response token, the position in `ids` that predicts it
     targets: list[int] = []  # all response tokens
-    shapes = []
+    predicted_from: list[int] = []  # for each of them, the position in `ids` that predicts it
+    shapes = []  # for Packed: how many tokens are fed of each prefix, and of each of its responses
     for prefix, responses in groups:
         if not prefix or not all(responses):
             raise ValueError("response_logps: an empty prefix or response has no log-probability")
         ids += prefix[root:]
         last = len(ids) - 1  # the prefix's last token predicts the first token of every response
         for response in responses:
-            rows += [last, *range(len(ids), len(ids) + len(response) - 1)]
+            predicted_from += [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids += response[:-1]
             targets += response
         shapes.append((len(prefix) - root, [len(response) - 1 for response in responses]))
 
-    ids, rows, targets = (torch.tensor(values, device=model.device) for values in (ids, rows, targets))
-    hidden = model(ids, Packed(shapes, root, device=model.device))  # (T, E)
-    logps = token_logps(hidden[rows], model.head, targets)  # (response tokens,)
+    device = model.device
+    hidden = model(torch.tensor(ids, device=device), Packed(shapes, root, device=device))  # (T, E)
+    predicting = hidden[torch.tensor(predicted_from, device=device)]  # (response tokens, E)
+    logps = token_logps(predicting, model.head, torch.tensor(targets, device=device))  # (response tokens,)
     lengths = [len(response) for _, responses in groups for response in responses]
     remaining = iter(logps.split(lengths))  # (R,) each
     return [[next(remaining) for _ in responses] for _, responses in groups]
@@ -164,18 +166,17 @@ def common_prefix_length(sequences: list[list[int]]) -> int:
     """Length of the longest common prefix that leaves each sequence at least one token; 0 for just one."""
     if len(sequences) == 1:
         return 0
-    first, last = min(sequences), max(sequences)  # in lexicographic order, so these two differ the earliest
     longest = min(map(len, sequences)) - 1
-    alike = 0
-    while alike < longest and first[alike] == last[alike]:
-        alike += 1
-    return alike
+    for position, tokens in enumerate(zip(*sequences, strict=False)):
+        if position == longest or len(set(tokens)) > 1:
+            return position
+    return 0
 
 
 def split_by_tokens(groups: list[Group], max_tokens: int) -> Iterator[list[int]]:
     """Indices of the groups, in order, as many at a time as hold at most `max_tokens` tokens; at least one.
 
-    What all prefixes of a chunk begin with is counted once, as it is computed once.
+    What all prefixes of a chunk begin with is computed once for all of them, and is not counted.
     """
     chunk: list[int] = []
     used = 0
@@ -197,8 +198,8 @@ def sequence_logps(model: Decoder, groups: list[Group], max_tokens: int = 4096,
                    bar=None) -> list[list[float]]:
     """log pi(response | prefix) of each response of each group, summed over tokens, without gradient.
 
-    max_tokens: how many tokens one forward pass may hold (see split_by_tokens). bar: a progress bar that
-    counts groups.
+    max_tokens: how many tokens one forward pass may hold (see split_by_tokens); without a gradient to keep
+    activations for, the default fits everywhere. bar: a progress bar that counts groups.
     """
     sums: list[list[float]] = []
     for chunk in split_by_tokens(groups, max_tokens):
@@ -207,22 +208,6 @@ def sequence_logps(model: Decoder, groups: list[Group], max_tokens: int = 4096,
         if bar is not None:
             bar.update(len(chunk))
     return sums
-
-
-def mean_margin(model: Decoder, start: Decoder, groups: list[Group]) -> float:
-    """How much likelier the model has made chosen responses than rejected ones, since it was `start`.
-
-    The mean over groups of log(pi / pi_start) of the first response less the mean of the others', in nats;
-    beta times this is DPO's margin.
-    """
-    now = sequence_logps(model, groups)
-    before = sequence_logps(start, groups)
-    total = 0.0
-    for logps, start_logps in zip(now, before, strict=True):
-        ratios = [a - b for a, b in zip(logps, start_logps, strict=True)]  # log(pi / pi_start)
-        chosen, *rejected = ratios
-        total += chosen - sum(rejected) / len(rejected)
-    return total / len(groups)
 
 
 # ------------------------------------------------------------------------- command line

@@ -9,7 +9,7 @@ other tools. The model computes in the type of its matrices (`compute`): fp32, f
 rotations and softmax in fp32. What differs from the paper: nothing; any decoder of these families will do.
 
 Legend: T tokens, E hidden size, F feed-forward size, H query heads, G key/value heads, D head size,
-        V vocabulary, m queries, n keys.
+        V vocabulary, N rows, m queries, n keys; P tokens of a prefix, R of a response.
 
     python model.py DIR        prints the configuration and the parameter count, once every weight has loaded
 """
@@ -29,7 +29,6 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError,
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 import fast
 from fast import upcast
@@ -118,20 +117,22 @@ def refuse_unsupported(raw: dict, where: str) -> None:
     rope = rope_settings(raw)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     window = raw.get("sliding_window", 4096)  # transformers' default where the key is absent
-    sliding = "sliding_attention" in (raw.get("layer_types") or [])
-    sliding = sliding or bool(raw.get("use_sliding_window") and window)
-    partial = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
-    refusals = {
-        f"model_type {kind!r} (llama, qwen2 and qwen3 are)": kind not in ("llama", "qwen2", "qwen3"),
-        f"hidden_act {activation!r} (silu is)": activation != "silu",
-        "quantization_config": bool(raw.get("quantization_config")),
-        f"a sliding window in use (sliding_window {window})": sliding,
-        f"rope type {rope_type!r} (default and llama3 are)": rope_type not in ("default", "llama3"),
-        "partial_rotary_factor": partial != 1.0,
-    }
-    for what, applies in refusals.items():
-        if applies:
-            raise UserError(f"{where}: {what} is not supported (see the docstring of model.py)")
+    layer_types = raw.get("layer_types") or []
+    unsupported = None
+    if kind not in ("llama", "qwen2", "qwen3"):
+        unsupported = f"model_type {kind!r} (llama, qwen2 and qwen3 are)"
+    elif activation != "silu":
+        unsupported = f"hidden_act {activation!r} (silu is)"
+    elif raw.get("quantization_config"):
+        unsupported = "quantization_config"
+    elif "sliding_attention" in layer_types or (raw.get("use_sliding_window") and window):
+        unsupported = f"a sliding window in use (sliding_window {window})"
+    elif rope_type not in ("default", "llama3"):
+        unsupported = f"rope type {rope_type!r} (default and llama3 are)"
+    elif raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        unsupported = "partial_rotary_factor"
+    if unsupported:
+        raise UserError(f"{where}: {unsupported} is not supported (see the docstring of model.py)")
 
 
 # ------------------------------------------------------------------------- rotary position embedding
@@ -144,7 +145,9 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
         return frequency
     # Llama 3 slows long waves down: those with few turns over the original context (below `low`) are divided
     # by `factor`, those with many (above `high`) are kept, and those between are mixed.
-    factor, low, high, original_length = config.rope_llama3.values()
+    scaling = config.rope_llama3
+    factor, original_length = scaling["factor"], scaling["original_max_position_embeddings"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = original_length * frequency / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequency + (1 - keep) * frequency / factor
@@ -175,19 +178,24 @@ def causal_mask(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal grouped-query attention of the last m of n tokens: softmax(q k' / sqrt(D)) v.
+    """Causal grouped-query attention of the last m of n tokens: softmax(q k.T / sqrt(D)) v.
 
     q (H, m, D), k and v (G, n, D) -> (H, m, D). Scores and softmax are fp32 inside.
     """
     m, n = q.shape[1], k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and m * n <= 2**20:  # larger ones take memory
+    # Above 2^20 scores the table takes too much memory; scaled_dot_product_attention does not store it.
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and m * n <= 2**20:
         return fast.attention(q, k, v, causal_mask(m, n, torch.float32, q.device))
     q, k, v = q[None], k[None], v[None]  # (1, heads, tokens, D)
     if m == n:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).squeeze(0)
     # is_causal would let query i see the first i keys, but the queries are the last m tokens. CUDA flash
     # attention accepts no explicit mask; causal_lower_right is the one it recognises.
-    mask = causal_lower_right(m, n) if q.is_cuda else causal_mask(m, n, q.dtype, q.device)
+    if q.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # here, because it loads torch's compiler
+        mask = causal_lower_right(m, n)
+    else:
+        mask = causal_mask(m, n, q.dtype, q.device)
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).squeeze(0)
 
 
@@ -226,7 +234,7 @@ class Packed:
         root_part = add(root, None, past) if root else None
         for prefix, responses in shapes:
             prefix_part = add(prefix, root_part, past + root)
-            for response in filter(None, responses):
+            for response in filter(None, responses):  # a response of one token feeds nothing
                 add(response, prefix_part, past + root + prefix)
         positions = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
         self.positions = torch.cat(positions).to(device)  # (T,)
@@ -241,6 +249,7 @@ class Packed:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, D), k and v (T, G, D) -> (T, H, D): attention part by part."""
         parts = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
+        # Part -> all keys and values that its continuations see; None stands for what precedes every part.
         seen: dict[int | None, tuple[Tensor, Tensor] | None] = {None: self.past_keys(layer)}
         outputs = []
         for i, (part_q, part_k, part_v) in enumerate(parts):  # (H, R, D), (G, R, D), (G, R, D)
@@ -450,11 +459,11 @@ def read_tensors(file: Path):
 
 
 def save(weights: dict[str, Tensor], config: Config, folder: Path, source: Path,
-         dtype: torch.dtype = torch.bfloat16, shard: str = "5GB") -> None:
+         dtype: torch.dtype = torch.bfloat16, max_file_size: str = "5GB") -> None:
     """Write a folder that transformers opens: weights cast to `dtype`, config, `source`'s tokenizer files.
 
-    Weights above `shard` go into several files and an index. The folder appears whole, in the place of one
-    that is there; process 0 alone writes.
+    Weights above `max_file_size` go into several files and an index. The folder appears whole, in the place
+    of one that is there; process 0 alone writes.
     """
     if rank():
         return
@@ -462,7 +471,7 @@ def save(weights: dict[str, Tensor], config: Config, folder: Path, source: Path,
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     sizes = {key: torch.empty(w.shape, dtype=dtype, device="meta") for key, w in weights.items()}
-    plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=shard)
+    plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=max_file_size)
     for file, keys in plan.filename_to_tensors.items():
         tensors = {key: weights[key].detach().to("cpu", dtype).contiguous() for key in keys}
         try:

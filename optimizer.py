@@ -1,10 +1,12 @@
 """optimizer.py - AdamW on fp32 masters, the working copy that the model computes with, and the schedule.
 
 MIPO trains at learning rates of 1e-7 to 1e-6 (section 5.2), where an update is far smaller than the distance
-between two bf16 numbers: 1e-6 beside a weight of 0.02 is 1/60 of that distance. Rounded to the nearest bf16
+between two bf16 numbers: 1e-6 beside a weight of 0.02 is 1/122 of that distance. Rounded to the nearest bf16
 number, nearly everything that was learned would vanish from the forward pass and from the saved folder.
 Rounded up or down at random, with the nearer number the likelier, it is there in the mean over the weights.
-The paper says AdamW, linear warm-up over 3% of the steps and a cosine; the rest is ours.
+What differs from the paper: it says AdamW, linear warm-up over 3% of the steps and a cosine. That the cosine
+ends at 10%, betas of (0.9, 0.95), no weight decay and the clip at 1 are from the authors' scripts; masters
+and rounding are ours.
 
     python -m pytest tests/test_optimizer.py
 """
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from run import seed_from, world
 
-WATCHED = 2**20
+WATCHED = 2**20  # of how many weights `share_changed` looks at
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first 3% of the steps, then a cosine down to 10% of the peak, which the last
@@ -47,10 +49,8 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 class MasterAdamW:
     """AdamW on fp32 master weights, of which the model holds a working copy in its own type.
 
-    An update of 1e-6 is far smaller than the distance between two bf16 numbers, so rounding to the nearest
-    one would throw nearly everything away that is learned. After every step the copy is therefore made anew
-    by stochastic rounding, which is right in the mean. Forward, backward, validation and sampling read it. A
-    model in fp32 is its own master.
+    Forward, backward, validation and sampling read the copy, which is rounded from the masters anew after
+    every step. A model in fp32 is its own master.
     """
 
     def __init__(self, model: nn.Module, lr: float, seed: int, rounding: str = "stochastic"):
@@ -60,7 +60,9 @@ class MasterAdamW:
         exact = (torch.float32, torch.float64)
         self.masters = [p if p.dtype in exact else p.detach().float() for p in self.weights]
         for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.grad_dtype = master.dtype  # micro-batches add up in fp32
+            # A gradient in another type than its parameter: micro-batches add up in fp32 (torch 2.10 and
+            # later).
+            weight.grad_dtype = master.dtype
         self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
                                        fused=True)
         # The moments are made now, side by side: scattered among a step's tensors they would break up memory.
@@ -83,10 +85,10 @@ class MasterAdamW:
         generator = torch.Generator(self.masters[0].device)
         generator.manual_seed(seed_from("rounding", self.seed, number))
         for weight, master in zip(self.weights, self.masters, strict=True):
-            if self.rounding == "nearest":
-                weight.copy_(master)
-            elif weight is not master:
-                weight.copy_(round_stochastically(master, generator))
+            if weight is master:
+                continue
+            rounded = master if self.rounding == "nearest" else round_stochastically(master, generator)
+            weight.copy_(rounded)  # which rounds to the nearest, where it still has to
 
     def watched_values(self) -> Tensor:
         return torch.cat([values.bfloat16() for values in self.watched])  # (about WATCHED,)

@@ -8,10 +8,11 @@
               y_r = letters and digits  --neg noise (Table 6's control)
 
 Both are then trained under the same right prompt (x, c). --n-neg N draws N rejected responses for every
-chosen one. Every response keeps the prompt that it really came from, and its *context gain* log pi_ref(y|x,
-c) - log pi_ref(y|x), the reward that MIPO maximises (Eq. 14). What differs from the paper: it does not give
-its sampling settings; ours are the data sets' (data.py). Identical pairs and empty responses are dropped and
-counted. Noise is as long as the chosen response (Table 6's caption; R5 says the rejected one).
+chosen one. Every response keeps the prompt that it really came from, and its *context gain*
+log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises (Eq. 14).
+What differs from the paper: it does not give sampling settings; ours are the data sets' (data.py), from the
+authors' scripts where there are any. A rejected response that is empty or equals the chosen one is drawn
+again. Noise is as long as the chosen response (Table 6's caption; the paper's text says the rejected one).
 
     python pairs.py --data demo --neg missing --model DIR --out FOLDER
 
@@ -19,7 +20,6 @@ writes FOLDER/pairs.jsonl, one pair a line, and FOLDER/pairs.json, how they were
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -37,12 +37,14 @@ from contexts import DataArgs, contexts_of, examples_for, sampling_for
 from data import SPLITS, Example
 from losses import sequence_logps
 from model import Decoder, find, load
-from run import (UserError, broadcast, default_device, environment, gather, main, option, parse, progress,
-                 rank, read_appended, read_json, read_jsonl, seed_from, shard, write_json, write_jsonl)
+from run import (UserError, broadcast, default_device, environment, fingerprint, gather, main, option, parse,
+                 progress, rank, read_appended, read_json, read_jsonl, seed_from, shard, write_json,
+                 write_jsonl)
 from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
 
 NEGATIVES = ("missing", "random", "reshuffle", "noise")
+SAMPLED = ("missing", "random")  # those whose rejected responses are sampled from a prompt
 GAINS = ("chosen", "chosen_per_token", "rejected", "rejected_per_token")
 DRAWS = 10  # rejected responses drawn at most, before an example is given up
 SHARDS = "pairs.jsonl.process-*"  # what processes other than the first have sampled
@@ -57,7 +59,7 @@ class Response:
     text: str
     ids: list[int]
     finished: bool  # whether the model ended it
-    prompt_ids: list[int]  # the prompt it was really sampled from; noise comes from none
+    prompt_ids: list[int]  # what it was sampled from; empty for noise, and where a file does not say
     gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair
 
 
@@ -101,36 +103,42 @@ class Pair:
 
 # ------------------------------------------------------------------------- where rejected responses come from
 
-def negative_messages(examples: list[Example], neg: str, seed: int, count: int = 1) -> list[list[str]]:
-    """The user messages that each row's `count` rejected responses are sampled from (section 4.2).
-
-    None for `reshuffle` and `noise`, which sample no rejected responses.
-    """
-    if neg in ("reshuffle", "noise") or not count:
+def negative_messages(examples: list[Example], neg: str, seed: int, n_neg: int = 1) -> list[list[str]]:
+    """The user messages that each row's `n_neg` rejected responses are sampled from (section 4.2, (i), (ii));
+    none for `reshuffle` and `noise`, which sample no rejected responses."""
+    if neg not in SAMPLED or not n_neg:
         return [[] for _ in examples]
-    if neg == "missing":
-        without = [example.id for example in examples if not example.context]
-        if without:
-            raise UserError(f"--neg missing needs a context in every row; {len(without)} have none (first: "
-                            f"{without[0]!r}). random, reshuffle and noise do not")
-        return [[example.user_message(None)] * count for example in examples]  # (i) pi_ref(.|x)
-
+    require_contexts(examples, neg)
     messages = []
     for i, example in enumerate(examples):
-        others = other_rows(examples, i, seed, count)
+        if neg == "missing":
+            messages.append([example.user_message(None)] * n_neg)  # (i) y_r ~ pi_ref(.|x)
+            continue
+        others = other_rows(examples, i, seed, n_neg)
         if example.context:
-            messages.append([example.user_message(other.context) for other in others])  # (ii) pi_ref(.|x,c')
+            messages.append([example.user_message(other.context) for other in others])  # (ii) pi_ref(.|x, c')
         else:
             messages.append([other.user_message(None) for other in others])  # pi_ref(.|x')
     return messages
 
 
-def other_rows(examples: list[Example], i: int, seed: int, count: int = 1) -> list[Example]:
-    """`count` rows by seed that differ from row i: in the context or, where it has none, in the prompt; and
-    in the user, where there are users. The first of them are the same whatever the count."""
+def require_contexts(examples: list[Example], neg: str) -> None:
+    """UserError where contexts are to be left out that some rows do not have."""
+    without = [example.id for example in examples if not example.context]
+    if neg == "missing" and without:
+        raise UserError(f"--neg missing needs a context in every row; {len(without)} have none (first: "
+                        f"{without[0]!r}). random, reshuffle and noise do not")
+
+
+def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[Example]:
+    """`count` rows by seed, drawn with replacement, that differ from row i: in the context or, where it has
+    none, in the prompt; and in the user, where there are users.
+
+    A larger count begins with the rows of a smaller one, so that --n-neg 3 extends --n-neg 1.
+    """
     rng = random.Random(seed_from("random", seed, i))
     others: list[Example] = []
-    for _ in range(count + 100 * len(examples)):
+    for _ in range(count + 100 * len(examples)):  # by rejection: nearly every row will do
         other = rng.choice(examples)
         if is_other(examples[i], other):
             others.append(other)
@@ -149,12 +157,13 @@ def is_other(example: Example, other: Example) -> bool:
     return other.prompt != example.prompt
 
 
-def add_reshuffled(pairs: list[Pair], seed: int, count: int) -> None:
-    """(iii) Fill in rejected responses: `count` times the chosen ones of other rows, in another order.
+def add_reshuffled(pairs: list[Pair], seed: int, n_neg: int) -> None:
+    """Fill in rejected responses: the chosen ones of other rows, `n_neg` times in another order (section 4.2,
+    (iii)).
 
     Each order is a derangement: no row keeps its own response or gets one of equal text, and every response
-    is used once. With the rows sorted by text, equal texts stand in runs of at most m rows, so rotating the
-    list by anything from m to n - m moves every row off its run.
+    is used once. Rows of equal text stand side by side in runs of at most m rows, so that rotating the list
+    by anything from m to n - m moves every row off its run: aabc rotated by 2 is bcaa.
     """
     rng = random.Random(seed_from("reshuffle", seed))
     runs: dict[str, list[int]] = {}
@@ -162,27 +171,27 @@ def add_reshuffled(pairs: list[Pair], seed: int, count: int) -> None:
         runs.setdefault(pairs[i].chosen.text, []).append(i)
     order = [i for run in runs.values() for i in run]
     n, m = len(order), max(map(len, runs.values()))
-    if n - 2 * m + 1 < count:
+    if n - 2 * m + 1 < n_neg:
         raise UserError(f"--neg reshuffle: {m} of {n} chosen responses are the same text: too many to give "
-                        f"every row {count} of another text")
-    for shift in rng.sample(range(m, n - m + 1), count):
+                        f"every row {n_neg} of another text")
+    for shift in rng.sample(range(m, n - m + 1), n_neg):
         rotated = order[shift:] + order[:shift]
         for i, j in zip(order, rotated, strict=True):
             pairs[i].rejected.append(dataclasses.replace(pairs[j].chosen, gain=None))
 
 
-def add_noise(pairs: list[Pair], tokenizer: Tokenizer, seed: int, count: int) -> None:
+def add_noise(pairs: list[Pair], tokenizer: Tokenizer, seed: int, n_neg: int) -> None:
     """Fill in rejected responses of random letters and digits, as many tokens as the chosen one, then the end
     token (Table 6's control)."""
     characters = string.ascii_letters + string.digits
     for i, pair in enumerate(pairs):
         length = len(pair.chosen.ids) - pair.chosen.finished  # without the end token
-        for k in range(count):
+        for k in range(n_neg):
             rng = random.Random(seed_from("noise", seed, i, k))
             text, ids = "", []
             while len(ids) < length:
                 text += "".join(rng.choices(characters, k=4 * length))
-                ids = tokenizer.response(text)[:-1]
+                ids = tokenizer.encode(text)
             ids = ids[:length]
             noise = Response(tokenizer.decode(ids), [*ids, tokenizer.end_token], True, prompt_ids=[])
             pair.rejected.append(noise)
@@ -191,40 +200,39 @@ def add_noise(pairs: list[Pair], tokenizer: Tokenizer, seed: int, count: int) ->
 # ------------------------------------------------------------------------- making pairs
 
 def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], neg: str, sampling: Sampling,
-               seed: int, slots: int = 128, count: int = 1,
+               seed: int, slots: int = 128, n_neg: int = 1,
                folder: Path | None = None) -> tuple[list[Pair], dict]:
-    """One chosen and `count` rejected responses for every example; useless pairs dropped, gains measured.
+    """One chosen and `n_neg` rejected responses for every example; useless pairs dropped, gains measured.
 
     Responses are sampled, or taken from a file that brings them; folder: see `sample_pairs`. Returns the
-    pairs and their statistics: counts, unfinished share, seconds, context gain (if anything is rejected), and
-    how often the demo's contexts are honoured.
+    pairs and their statistics: counts, unfinished share, seconds, context gain, how often the demo's contexts
+    are honoured.
     """
     start = time.perf_counter()
     redrawn = 0
     if examples[0].chosen is not None:
         pairs = ready_pairs(tokenizer, examples)
-        has_rejected = examples[0].rejected is not None
     else:
-        negatives = negative_messages(examples, neg, seed, max(count, DRAWS) if count else 0)
-        first = [messages[:count] for messages in negatives]
+        messages = negative_messages(examples, neg, seed, max(n_neg, DRAWS) if n_neg else 0)
+        first = [row[:n_neg] for row in messages]
         pairs = sample_pairs(model, tokenizer, examples, first, sampling, seed, slots, folder)
-        has_rejected = bool(negatives[0])
-        if has_rejected:
-            redrawn = redraw(model, tokenizer, pairs, negatives, sampling, seed, slots)
+        if n_neg and neg in SAMPLED:
+            redrawn = redraw(model, tokenizer, pairs, messages, n_neg, sampling, seed, slots)
     sampled = [response for pair in pairs for response in pair.responses]
     seconds_sampling = time.perf_counter() - start
 
-    pairs, dropped = drop_useless(pairs, has_rejected)
+    # Sampled and given responses are judged before those are filled in that no prompt gave.
+    is_filled_in = n_neg > 0 and neg not in SAMPLED and examples[0].rejected is None
+    pairs, dropped = drop_useless(pairs, needs_rejected=n_neg > 0 and not is_filled_in)
     if not pairs:
         raise UserError(f"no pair is left of {len(examples)} examples: {dropped}")
-    if count and not has_rejected:
-        if neg == "reshuffle":
-            add_reshuffled(pairs, seed, count)
-        else:
-            add_noise(pairs, tokenizer, seed, count)
+    if is_filled_in and neg == "reshuffle":
+        add_reshuffled(pairs, seed, n_neg)
+    elif is_filled_in:
+        add_noise(pairs, tokenizer, seed, n_neg)
     kept_ids = {pair.id for pair in pairs}
     kept = [example for example in examples if example.id in kept_ids]
-    gain = context_gain(model, tokenizer, kept, pairs, seed) if count else dict.fromkeys(GAINS)
+    gain = context_gain(model, tokenizer, kept, pairs, seed) if n_neg else dict.fromkeys(GAINS)
 
     statistics = dict(
         examples=len(examples),
@@ -249,7 +257,10 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     With a folder, every pair is written as it becomes whole, and those found there are not sampled again.
     Several processes share the work, each with a file of its own; the text is that of one process.
     """
-    done = broadcast(read_sampled(folder, len(negatives[0])) if folder and not rank() else {})
+    done: dict[str, Pair] = {}
+    if folder and not rank():
+        done = read_sampled(folder, len(negatives[0]))
+    done = broadcast(done)
     if done:
         print(f"continuing: {len(done)} of {len(examples)} examples are sampled already")
 
@@ -272,7 +283,7 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
             responses[i][k] = Response(text, sample.ids, sample.finished, prompts[i][k])
             if len(responses[i]) == len(prompts[i]):
                 example = examples[i]
-                chosen, *rejected = (responses[i][k] for k in range(len(prompts[i])))
+                chosen, *rejected = (responses[i][n] for n in range(len(prompts[i])))
                 pair = Pair(example.id, example.prompt, example.context, chosen, rejected, example.style)
                 file.write(json.dumps(dataclasses.asdict(pair), ensure_ascii=False) + "\n")
                 file.flush()
@@ -288,31 +299,32 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     return [done[example.id] for example in examples]
 
 
-def redraw(model: Decoder, tokenizer: Tokenizer, pairs: list[Pair], negatives: list[list[str]],
+def redraw(model: Decoder, tokenizer: Tokenizer, pairs: list[Pair], messages: list[list[str]], n_neg: int,
            sampling: Sampling, seed: int, slots: int) -> int:
     """Replace rejected responses that teach nothing, in place, by further draws; return how many were drawn.
 
-    A row with fewer good ones than it should have draws again until it has had DRAWS, and then repeats those
-    that it has. So whether a row can be used does not depend on their number: 1, 3 or 10 of them train on the
-    same rows.
+    A pair that is short of good ones draws again until it has had DRAWS, one for each of its `messages`, and
+    then repeats those that it has. So whether a row can be used does not depend on n_neg: 1, 3 or 10 rejected
+    responses are compared on the same rows.
     """
-    count, drawn = len(pairs[0].rejected), 0
+    drawn = 0
     for pair in pairs:
         pair.rejected = [response for response in pair.rejected if is_useful(response, pair)]
-    for k in range(count, len(negatives[0])):
-        mine = shard([i for i, pair in enumerate(pairs) if len(pair.rejected) < count])
-        prompts = [tokenizer.chat(negatives[i][k]) for i in mine]
-        keys = [(i, k + 1) for i in mine]  # sample 0 is the chosen response
-        samples = gather(list(zip(mine, prompts, generate(model, prompts, sampling, tokenizer.stop_ids, seed,
-                                                          keys, slots), strict=True)))
-        for i, prompt, sample in samples:
+    for k in range(n_neg, len(messages[0])):
+        short = [i for i, pair in enumerate(pairs) if len(pair.rejected) < n_neg]
+        prompts = [tokenizer.chat(messages[i][k]) for i in shard(short)]
+        keys = [(i, k + 1) for i in shard(short)]  # sample 0 is the chosen response
+        samples = generate(model, prompts, sampling, tokenizer.stop_ids, seed, keys, slots)
+        draws = gather(list(zip(prompts, samples, strict=True)))
+        for i, (prompt, sample) in zip(short, draws, strict=True):
             response = Response(tokenizer.decode(sample.ids), sample.ids, sample.finished, prompt)
             if is_useful(response, pairs[i]):
                 pairs[i].rejected.append(response)
-        drawn += len(samples)
+        drawn += len(short)
     for pair in pairs:
-        good = itertools.cycle(pair.rejected)
-        pair.rejected = [next(good) for _ in range(count) if pair.rejected]
+        if pair.rejected:
+            good = itertools.cycle(pair.rejected)
+            pair.rejected = [next(good) for _ in range(n_neg)]
     return drawn
 
 
@@ -341,20 +353,19 @@ def ready_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[Pair]:
         chosen = Response(example.chosen, tokenizer.response(example.chosen), True, right)
         rejected = []
         if example.rejected is not None:
-            bare = tokenizer.chat(example.user_message(None))
-            rejected = [Response(example.rejected, tokenizer.response(example.rejected), True, bare)]
+            rejected = [Response(example.rejected, tokenizer.response(example.rejected), True, [])]
         pairs.append(Pair(example.id, example.prompt, example.context, chosen, rejected, example.style))
     return pairs
 
 
-def drop_useless(pairs: list[Pair], has_rejected: bool) -> tuple[list[Pair], dict[str, int]]:
-    """Leave out pairs whose chosen response is empty or, where they have rejected ones already, none of these
-    is useful; count both."""
+def drop_useless(pairs: list[Pair], needs_rejected: bool) -> tuple[list[Pair], dict[str, int]]:
+    """Leave out pairs whose chosen response is empty or, where rejected ones should be there by now, none of
+    these is useful; count both."""
     kept, dropped = [], dict(empty=0, identical=0)
     for pair in pairs:
         if not pair.chosen.text.strip():
             dropped["empty"] += 1
-        elif has_rejected and not any(is_useful(response, pair) for response in pair.rejected):
+        elif needs_rejected and not any(is_useful(response, pair) for response in pair.rejected):
             dropped["identical"] += 1
         else:
             kept.append(pair)
@@ -367,22 +378,26 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
                  seed: int) -> dict:
     """Fill in every response's context gain, and return the means of both sides, per response and per token.
 
-    log pi_ref(y|x,c) - log pi_ref(y|x) (Eq. 14): for `missing` its mean over chosen responses is I(Y;C|X)
-    plus a KL divergence, an upper bound of the mutual information. For a row without a context the second
-    prompt is another row's; where there is no other, there is no gain.
+    log pi_ref(y|x,c) - log pi_ref(y|x), Eq. 14. Its mean over chosen responses bounds the mutual information
+    of Eq. 9 from above: it is larger by KL(mean over contexts of pi_ref(.|x,c) || pi_ref(.|x)). For a row
+    without a context the second prompt is another row's; where there is no other, there is no gain.
     """
-    if not any(example.context for example in examples) and len({e.prompt for e in examples}) < 2:
+    prompts = sorted({example.prompt for example in examples})
+    if not any(example.context for example in examples) and len(prompts) < 2:
         return dict.fromkeys(GAINS)
-    without = []
+    bare_messages = []
     for i, example in enumerate(examples):
-        other = example if example.context else other_rows(examples, i, seed)[0]
-        without.append(other)
+        if not example.context and len(prompts) > 1:
+            rng = random.Random(seed_from("gain", seed, i))
+            other = rng.choice([prompt for prompt in prompts if prompt != example.prompt])
+            example = dataclasses.replace(example, prompt=other)
+        bare_messages.append(example.user_message(None))
 
     with_context_groups, without_groups = [], []
-    for pair, example in zip(pairs, without, strict=True):
+    for pair, message in zip(pairs, bare_messages, strict=True):
         ids = [response.ids for response in pair.responses]
         with_context_groups.append((pair.prompt_ids, ids))
-        without_groups.append((tokenizer.chat(example.user_message(None)), ids))
+        without_groups.append((tokenizer.chat(message), ids))
     bar = progress(2 * len(shard(pairs)), "passes", "context gain")
     with_context = gather(sequence_logps(model, shard(with_context_groups), bar=bar))
     without_context = gather(sequence_logps(model, shard(without_groups), bar=bar))
@@ -455,7 +470,7 @@ def pair_settings(args: "PairArgs", examples: list[Example], split: str) -> dict
         data=args.data,
         split=split,
         contexts=contexts_of(args),
-        data_fingerprint=hashlib.sha256(repr(rows).encode()).hexdigest()[:12],
+        data_fingerprint=fingerprint(rows),
         examples=len(examples),
         model=args.model,
         neg=args.neg,
@@ -534,10 +549,10 @@ def check_negatives(examples: list[Example], args: PairArgs) -> None:
     """UserError where these data can't have these negatives."""
     first = examples[0]
     if first.chosen is None:
-        negative_messages(examples, args.neg, args.seed, args.n_neg)
+        require_contexts(examples, args.neg if args.n_neg else "")
     elif first.rejected is not None and args.n_neg > 1:
         raise UserError(f"--n-neg {args.n_neg}: {args.data} brings one rejected response for each chosen one")
-    elif first.rejected is None and args.n_neg and args.neg not in ("reshuffle", "noise"):
+    elif first.rejected is None and args.n_neg and args.neg in SAMPLED:
         raise UserError(f"{args.data} has no rejected responses: --neg reshuffle or noise, or --method sft")
 
 

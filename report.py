@@ -1,6 +1,6 @@
 """report.py - how the numbers of evaluations are shown: tables, figures, the report over runs.
 
-    tables        the summary that eval.py prints, and some answers side by side
+    tables        the summary that eval.py prints
     figures       the gain and the learning curve (Fig. 2), judges' outcomes (Fig. 3), entropies (Figs. 4, 5)
     report        the paper's tables over runs and seeds (python eval.py --report RUN RUN ...)
 
@@ -9,16 +9,16 @@ What differs from the paper: its own figures stand beside ours.
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data import Example
 from judge import PAPER
 from measures import SYSTEMS
-from run import read_json, read_jsonl, seed_from, write_atomic
+from run import fingerprint, read_json, read_jsonl, write_atomic
 
-# -------------------------------------------------------------------------------- formatting
+# ------------------------------------------------------------------------- formatting
 
 def mean_of(row: dict, key: str) -> float | None:
     """A measurement of a system, whether or not it has an interval; None where there is none."""
@@ -27,15 +27,17 @@ def mean_of(row: dict, key: str) -> float | None:
 
 
 def with_interval(measurement: dict | None, form: str, scale: float = 1) -> str:
-    """63.1 [58.0, 68.2]: a mean with its interval; - where there is none."""
+    """63.1 [58.0, 68.2]: a mean with its interval, if it has one; - where there is no mean."""
     if measurement is None or measurement["mean"] is None:
         return "-"
+    if measurement["low"] is None:
+        return format(scale * measurement["mean"], form)
     mean, low, high = (format(scale * measurement[key], form) for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
 
 def cell(runs: list[dict], key: str, scale: float, form: str) -> str:
-    """Mean ± standard deviation over runs with different seeds; of one run its interval, if it has one."""
+    """Mean ± standard deviation over seeds; of one run its interval, if it has one."""
     means = [mean_of(run, key) for run in runs]
     values = [scale * mean for mean in means if mean is not None]
     if not values:
@@ -50,7 +52,7 @@ def markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-# -------------------------------------------------------------------------------- the printed table
+# ------------------------------------------------------------------------- the printed table
 
 QUALITY = (  # heading, key, format; shown where a system has it
     ("flexible", "flexible", ".1%"), ("unparsed", "unparsed", ".1%"), ("by MI", "choice_mi", ".1%"),
@@ -58,16 +60,17 @@ QUALITY = (  # heading, key, format; shown where a system has it
     ("at equal len", "length_controlled", ".1%"), ("off target", "off_target", ".1%"),
     ("tokens", "tokens", ".1f"), ("unfinished", "unfinished", ".0%"), ("base nll", "nll_per_token", ".3f"),
     ("distinct-2", "distinct_2", ".3f"), ("self-BLEU-4", "self_bleu_4", ".3f"),
-    ("prompt gain", "prompt_gain", ".1f"),
+    ("  in a prompt", "self_bleu_4_within", ".3f"), ("prompt gain", "prompt_gain", ".1f"),
 )
 
 
 def table(result: dict) -> str:
-    """The printed summary: systems and differences of each part, what judges say, every context."""
+    """The printed summary: differences and systems of each part, what judges say, every context."""
     lines = []
     for part, block in result["parts"].items():
-        lines += ["", *system_lines("all" if part == "all" else f"{part} contexts", block["systems"])]
-        lines += [difference_line(name, d) for name, d in block["differences"].items()]
+        lines += ["", "all rows" if part == "all" else f"{part} contexts"]
+        lines += [difference_line(name, d) for name, d in reversed(block["differences"].items())]
+        lines += system_lines(block["systems"])
         for system, row in block["systems"].items():
             if "entropy_right" in row:
                 right, wrong = (with_interval(row[key], ".2f") for key in ("entropy_right", "entropy_wrong"))
@@ -82,36 +85,41 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def system_lines(title: str, systems: dict) -> list[str]:
+def system_lines(systems: dict) -> list[str]:
     """A heading, then a line a system: win rate, context gain, and the quality columns that the data have."""
     columns = [column for column in QUALITY
                if any(mean_of(row, column[1]) is not None for row in systems.values())]
     headings = " ".join(f"{heading:>12}" for heading, _, _ in columns)
-    lines = [f"{title:12} {'win rate %':>19} {'context gain, nats':>22} {headings}"]
+    lines = [f"{'':12} {'n':>6} {'win rate %':>19} {'context gain, nats':>22} {headings}"]
     for system, row in systems.items():
         means = [(mean_of(row, key), form) for _, key, form in columns]
         quality = " ".join(f"{'-' if mean is None else format(mean, form):>12}" for mean, form in means)
         rate, gain = with_interval(row["win_rate"], ".1f", 100), with_interval(row["context_gain"], ".2f")
-        lines.append(f"{system:12} {rate:>19} {gain:>22} {quality}")
+        lines.append(f"{system:12} {row['win_rate']['n']:>6} {rate:>19} {gain:>22} {quality}")
     return lines
 
 
 def difference_line(name: str, d: dict) -> str:
-    """One pair of systems: differences of the win rate, the judge's score and the context gain."""
+    """One pair of systems in two lines: differences of win rate, score, context gain and self-BLEU."""
     matched = d["win_rate_length_matched"]
     rate, even = with_interval(d["win_rate"], "+.1f", 100), with_interval(matched, "+.1f", 100)
     gain = with_interval(d["context_gain"], "+.2f")
-    per_token = with_interval(d["context_gain_per_token"], "+.3f")
+    per_token = with_interval(d["context_gain_per_token_macro"], "+.3f")
+    across, within = (with_interval(d[key], "+.3f") for key in ("self_bleu_4", "self_bleu_4_within"))
     test = "" if d["mcnemar_p"] is None else f" (McNemar p {d['mcnemar_p']:.2g})"
     score = f"; score {with_interval(d['score'], '+.2f')}" if d["score"]["n"] else ""
-    return (f"{name}: win rate {rate}{test}, at matched length {even} (n = {matched['n']}){score}; "
-            f"context gain {gain}, per token {per_token}")
+    return (f"{name}: win rate {rate} (n = {d['win_rate']['n']}){test}, at matched length {even} "
+            f"(n = {matched['n']}){score}\n    context gain {gain}, per token {per_token}; "
+            f"self-BLEU-4 across prompts {across}, within a prompt {within}")
 
 
 def judge_lines(name: str, verdicts: dict) -> list[str]:
     """What one judge could not be read on, how far it agrees with people, whom it prefers."""
     unread = ", ".join(f"{n} of {texts}" for texts, n in verdicts["unread"].items() if n) or "none"
     lines = [f"judge {name}: replies it could not be read from: {unread}"]
+    if "items" in verdicts:
+        lines[0] += "; systems are compared on the {shared} of {asked} items read for all".format(
+            **verdicts["items"])
     if "critic" in verdicts:
         strict, tolerant = (with_interval(verdicts["critic"][key], ".1f", 100)
                             for key in ("strict", "tie_tolerant"))
@@ -125,25 +133,7 @@ def judge_lines(name: str, verdicts: dict) -> list[str]:
     return lines
 
 
-def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[str, np.ndarray],
-                 count: int = 3) -> str:
-    """Some prompts with the answers of prompting and of training: `count` gains, and one still wrong."""
-    baseline = "prompted" if "prompted" in answers else "default"
-    before, after = won[baseline], won["trained"]
-    order = np.random.default_rng(seed_from("examples")).permutation(len(examples))
-    gained = [i for i in order if before[i] == 0 and after[i] == 1][:count]
-    failed = [i for i in order if after[i] == 0][:1]
-    lines = []
-    for i in [*gained, *failed]:
-        context = f" [{examples[i].context}]" if examples[i].context else ""
-        label, verdict = baseline + ":", " (still wrong)" if i in failed else ""
-        lines += ["", f"{examples[i].prompt}{context}",
-                  f"  {label:9} {answers[baseline][i].text!r}",
-                  f"  trained:  {answers['trained'][i].text!r}{verdict}"]
-    return "\n".join(lines)
-
-
-# -------------------------------------------------------------------------------- figures
+# ------------------------------------------------------------------------- figures
 
 # Colours that the colour-blind tell apart (Okabe and Ito's blue and vermilion); blue is what is trained.
 BLUE, VERMILION, BLACK, GREY = "#0072B2", "#D55E00", "#333333", "#7F7F7F"
@@ -352,27 +342,33 @@ def entropy_figure(file: Path, entropies: dict[str, np.ndarray], won: dict[str, 
     save_figure(figure, file)
 
 
-# -------------------------------------------------------------------------------- the report over runs
+# ------------------------------------------------------------------------- the report over runs
 
 Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data set -> a row for each seed
+
+# What does not make another experiment: the seed, where files are, how fast it goes, how a judge is asked.
+NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "slots", "pass_tokens", "judge_url",
+               "judge_cache", "judge_at_once", "judge_timeout"}
 
 
 def report(folders: list[str], out: Path) -> str:
     """The paper's tables of some runs, as text, report.md and report.png.
 
-    A row for every method and negative strategy: mean ± standard deviation over seeds, the strategy that
-    validation chose marked, the paper's own number beside it.
+    A row for every experiment, that is for all settings but the seed: mean ± standard deviation over seeds,
+    what validation chose marked, the paper's own number beside it. What is there twice counts once.
     """
-    published, models = read_json(PAPER), read_runs(folders)
+    published, (measured, copies) = read_json(PAPER), read_runs(folders)
+    models = tables_of(measured)
     lines = ["Mean ± standard deviation over seeds, or of one seed the 95% interval; * is what validation "
              "chose; in parentheses at the end the paper's figure, where it has one."]
     for model, rows in models.items():
         for title, key, scale, form in (("win rate or accuracy, %", "win_rate", 100, ".1f"),
-                                        ("self-BLEU-4", "self_bleu_4", 1, ".3f")):
-            numbers = published[key].get(model, {})
+                                        ("self-BLEU-4 across prompts", "self_bleu_4", 1, ".3f"),
+                                        ("self-BLEU-4 within a prompt", "self_bleu_4_within", 1, ".3f")):
+            numbers = published.get(key, {}).get(model, {})
             lines += ["", *strategy_table(f"{model}: {title}", rows, key, scale, form, numbers)]
         lines += critic_table(rows)
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(lines + [""] * bool(copies) + copies) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.md", text)
     report_figure(models, published["win_rate"], out / "report.png")
@@ -397,20 +393,72 @@ def validation_score(folder: Path) -> float | None:
     return None
 
 
-def read_runs(folders: list[str]) -> dict[str, Rows]:
-    """Base model -> the rows of its table: default, prompted and the strategies."""
-    models: dict[str, Rows] = {}
+@dataclass(frozen=True)
+class Measured:
+    """One system of one run: in the table of which model, in which row and column, and its numbers."""
+
+    model: str
+    name: str
+    data: str
+    settings: dict  # that make the experiment
+    seed: object  # what repeats it
+    row: dict
+
+
+def read_runs(folders: list[str]) -> tuple[list[Measured], list[str]]:
+    """Every system of every run, each experiment once a seed; and a line for each that was there before."""
+    first: dict[tuple[str, str], tuple[Path, Measured]] = {}
+    copies: dict[tuple[Path, Path], list[str]] = {}
     for folder in map(Path, folders):
-        result = read_json(folder / "eval.json")
-        arguments = read_json(folder / "args.json")["arguments"]
-        data = Path(arguments["data"].partition(":")[0]).stem
-        rows = models.setdefault(Path(arguments["model"]).name, {})
-        for system, row in result["parts"]["all"]["systems"].items():
-            trained = system == "trained"
-            name = strategy(arguments) if trained else system
-            more = dict(validation=validation_score(folder) if trained else None,
-                        judges=result.get("judges", {}))
-            rows.setdefault(name, {}).setdefault(data, []).append(row | more)
+        for system in systems_of(folder):
+            identity = system.name, fingerprint(system.data, system.settings, system.seed)
+            found_in, _ = first.setdefault(identity, (folder, system))
+            if first[identity][1] is not system:
+                copies.setdefault((folder, found_in), []).append(system.name)
+    lines = [f"{folder}: {', '.join(names)}: the same settings and seed as in {found_in}, counted once"
+             for (folder, found_in), names in copies.items()]
+    return [system for _, system in first.values()], lines
+
+
+def systems_of(folder: Path) -> list[Measured]:
+    """The systems of one run. Those of the base model depend on the evaluation alone, not on training."""
+    result, written = read_json(folder / "eval.json"), read_json(folder / "args.json")
+    arguments, evaluated = written["arguments"], result["arguments"]
+    data = arguments["data"].partition(":")[0]  # wherever a copy of a known data set is
+    evaluation = {f"test {key}": value for key, value in evaluated.items() if key not in NO_SETTINGS}
+    evaluation |= {"test model": arguments["model"], "test data": data,
+                   "test judge": evaluated.get("judge", "").split(",")[0]}  # it decides what wins
+    training = {key: value for key, value in arguments.items() if key not in NO_SETTINGS} | dict(data=data)
+    candidates = written.get("candidates", [])
+    if len(candidates) > 1:  # every seed chooses anew
+        training |= {key: [candidate[key] for candidate in candidates] for key in candidates[0]}
+    systems = []
+    for system, row in result["parts"]["all"]["systems"].items():
+        examples = result.get("settings", {}).get("examples") or fingerprint(row)
+        name, settings, seed, validation = system, evaluation, (evaluated["seed"], examples), None
+        if system == "trained":
+            name, settings, seed = strategy(arguments), evaluation | training, arguments["seed"]
+            validation = validation_score(folder)
+        row |= dict(validation=validation, judges=result.get("judges", {}))
+        systems.append(Measured(Path(arguments["model"]).name, name, Path(data).stem, settings, seed, row))
+    return systems
+
+
+def tables_of(measured: list[Measured]) -> dict[str, Rows]:
+    """Base model -> the rows of its table: default, prompted and the strategies.
+
+    Experiments that would stand in one cell of a table get a row each, named by the settings that differ.
+    """
+    models: dict[str, Rows] = {}
+    for m in measured:
+        own, differing = m.settings, set()
+        for other in measured:
+            if (other.model, other.name, other.data) == (m.model, m.name, m.data):
+                keys = own | other.settings
+                differing |= {key for key in keys if own.get(key) != other.settings.get(key)}
+        values = ", ".join(f"{key} {own.get(key) or 'default'}" for key in sorted(differing))
+        name = f"{m.name} ({values})" if values else m.name
+        models.setdefault(m.model, {}).setdefault(name, {}).setdefault(m.data, []).append(m.row)
     return models
 
 
@@ -421,7 +469,12 @@ def data_sets_of(rows: Rows) -> list[str]:
 
 def ordered(rows: Rows) -> list[str]:
     """The rows of a table: the base model's, then the strategies."""
-    return [*(system for system in SYSTEMS if system in rows), *sorted(rows.keys() - set(SYSTEMS))]
+    return sorted(rows, key=lambda name: (plain(name) not in SYSTEMS, name))
+
+
+def plain(name: str) -> str:
+    """A row's name without the settings that tell it from others of the name: what the paper calls it."""
+    return name.partition(" (")[0]
 
 
 def best_strategy(rows: Rows, data: str) -> str | None:
@@ -442,7 +495,7 @@ def strategy_table(title: str, rows: Rows, key: str, scale: float, form: str, pu
             text = cell(rows[name].get(data, []), key, scale, form)
             if key == "win_rate" and best_strategy(rows, data) == name:
                 text += "*"
-            number = published.get(name, {}).get(data)
+            number = published.get(plain(name), {}).get(data)
             cells.append(f"{text} ({number[0]:g})" if number else text)
         lines.append(markdown_row([name, *cells]))
     return lines
@@ -463,12 +516,12 @@ def critic_table(rows: Rows) -> list[str]:
 
 
 def report_figure(models: dict[str, Rows], published: dict, file: Path) -> None:
-    """A panel for each model and data set: every row's win rate, with its standard deviation over seeds or
-    its interval, and the paper's number (hollow)."""
+    """A panel a model and data set: win rates, with deviation or interval; the paper's number is hollow."""
     plt = pyplot()
     panels = [(model, data) for model, rows in models.items() for data in data_sets_of(rows)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 3.4 * len(panels), 3.4), layout="constrained",
-                                squeeze=False)
+    labels = 0.07 * max(len(name) for rows in models.values() for name in rows)  # inches
+    figure, axes = plt.subplots(1, len(panels), figsize=((3.4 + labels) * len(panels), 3.4),
+                                layout="constrained", squeeze=False)
     for axis, (model, data) in zip(axes[0], panels, strict=True):
         rows = {name: row[data] for name, row in models[model].items()
                 if any(mean_of(run, "win_rate") is not None for run in row.get(data, []))}
@@ -480,7 +533,7 @@ def report_figure(models: dict[str, Rows], published: dict, file: Path) -> None:
             if len(rates) > 1:
                 below = above = np.std(rates, ddof=1)
             axis.errorbar(mean, y, xerr=[[below], [above]], fmt="o", color=BLUE, capsize=3)
-            number = published.get(model, {}).get(name, {}).get(data)
+            number = published.get(model, {}).get(plain(name), {}).get(data)
             if number:
                 axis.plot(number[0], y, "o", markerfacecolor="none", color=GREY, label="the paper")
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel="win rate or accuracy, %")

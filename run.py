@@ -39,7 +39,7 @@ class UserError(Exception):
     """A mistake the user can mend: `main` prints its one line and leaves with exit code 2."""
 
 
-# -------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------- arguments
 
 def option(default, help: str, group: str = "options", choices: tuple | None = None, sweep: bool = False,
            positional: bool = False):
@@ -170,7 +170,7 @@ def main(program) -> typing.NoReturn:
         sys.exit(2)
 
 
-# -------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------- processes
 
 def start_processes() -> None:
     """Join torchrun's processes, where there are several: NCCL on GPUs, gloo on CPUs. Only rank 0 prints."""
@@ -226,7 +226,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-# -------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------- files
 
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all: temporary file, fsync, rename. Process 0 alone writes."""
@@ -353,7 +353,7 @@ def seed_from(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-# -------------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------- run folder
 
 def environment() -> dict:
     """Versions, git revision, device and threads: what a reader needs to repeat a number."""

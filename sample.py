@@ -2,17 +2,18 @@
 
 `generate` is the only way from prompt ids to new ids, and sampled ids are kept as they are: nothing is
 decoded and tokenised again. Temperature, top-p and top-k are what the caller says.
-What differs from the paper, which does not describe its sampler: every draw depends on (seed, row, sample)
-alone, so a text does not change with the batch, its order or its size, as far as the sums it is made of round
-alike: in fp32 all but a rare draw, in bf16 where a matrix product rounds each row alike however many there
-are and all prompts begin with the same 64-token blocks.
+What differs from the paper, which does not describe its sampler: the random numbers of a response depend on
+(seed, row, sample) alone, not on what is sampled beside it, and so does its text, but for rounding. A sum may
+round differently in a batch of another size, and a draw that falls between two tokens may then fall
+otherwise: seldom in fp32, more often in bf16. results/agreement.py measures how often.
 
-Legend: S slots, n busy slots, L cache length, A tokens of the root, T tokens of a prefill, E hidden size,
-        V vocabulary, H query heads, G key/value heads, D head size.
+Legend: S slots, n of them that compute, L cache length, A tokens that all prompts share, T tokens of a
+        prefill, E hidden size, V vocabulary, H query heads, G key/value heads, D head size.
 
     python sample.py --model DIR "What is inflation?"
 """
 
+import collections
 import math
 import sys
 import time
@@ -52,7 +53,8 @@ class Sampling:
 
 @dataclass
 class Sample:
-    """One response: ids, with the end token if the model emitted it, and their untempered log-probs."""
+    """One response: ids, with the end token if the model emitted it, and the log-probs of these ids under the
+    model itself, without temperature and filters."""
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -115,11 +117,11 @@ def sample_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[T
 # ------------------------------------------------------------------------- KV cache
 
 class Cache:
-    """Keys and values of S slots with room for L tokens each. All slots share one prefix, the root of A
-    tokens (A may be 0), which is stored once.
+    """Keys and values of S slots with room for L tokens each. All slots continue the same A shared
+    tokens (A may be 0), which are stored once.
 
-    `lengths` (S,) says how many tokens each slot holds after the root; whoever feeds a slot adds one. A slot
-    is reused by writing over it: stale entries beyond its length are masked. Every product reads all L
+    `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot adds one.
+    A slot is reused by writing over it: stale entries beyond its length are masked. Every product reads all L
     places, because slices would be copied first. On a CPU keys are fp32, as the scores are. Values are stored
     transposed, so that each product reads along the dimension it sums over.
     """
@@ -129,7 +131,7 @@ class Cache:
         config: Config,
         slots: int,
         length: int,
-        root_length: int,
+        shared_length: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):
@@ -140,15 +142,15 @@ class Cache:
         key_dtype = dtype if torch.device(device).type == "cuda" else self.score_dtype
         self.k = torch.zeros(layers, slots, heads, length, size, dtype=key_dtype, device=device)
         self.v = torch.zeros(layers, slots, heads, size, length, dtype=dtype, device=device)
-        self.root_k = torch.zeros(layers, heads, root_length, size, dtype=dtype, device=device)
-        self.root_v = torch.zeros_like(self.root_k)
-        self.root_length = root_length
+        self.shared_k = torch.zeros(layers, heads, shared_length, size, dtype=dtype, device=device)
+        self.shared_v = torch.zeros_like(self.shared_k)
+        self.shared_length = shared_length
         self.length = length
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.slots = torch.arange(slots, device=device)  # (S,)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values (G, R, D) of R tokens after the root in each of the slots."""
+        """Store the keys and values (G, R, D) of R tokens after the shared ones in each of the slots."""
         layer_k, layer_v = self.k[layer], self.v[layer]
         n = k.shape[1]
         layer_k[slots, :, :n] = k.to(layer_k.dtype)
@@ -168,45 +170,46 @@ class Cache:
         self.lengths[target] = self.lengths[source]
 
 
-class RootPrefill(Packed):
-    """The layout of the root's own tokens: their keys and values become the cache's root."""
+class SharedPrefill(Packed):
+    """The layout of the shared tokens themselves: their keys and values become the cache's shared ones."""
 
     def __init__(self, cache: Cache):
-        super().__init__([(cache.root_length, [])], device=cache.lengths.device)
+        super().__init__([(cache.shared_length, [])], device=cache.lengths.device)
         self.cache = cache
 
     def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
-        self.cache.root_k[layer].copy_(k)
-        self.cache.root_v[layer].copy_(v)
+        self.cache.shared_k[layer].copy_(k)
+        self.cache.shared_v[layer].copy_(v)
 
 
 class Prefill(Packed):
-    """The layout of prompts that continue the cache's root; what each computes is copied to its slots."""
+    """The layout of prompts that continue the shared tokens; what each computes is copied to its slots."""
 
-    def __init__(self, cache: Cache, lengths: list[int], slots: list[Tensor], common: int):
-        """lengths, slots: of each prompt, the tokens after the root, and which slots start from it. common:
-        how many of those tokens all the prompts share: they are laid once, before the others."""
-        shapes = [(length - common, []) for length in lengths]
-        super().__init__(shapes, common, cache.root_length, cache.lengths.device)
+    def __init__(self, cache: Cache, lengths: list[int], slots: list[Tensor], root: int):
+        """lengths, slots: of each prompt, the tokens after the shared ones, and which slots start from it.
+        root: how many of those tokens these prompts have in common: they are laid once, before the others."""
+        shapes = [(length - root, []) for length in lengths]
+        super().__init__(shapes, root, cache.shared_length, cache.lengths.device)
         self.cache = cache
-        self.slots = [None, *slots] if common else slots
+        self.slots = [None, *slots] if root else slots
 
     def past_keys(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self.cache.root_k[layer], self.cache.root_v[layer]
+        return self.cache.shared_k[layer], self.cache.shared_v[layer]
 
     def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
-        slots, root = self.slots[part], self.cache.root_length
+        slots, shared = self.slots[part], self.cache.shared_length
         if slots is not None:
-            self.cache.write(layer, slots, k[:, root:], v[:, root:])
+            self.cache.write(layer, slots, k[:, shared:], v[:, shared:])
 
 
 class Decode:
-    """The layout of one new token for each of the cache's first n slots, which sees the root and its slot."""
+    """The layout of one new token for each of the cache's first n slots, which sees the shared tokens and its
+    slot's."""
 
     def __init__(self, cache: Cache, n: int):
         self.cache, self.n = cache, n
         lengths = cache.lengths[:n]
-        self.positions = cache.root_length + lengths  # (n,)
+        self.positions = cache.shared_length + lengths  # (n,)
         places = torch.arange(cache.length, device=lengths.device)  # (L,)
         unused = places > lengths[:, None]  # (n, L): the new token's own place is seen
         mask = torch.zeros_like(unused, dtype=cache.score_dtype)  # (n, L)
@@ -219,26 +222,26 @@ class Decode:
         cache.append(layer, n, k, v)
         slot_k = cache.k[layer][:n]  # (n, G, L, D)
         slot_v = cache.v[layer][:n]  # (n, G, D, L)
-        root_k = cache.root_k[layer]  # (G, A, D)
-        root_v = cache.root_v[layer]  # (G, A, D)
+        shared_k = cache.shared_k[layer]  # (G, A, D)
+        shared_v = cache.shared_v[layer]  # (G, A, D)
 
-        # The H/G query heads that share a key/value head become rows of one product, so nothing is repeated;
-        # and so do all slots' queries of the root, which is read once.
+        # The H/G query heads that share a key/value head become rows of one product, so nothing is repeated.
+        # The queries of all slots become rows of one product with the shared keys, which are read once.
         q = q.unflatten(1, (k.shape[1], -1)) * k.shape[2] ** -0.5  # (n, G, H/G, D)
         slot_scores = fast.products_in_fp32(q, slot_k.transpose(2, 3))  # (n, G, H/G, L)
         scores = slot_scores.add_(self.mask)
-        if cache.root_length:
+        if cache.shared_length:
             rows = q.transpose(0, 1).flatten(1, 2)  # (G, n * H/G, D)
-            root_scores = fast.products_in_fp32(rows, root_k.transpose(1, 2))  # (G, n * H/G, A)
-            root_scores = root_scores.unflatten(1, (n, -1)).transpose(0, 1)  # (n, G, H/G, A)
-            scores = torch.cat((slot_scores, root_scores), dim=-1)  # (n, G, H/G, L + A)
+            shared_scores = fast.products_in_fp32(rows, shared_k.transpose(1, 2))  # (G, n * H/G, A)
+            shared_scores = shared_scores.unflatten(1, (n, -1)).transpose(0, 1)  # (n, G, H/G, A)
+            scores = torch.cat((slot_scores, shared_scores), dim=-1)  # (n, G, H/G, L + A)
 
         weights = scores.softmax(-1).to(v.dtype)
         slot_weights = weights[..., : cache.length]  # (n, G, H/G, L)
         out = slot_weights @ slot_v.transpose(2, 3)  # (n, G, H/G, D)
-        if cache.root_length:
-            root_weights = weights[..., cache.length :]  # (n, G, H/G, A)
-            out = out + torch.einsum("ngra,gad->ngrd", root_weights, root_v)
+        if cache.shared_length:
+            shared_weights = weights[..., cache.length :]  # (n, G, H/G, A)
+            out = out + torch.einsum("ngra,gad->ngrd", shared_weights, shared_v)
         return out.flatten(1, 2)  # (n, H, D)
 
 
@@ -294,32 +297,33 @@ class Batch:
 
     def __post_init__(self):
         # Within each window of rows the longest prompts come first, and equal ones side by side, so that they
-        # are prefilled once. The list is taken from its end.
+        # are prefilled once.
         def order(i: int) -> tuple:
             window = self.keys[i][0] // WINDOW
-            return -window, len(self.prompts[i]), self.prompts[i]
+            return window, -len(self.prompts[i]), self.prompts[i]
 
-        self.waiting = sorted(range(len(self.prompts)), key=order)
+        self.waiting = collections.deque(sorted(range(len(self.prompts)), key=order))
         self.results = [Sample() for _ in self.prompts]
         self.owner: list[int | None] = [None] * self.slots  # which prompt each slot works on
+        self.busy = self.width = 0  # slots that work on a prompt, the first ones; slots that compute
         self.changed = True  # whether a response has ended since the slots were last refilled
         self.token_count = 0
         self.started = time.perf_counter()
 
         # What all prompts begin with (worked examples, say) is computed, kept and read once, in blocks of 64
         # tokens; room for the rest is a multiple of 64 too, because products of round shapes are faster.
-        model, slots, count = self.model, self.slots, self.sampling.max_new_tokens
-        root_length = common_prefix_length(self.prompts) // 64 * 64
-        longest = max(map(len, self.prompts)) + count - root_length
+        model, slots, max_tokens = self.model, self.slots, self.sampling.max_new_tokens
+        shared_length = common_prefix_length(self.prompts) // 64 * 64
+        longest = max(map(len, self.prompts)) + max_tokens - shared_length
         room = -(-longest // 64) * 64
-        self.cache = Cache(model.config, slots, room, root_length, model.compute, model.device)
-        if root_length:
-            root = self.tensor(self.prompts[0][:root_length])  # (A,)
-            model(root, RootPrefill(self.cache))
+        self.cache = Cache(model.config, slots, room, shared_length, model.compute, model.device)
+        if shared_length:
+            shared = self.tensor(self.prompts[0][:shared_length])  # (A,)
+            model(shared, SharedPrefill(self.cache))
 
         self.stops = self.tensor(sorted(self.stop_ids))
-        self.ids = self.tensor([[0] * count] * slots)  # (S, max_new_tokens)
-        self.logps = torch.zeros(slots, count, device=model.device)  # (S, max_new_tokens)
+        self.ids = self.tensor([[0] * max_tokens] * slots)  # (S, max_new_tokens)
+        self.logps = torch.zeros(slots, max_tokens, device=model.device)  # (S, max_new_tokens)
         self.uniform = torch.zeros_like(self.logps)  # (S, max_new_tokens)
         self.drawn = self.tensor([0] * slots)  # (S,) tokens drawn so far
         self.latest = torch.zeros_like(self.drawn)  # (S,) the last of them
@@ -341,35 +345,35 @@ class Batch:
 
     def admit(self) -> None:
         """Prefill waiting prompts into free slots, each distinct one once, and draw their first tokens."""
-        root = self.cache.root_length
+        shared = self.cache.shared_length
         taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
         free = [slot for slot, i in enumerate(self.owner) if i is None]
         for slot in free:
-            tokens = sum(len(prompt) - root for prompt in taken)
+            tokens = sum(len(prompt) - shared for prompt in taken)
             if not self.waiting or tokens >= PREFILL_TOKENS:
                 break
-            i = self.waiting.pop()
+            i = self.waiting.popleft()
             self.owner[slot] = i
             numbers = uniform_numbers(self.seed, *self.keys[i], self.sampling.max_new_tokens)
             self.uniform[slot] = numbers.to(self.uniform.device)
             prompt = tuple(self.prompts[i])
             taken.setdefault(prompt, []).append(slot)
 
-        # What these prompts share beyond the root is laid once, before the others.
-        prompts = [list(prompt[root:]) for prompt in taken]
-        slots_of = [self.tensor(slots) for slots in taken.values()]
+        # What these prompts have in common beyond the shared tokens is laid once, before the others.
+        prompts = [list(prompt[shared:]) for prompt in taken]
+        slots_of = [self.tensor(group) for group in taken.values()]
         lengths = [len(prompt) for prompt in prompts]
-        common = common_prefix_length(prompts)
-        ids = prompts[0][:common]
+        root = common_prefix_length(prompts)
+        ids = prompts[0][:root]
         for prompt in prompts:
-            ids += prompt[common:]
-        hidden = self.model(self.tensor(ids), Prefill(self.cache, lengths, slots_of, common))  # (T, E)
+            ids += prompt[root:]
+        hidden = self.model(self.tensor(ids), Prefill(self.cache, lengths, slots_of, root))  # (T, E)
 
         lengths = self.tensor(lengths)  # (prompts,)
-        last = (lengths - common).cumsum(0) + common - 1  # (prompts,): where each one's last token is
+        last = (lengths - root).cumsum(0) + root - 1  # (prompts,): where each one's last token is
         logits = self.model.logits(hidden[last])  # (prompts, V)
         slots = torch.cat(slots_of)  # (n,)
-        counts = self.tensor([len(slots) for slots in taken.values()])  # (prompts,)
+        counts = self.tensor([len(group) for group in slots_of])  # (prompts,)
         prompt_of = torch.arange(len(prompts), device=counts.device).repeat_interleave(counts)  # (n,)
         self.cache.lengths[slots] = lengths[prompt_of]
         self.drawn[slots] = 0
@@ -399,6 +403,7 @@ class Batch:
         """Feed the latest token of every busy slot and draw the next one."""
         busy, width = self.busy, self.width
         slots = self.cache.slots[:width]  # (width,)
+        # A CUDA graph reads its input from the place it was captured with: `latest` is written, not replaced.
         self.latest[:width] = self.ids[slots, self.drawn[:width] - 1]
 
         def forward() -> Tensor:

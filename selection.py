@@ -16,13 +16,17 @@ from batches import all_logps, group_of, training_rows
 from checks import verify
 from contexts import examples_for, sampling_for
 from data import load_all_splits
-from losses import OBJECTIVES, dpo, mean_margin
+from losses import OBJECTIVES, Group, dpo, sequence_logps
 from model import Decoder, load, save
 from optimizer import MasterAdamW
 from pairs import Pair, pairs_for
 from run import UserError, barrier, default_device, gather, progress, shard
 from sample import generate
 from tokenizer import Tokenizer
+
+
+VALIDATION_METHOD = "dpo"  # validation compares chosen with rejected responses, whatever training does
+MARGIN_PAIRS = 64  # of the training pairs, the first ones, on which saving measures what rounding costs
 
 
 def refuse_leaks(pairs: list[Pair], args) -> None:
@@ -49,8 +53,8 @@ class Selection:
     """
 
     def __init__(self, args, folder: Path, source: Path):
-        # Validation always compares chosen with rejected responses, whatever the method trains on.
-        self.args = dataclasses.replace(args, limit=args.val_limit, method="dpo", n_neg=max(1, args.n_neg))
+        self.args = dataclasses.replace(args, limit=args.val_limit, method=VALIDATION_METHOD,
+                                        n_neg=max(1, args.n_neg))
         self.folder, self.source = folder, source
         self.examples = examples_for(self.args, "validation")
         self.best = dict(score=-math.inf)
@@ -67,10 +71,11 @@ class Selection:
 
     def margin_accuracy(self, model: Decoder) -> float:
         logps = all_logps(model, self.pairs, self.args, "validation")
-        _, metrics = dpo(logps, self.reference, self.args.beta)
+        _, metrics = dpo(logps, self.reference, self.args.beta)  # whose sign does not depend on beta
         return metrics["accuracy"].mean().item()
 
     def win_rate(self, model: Decoder) -> float:
+        # As evaluation will sample: --temperature and --top-p are for pairs.
         own_settings = dataclasses.replace(self.args, temperature=None, top_p=None)
         sampling = sampling_for(own_settings, evaluation=True)
         mine = shard(list(enumerate(self.examples)))
@@ -98,18 +103,18 @@ class Selection:
 def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, source: Path) -> dict:
     """Write the run folder's model/ in the type of --save-dtype, and say what the rounding costs.
 
-    Returns the mean margin of up to 64 pairs, in nats and in fp32 arithmetic, of the masters and of the
-    folder, and the share of it that the folder keeps; of methods without rejected responses nothing.
+    Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
+    the folder, and the share of it that the folder keeps; of methods without rejected responses nothing.
     """
     dtype = getattr(torch, args.save_dtype)
     config = optimizer.model.config
     save(optimizer.weights_to_save(dtype), config, folder / "model", source, dtype)
     barrier()  # every process reads the folder
-    if not OBJECTIVES[args.method].rejected:
+    if not OBJECTIVES[args.method].uses_rejected:
         return {}
     if dtype == torch.float32:
         return dict(share=1.0)  # the folder holds the masters themselves
-    groups = [group_of(pair, args) for pair in pairs[:64]]
+    groups = [group_of(pair, args) for pair in pairs[:MARGIN_PAIRS]]
     device = default_device()
     start = load(source, getattr(torch, args.dtype), device).float()
     saved = load(folder / "model", torch.float32, device)
@@ -122,3 +127,19 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     if share < 0.9:
         print("warning: rounding has thrown a part away: use --save-dtype float32")
     return dict(share=share, margin=margin, margin_saved=saved_margin, pairs=len(groups))
+
+
+def mean_margin(model: Decoder, start: Decoder, groups: list[Group]) -> float:
+    """How much likelier the model has made chosen responses than rejected ones, since it was `start`.
+
+    The mean over groups of log(pi / pi_start) of the first response less the mean of the others', in nats;
+    beta times this is DPO's margin.
+    """
+    now = sequence_logps(model, groups)
+    before = sequence_logps(start, groups)
+    total = 0.0
+    for logps, start_logps in zip(now, before, strict=True):
+        ratios = [a - b for a, b in zip(logps, start_logps, strict=True)]  # log(pi / pi_start)
+        chosen, *rejected = ratios
+        total += chosen - sum(rejected) / len(rejected)
+    return total / len(groups)

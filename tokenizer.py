@@ -1,8 +1,8 @@
 """tokenizer.py - text to token ids, and back, by the model's own tokenizer and chat template.
 
 `Tokenizer.chat` is the only way from text to prompt ids. Whatever data or users write stays text: no special
-token can be smuggled in. Of generation_config.json only the ids that stop a response are taken.
-What differs from the paper: nothing; it does not describe its templates.
+token of more than one character can be smuggled in. Of generation_config.json only the ids that stop a
+response are taken. What differs from the paper: nothing; it does not describe its templates.
 
     python sample.py --model DIR "What is inflation?"      renders a message and samples an answer
 """
@@ -20,7 +20,7 @@ from model import find
 from run import UserError, read_json
 
 TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
-SPLIT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
+CUT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
 
 
 class Tokenizer:
@@ -36,7 +36,7 @@ class Tokenizer:
         self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
-        self.added = {str(t.content): i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
+        self.special_ids = {str(t.content): i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
         config = read_json(folder / "tokenizer_config.json")
         self.template = self._template(folder, config)
         try:
@@ -68,7 +68,7 @@ class Tokenizer:
         if not source:
             raise UserError(f"{folder} has no chat template: MIPO needs an instruct model")
 
-        def raise_exception(message: str):
+        def raise_exception(message: str):  # templates call it
             raise UserError(f"the chat template of {folder} refuses these messages: {message}")
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
@@ -96,29 +96,33 @@ class Tokenizer:
         messages = [dict(role="user", content=self._harmless(user))]
         if system is not None:
             messages.insert(0, dict(role="system", content=self._harmless(system)))
-        return self._encode(self.render(messages))
+        return self._encode_rendered(self.render(messages))
 
     def response(self, text: str) -> list[int]:
         """A response given as text (not sampled) -> ids, the end token included."""
-        return [*self._encode(self._harmless(text)), self.end_token]
+        return [*self.encode(text), self.end_token]
+
+    def encode(self, text: str) -> list[int]:
+        """A text from data, as it stands, -> ids."""
+        return self._encode_rendered(self._harmless(text))
 
     def decode(self, ids: list[int]) -> str:
         """Ids -> text for people, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def _encode(self, text: str) -> list[int]:
-        """The ids of a text, in which SPLIT stands where no token may reach across."""
+    def _encode_rendered(self, text: str) -> list[int]:
+        """The ids of a text with its special tokens, in which CUT stands where no token may reach across."""
         ids = []
-        for piece in text.split(SPLIT):
+        for piece in text.split(CUT):
             ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
         return ids
 
     def _harmless(self, text: str) -> str:
-        """Text from data with every special token in it cut in two, and without half surrogate pairs."""
-        text = text.replace(SPLIT, "").encode("utf-8", "replace").decode()
-        for name in sorted(self.added, key=len, reverse=True):
+        """Text from data with every special token in it cut in two, and without lone surrogates."""
+        text = text.replace(CUT, "").encode("utf-8", "replace").decode()
+        for name in sorted(self.special_ids, key=len, reverse=True):
             while len(name) > 1 and name in text:  # again: occurrences may overlap
-                text = text.replace(name, name[0] + SPLIT + name[1:])
+                text = text.replace(name, name[0] + CUT + name[1:])
         return text
 
     def _end_of_turn(self) -> int:
@@ -126,8 +130,8 @@ class Tokenizer:
         mark = "mipo-answer"
         messages = [dict(role="user", content="question"), dict(role="assistant", content=mark)]
         rest = self.render(messages, prompt=False).split(mark)[-1]
-        ids = self._encode(rest)
-        if not ids or ids[0] not in self.added.values():
+        ids = self._encode_rendered(rest)
+        if not ids or ids[0] not in self.special_ids.values():
             raise UserError(f"the chat template of {self.folder} ends an answer without a special token")
         return ids[0]
 

@@ -7,7 +7,7 @@
 Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
 master weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1.
 Several processes (torchrun --nproc_per_node) share the sampling and every batch: results equal a single
-process's. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
+process's, but for rounding. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
 What differs from the paper: settings are chosen on validation prompts, never on test ones, and the learning
 rate goes with the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
 
@@ -40,10 +40,10 @@ from contexts import examples_for, sampling_for
 from data import user_message
 from eval import Args as EvalArgs
 from eval import evaluation
-from losses import OBJECTIVES, rows_of
+from losses import OBJECTIVES
 from model import Config, Decoder, find, load
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
-from pairs import Pair, PairArgs, load_pairs, make_pairs, pairs_for
+from pairs import SAMPLED, Pair, PairArgs, check_negatives, load_pairs, make_pairs, pairs_for
 from report import learning_curve
 from run import (Metrics, UserError, barrier, default_device, environment, fingerprint, gather, main, option,
                  parse_all, peak_memory, progress, rank, read_json, read_jsonl, world, write_json)
@@ -109,11 +109,12 @@ def check(args: Args) -> None:
         raise UserError("--label-smoothing must be in [0, 0.5); --nll, --eval-every, --patience at least 0")
     if args.patience and not args.eval_every:
         raise UserError("--patience counts validations during training: give --eval-every too")
-    has_rejected = OBJECTIVES[args.method].rejected
+    has_rejected = OBJECTIVES[args.method].uses_rejected
     if has_rejected and not args.n_neg:
         raise UserError("--n-neg 0 leaves nothing to prefer: only --method sft trains without")
-    if not has_rejected and (args.softmax or args.label_smoothing or args.nll):
-        raise UserError("--softmax, --label-smoothing and --nll go with rejected responses: "
+    asks_for_more = args.n_neg > 1 and not args.pairs  # given pairs may have more than are used
+    if not has_rejected and (args.softmax or args.label_smoothing or args.nll or asks_for_more):
+        raise UserError("--softmax, --label-smoothing, --nll and --n-neg go with rejected responses: "
                         f"--method {args.method} has none")
 
 
@@ -123,7 +124,8 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
           selection: Selection | None = None, candidate: int = 0) -> dict:
     """Train the optimizer's model on the pairs, and return a summary; every step is a line of metrics.jsonl.
 
-    reference (pairs, 1 + N). With a selection the model is validated on the way, and training may stop early.
+    reference (pairs, 1 + N), of objectives that use one. candidate: the number of this combination of listed
+    values. With a selection the model is validated on the way, and training may stop early.
     """
     model, objective = optimizer.model, OBJECTIVES[args.method]
     batches = [batch for epoch in range(args.epochs) for batch in epoch_batches(len(pairs), args, epoch)]
@@ -144,9 +146,8 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         measured: list[dict[str, float]] = []  # the metrics of each pair of this process
         for indices in micro_batches(pairs, batch, args):
             chunk = [pairs[i] for i in indices]
-            lengths = torch.tensor([len(pair.chosen.ids) for pair in chunk], device=model.device)  # (B,)
-            logps = pair_logps(model, chunk, args)  # (B, 1 + N): log pi(y|x,c)
-            loss, values = objective.loss(logps, reference[indices], lengths, args)  # (B,): Eq. 5
+            logps, lengths = pair_logps(model, chunk, args)  # (B, 1 + N) each: log pi(y|x,c), tokens of y
+            loss, values = objective.loss(logps, reference[indices], lengths, args)  # (B,)
             (loss.sum() / divisor).backward()
             measured += rows_of(values)
         all_reduce_gradients(model)
@@ -209,6 +210,12 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
     )
 
 
+def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
+    """Metrics as one dict a pair, from name -> (B,)."""
+    columns = torch.stack([value.float() for value in values.values()])  # (metrics, B)
+    return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
+
+
 # ------------------------------------------------------------------------- dry run
 
 def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
@@ -235,7 +242,7 @@ def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
     once = dataclasses.replace(args, epochs=1)
     start = time.perf_counter()
     reference = all_logps(model, few, once)
-    if OBJECTIVES[args.method].reference:
+    if OBJECTIVES[args.method].uses_reference:
         seconds["reference"] = (time.perf_counter() - start) * count / len(few)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "metrics.jsonl"
@@ -275,7 +282,8 @@ def show_pair(pair: Pair, tokenizer: Tokenizer) -> None:
 def estimate_sampling(args: Args, model: Decoder, tokenizer: Tokenizer) -> tuple[list[Pair], int, dict]:
     """Sample a few pairs: these, how many there will be in all, and the seconds that all will take."""
     examples = examples_for(args, "train")
-    per_example = 1 + args.n_neg * (args.neg in ("missing", "random"))  # responses that are sampled
+    check_negatives(examples, args)
+    per_example = 1 + args.n_neg * (args.neg in SAMPLED)  # responses that are sampled
     size = min(len(examples), max(8, args.slots * world() // per_example))
     few = random.Random(0).sample(examples, size)
     pairs, statistics = make_pairs(model, tokenizer, few, args.neg, sampling_for(args), args.seed, args.slots,
@@ -344,7 +352,7 @@ def given_pairs(args: Args, source: Path) -> list[Pair]:
     if Tokenizer(source, args.date).chat(message) != first.prompt_ids:
         raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
                         "its tokenizer, chat template or --date is another one")
-    if OBJECTIVES[args.method].rejected and not first.rejected:
+    if OBJECTIVES[args.method].uses_rejected and not first.rejected:
         raise UserError(f"--pairs {args.pairs}: no rejected responses; only --method sft trains without")
     refuse_leaks(pairs, args)
     return pairs
@@ -355,12 +363,12 @@ def program() -> None:
     for args in grid:
         check(args)
     args, objective = grid[0], OBJECTIVES[grid[0].method]
-    if not objective.rejected and not args.pairs:
+    if not objective.uses_rejected and not args.pairs:
         grid = [dataclasses.replace(candidate, n_neg=0) for candidate in grid]  # nothing to be sampled
-    if args.method == "sft" and len({candidate.beta for candidate in grid}) > 1:
-        raise UserError("--beta is of no use to --method sft: give it one value")
+    if not objective.uses_reference and len({candidate.beta for candidate in grid}) > 1:
+        raise UserError(f"--beta is of no use to --method {args.method}: give it one value")
 
-    # Whatever can be wrong is found before the folder exists and before a model is fetched.
+    # What can be wrong with data and names is found before the folder exists and before a model is fetched.
     folder = run_folder(grid)
     if not args.pairs:
         examples_for(args, "train")
@@ -371,7 +379,7 @@ def program() -> None:
         dry_run(grid, folder, source)
         return
     check_space(folder, source)
-    run(grid, folder, source)
+    run_training(grid, folder, source)
     if grid[0].test:
         evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS,
                             slots=args.slots, dtype=args.dtype))
@@ -380,7 +388,7 @@ def program() -> None:
         print(f"evaluate it with: python eval.py --model {folder}")
 
 
-def run(grid: list[Args], folder: Path, source: Path) -> None:
+def run_training(grid: list[Args], folder: Path, source: Path) -> None:
     """Pairs, reference log-probs, training of every candidate, and the run folder's files."""
     args = grid[0]
     dtype, device = getattr(torch, args.dtype), default_device()
@@ -404,10 +412,10 @@ def run(grid: list[Args], folder: Path, source: Path) -> None:
     seconds_pairs = time.perf_counter() - start
     print(f"{folder}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
 
-    # The reference is the model as training finds it.
+    # The reference is the model as training finds it; an objective that uses none does not read these zeros.
     model = load(source, dtype, device)
     reference = torch.zeros(len(pairs), 1, device=device)
-    if OBJECTIVES[args.method].reference:
+    if OBJECTIVES[args.method].uses_reference:
         reference = all_logps(model, pairs, args)
     seconds_reference = time.perf_counter() - start - seconds_pairs
 
@@ -416,6 +424,7 @@ def run(grid: list[Args], folder: Path, source: Path) -> None:
         if len(grid) > 1:
             print(f"candidate {k + 1} of {len(grid)}: {candidates[k]}")
         if k:
+            model = optimizer = None  # before the next one takes their memory
             model = load(source, dtype, device)
         optimizer = MasterAdamW(model, candidate.lr, candidate.seed, candidate.rounding)
         summaries.append(train(optimizer, pairs, reference, candidate, metrics, selection, k))

@@ -26,7 +26,7 @@ import torch
 if not torch.cuda.is_available():  # before anyone imports Triton: its kernels run as numpy then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -175,6 +175,23 @@ def oracle_logits(oracle: torch.nn.Module, ids: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------- log-probs and gradients
 
+def close(a: Tensor, b: Tensor, atol: float = 1e-4) -> None:
+    """Two tensors are of one shape and type, and nowhere further apart than `atol`."""
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+class CountingBar:
+    """A progress bar that only counts."""
+
+    count, status = 0, ""
+
+    def update(self, n: int) -> None:
+        self.count += n
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.status = text
+
+
 @torch.no_grad()
 def sequence_logits(model: Decoder, ids: Tensor) -> Tensor:
     """Our logits of one sequence, (T, V)."""
@@ -295,11 +312,14 @@ def start_workers(count: int, file: str, *argv) -> None:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    group = dict(WORLD_SIZE=count, MASTER_ADDR="localhost", MASTER_PORT=port, OMP_NUM_THREADS=1, PYTHONPATH=ROOT)
-    environment = os.environ | {name: str(value) for name, value in group.items()}
+    group = dict(WORLD_SIZE=count, MASTER_ADDR="localhost", MASTER_PORT=port, OMP_NUM_THREADS=1,
+                 PYTHONPATH=ROOT)
+    shared = os.environ | {name: str(value) for name, value in group.items()}
     command = [sys.executable, file, *argv]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
-                                  env=environment | dict(RANK=str(r), LOCAL_RANK=str(r))) for r in range(count)]
+    processes = []
+    for r in range(count):
+        environment = shared | dict(RANK=str(r), LOCAL_RANK=str(r))
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
     errors = [process.communicate()[1] for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(errors)
 
@@ -347,6 +367,7 @@ def record_samples(monkeypatch, after: Callable[[int, Sample], None] = lambda i,
 
     def watched(*args, **kwargs) -> list[Sample]:
         bound = inspect.signature(generate).bind(*args, **kwargs)
+        bound.apply_defaults()
         on_finished = bound.arguments["on_finished"]
 
         def record(i: int, sample: Sample) -> None:
@@ -391,3 +412,61 @@ def train_in_place(optimizer, pairs: list[Pair], file: Path, **arguments) -> tup
     reference = all_logps(optimizer.model, pairs, args)
     summary = train.train(optimizer, pairs, reference, args, Metrics(file))
     return summary, [row for _, row in read_jsonl(file)]
+
+
+# ------------------------------------------------------------------------- runs of train.py
+
+TRAIN_FLAGS = ("--max-new-tokens", "6", "--batch", "2", "--lr", "1e-4", "--dtype", "float32")
+
+
+@pytest.fixture(scope="session")
+def own_data(tmp_path_factory) -> Path:
+    """Fifteen rows with contexts: eight to train, four to validate, three to test."""
+    return write_data(tmp_path_factory.mktemp("data") / "own.jsonl", train=8, validation=4, test=3)
+
+
+@pytest.fixture(scope="session")
+def dpo_run(own_data, tiny, tmp_path_factory) -> Path:
+    """The folder of one plain DPO run with three negatives a pair."""
+    folder = tmp_path_factory.mktemp("dpo")
+    run_inside(train.program, folder, "--data", own_data, "--model", tiny, "--n-neg", "3", "--out", "run",
+               *TRAIN_FLAGS)
+    return folder / "run"
+
+
+@pytest.fixture
+def work(tmp_path) -> Path:
+    """The empty folder that `call_train` runs in."""
+    (tmp_path / "work").mkdir()
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def call_train(own_data, tiny, work) -> Callable[..., Path]:
+    """(flags) -> the run folder work/o of train.py on own_data, run inside this process."""
+    def get(*flags) -> Path:
+        own = ["--data", own_data, "--model", tiny, "--out", "o", *TRAIN_FLAGS]
+        run_inside(train.program, work, *own, *flags)
+        return work / "o"
+
+    return get
+
+
+def steps_of(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl that are steps, without what the clock decides."""
+    return [row for row in metrics_of(folder) if "loss" in row]
+
+
+def validations_of(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl that are validations."""
+    return [row for row in metrics_of(folder) if "loss" not in row]
+
+
+def model_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights that a run has saved."""
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two models are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

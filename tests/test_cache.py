@@ -12,19 +12,15 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, oracle_logits, random_model
+from conftest import FAMILIES, close, oracle_logits, random_model
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from losses import response_logps
 from model import Decoder, Packed, load
-from sample import Cache, Decode, Prefill, RootPrefill, Sampling, generate
+from sample import Cache, Decode, Prefill, SharedPrefill, Sampling, generate
 
 IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))
-
-
-def close(a: Tensor, b: Tensor, atol: float = 1e-4) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def cache_of(model: Decoder, slots: int, length: int, root: Tensor = IDS[:0]) -> Cache:
@@ -32,7 +28,7 @@ def cache_of(model: Decoder, slots: int, length: int, root: Tensor = IDS[:0]) ->
     cache = Cache(model.config, slots, length, len(root), model.compute)
     if len(root):
         with torch.no_grad():
-            model(root, RootPrefill(cache))
+            model(root, SharedPrefill(cache))
     return cache
 
 
@@ -84,19 +80,19 @@ def test_slots_of_different_lengths_step_together(saved, name):
 
 
 @pytest.mark.parametrize("common", [0, 2])
-@pytest.mark.parametrize("root_length", [0, 1, 6])
-def test_prefilled_slots_continue(saved, root_length, common):
+@pytest.mark.parametrize("shared_length", [0, 1, 6])
+def test_prefilled_slots_continue(saved, shared_length, common):
     """Prompts packed into slots (one of them into two), after a root or none, with a beginning in common or
     none, continue as if every token had been fed at once."""
     folder, oracle = saved("qwen3")
     model, rest = load(folder), IDS[100:106]
-    root = IDS[50 : 50 + root_length]
+    root = IDS[50 : 50 + shared_length]
     prompts = [IDS[:9], torch.cat((IDS[:common], IDS[20 : 24 - common]))]
     cache = cache_of(model, 4, 40, root)
     fed = prefill(model, cache, prompts, [[2], [0, 3]], common)
     expected = [oracle_logits(oracle, torch.cat((root, prompt, rest))) for prompt in (*prompts, IDS[:0])]
-    close(fed[:9], expected[0][root_length : root_length + 9])
-    close(fed[9:], expected[1][root_length + common : root_length + 4])
+    close(fed[:9], expected[0][shared_length : shared_length + 9])
+    close(fed[9:], expected[1][shared_length + common : shared_length + 4])
 
     steps = torch.stack([decode(model, cache, token.expand(4)) for token in rest])  # (6, 4, V)
     for slot, which in ((2, 0), (0, 1), (3, 1), (1, 2)):
@@ -110,22 +106,22 @@ def test_a_root_changes_no_logit(saved, name):
     folder, oracle = saved(name)
     model, ids = load(folder), IDS[:90]
     expected = oracle_logits(oracle, ids)
-    for root_length in (0, 1, 70):
-        cache = cache_of(model, 2, 128, ids[:root_length])
-        fed = prefill(model, cache, [ids[root_length:80]], [[0, 1]])
-        close(fed, expected[root_length:80])
+    for shared_length in (0, 1, 70):
+        cache = cache_of(model, 2, 128, ids[:shared_length])
+        fed = prefill(model, cache, [ids[shared_length:80]], [[0, 1]])
+        close(fed, expected[shared_length:80])
         for i in range(80, 90):
             logits = decode(model, cache, ids[i].expand(2))
             close(logits, expected[i].expand(2, -1))
 
 
-@pytest.mark.parametrize("root_length", [0, 5])
+@pytest.mark.parametrize("shared_length", [0, 5])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_a_decoding_step_can_be_recorded(saved, name, root_length):
+def test_a_decoding_step_can_be_recorded(saved, name, shared_length):
     """Traced once, the operations of a step give later steps too: they depend on tensors that are written in
     place (what was fed, how long each slot is) and on no number read from them, as a CUDA graph must."""
     model = load(saved(name)[0])
-    traced, plain = (cache_of(model, 3, 16, IDS[50 : 50 + root_length]) for _ in range(2))
+    traced, plain = (cache_of(model, 3, 16, IDS[50 : 50 + shared_length]) for _ in range(2))
     latest = IDS[:3].clone()
 
     def step(cache: Cache) -> Tensor:
@@ -152,12 +148,12 @@ def test_a_reused_slot_forgets(saved):
     close(decode(model, cache, IDS[:1]), oracle_logits(oracle, IDS[:1]))
 
 
-@pytest.mark.parametrize("root_length", [0, 5])
-def test_garbage_beyond_a_slots_length_is_masked(saved, root_length):
+@pytest.mark.parametrize("shared_length", [0, 5])
+def test_garbage_beyond_a_slots_length_is_masked(saved, shared_length):
     """Keys and values of 1e4 at every place that a slot has not come to, on either side of other slots:
     not a bit of the logits changes, step after step."""
     model = load(saved("qwen2")[0])
-    clean = cache_of(model, 3, 32, IDS[:root_length])
+    clean = cache_of(model, 3, 32, IDS[:shared_length])
     prefill(model, clean, [IDS[10:19], IDS[20:24]], [[0], [2]])
     dirty = copy.deepcopy(clean)
     for slot, length in enumerate(dirty.lengths.tolist()):
@@ -182,10 +178,10 @@ def test_a_layer_written_twice_is_written_once():
     twice.append(0, 3, first[:, :3].transpose(0, 1), first[:, :3].transpose(0, 1))
     for cache in (once, twice):
         cache.append(0, 3, second[:, :3].transpose(0, 1), second[:, :3].transpose(0, 1))
-    RootPrefill(twice).keep(2, 0, first, first)
+    SharedPrefill(twice).keep(2, 0, first, first)
     for cache in (once, twice):
-        RootPrefill(cache).keep(2, 0, second, second)
-    for name in ("k", "v", "root_k", "root_v", "lengths"):
+        SharedPrefill(cache).keep(2, 0, second, second)
+    for name in ("k", "v", "shared_k", "shared_v", "lengths"):
         a, b = getattr(once, name), getattr(twice, name)
         assert torch.equal(a, b) and (name == "lengths" or len(b) == 3)
     assert not twice.k[2].any() and not twice.k[1, 1].any() and not twice.k[1, :, :, 4:].any()
@@ -239,19 +235,19 @@ def model_with_offsets(score: float) -> Decoder:
     return model.bfloat16()
 
 
-def prompts_with(root_length: int) -> list[list[int]]:
+def prompts_with(shared_length: int) -> list[list[int]]:
     """Sixteen prompts of 10 tokens each after a beginning that all of them share."""
-    root = IDS[:root_length].tolist()
+    root = IDS[:shared_length].tolist()
     return [root + IDS[70 + 7 * i : 80 + 7 * i].tolist() for i in range(16)]
 
 
 @torch.no_grad()
-def bf16_errors(score: float, root_length: int) -> tuple[float, float]:
+def bf16_errors(score: float, shared_length: int) -> tuple[float, float]:
     """How far bf16 log-probs are from fp64's on the same ids, root mean square over tokens: those that the
     sampler gives with its samples, and those of a scoring pass."""
     model = model_with_offsets(score)
     exact = copy.deepcopy(model).double()
-    prompts = prompts_with(root_length)
+    prompts = prompts_with(shared_length)
     samples = generate(model, prompts, Sampling(1.0, 1.0, 8), frozenset(), seed=0)
     groups = [(prompt, [sample.ids]) for prompt, sample in zip(prompts, samples, strict=True)]
     sampled = torch.tensor([sample.logps for sample in samples])
@@ -260,10 +256,10 @@ def bf16_errors(score: float, root_length: int) -> tuple[float, float]:
     return tuple((logps - expected).square().mean().sqrt().item() for logps in (sampled, scored))
 
 
-@pytest.mark.parametrize("root_length", [0, 64])
-def test_offsets_do_not_show_in_exact_arithmetic(root_length):
+@pytest.mark.parametrize("shared_length", [0, 64])
+def test_offsets_do_not_show_in_exact_arithmetic(shared_length):
     """The model above is what it claims to be: its scores are shifted, and in fp64 its logits are not."""
-    ids = torch.tensor(prompts_with(root_length)[0])
+    ids = torch.tensor(prompts_with(shared_length)[0])
     plain, offset = (model_with_offsets(score).double() for score in (0, 400))
     with torch.no_grad():
         logits = [m.logits(m(ids, Packed([(len(ids), [])]))) for m in (plain, offset)]
@@ -274,11 +270,11 @@ def test_offsets_do_not_show_in_exact_arithmetic(root_length):
 
 
 @pytest.mark.parametrize("score", [20, 100, 400])
-@pytest.mark.parametrize("root_length", [0, 64])
-def test_offset_keys_cost_bf16_no_precision(score, root_length):
+@pytest.mark.parametrize("shared_length", [0, 64])
+def test_offset_keys_cost_bf16_no_precision(score, shared_length):
     """Log-probs of samples and of a scoring pass are at most half as far again from fp64 as they are without
     offsets. With scores in bf16 they are twice as far at 20 and ten times at 400."""
-    without, with_offset = bf16_errors(0, root_length), bf16_errors(score, root_length)
+    without, with_offset = bf16_errors(0, shared_length), bf16_errors(score, shared_length)
     for error, least in zip(with_offset, without, strict=True):
         assert 0.005 < least < 0.1
         assert error < 1.5 * least

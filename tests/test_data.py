@@ -161,7 +161,9 @@ def test_demo_train_has_five_seen_contexts_a_prompt_in_balance(seed):
     assert {e.group for e in rows} == {"seen"}
 
 
-@pytest.mark.parametrize(("split", "prompt_count", "context_count"), [("validation", 16, 24), ("test", 40, 32)])
+@pytest.mark.parametrize(("split", "prompt_count", "context_count"), [
+    ("validation", 16, 24), ("test", 40, 32),
+])  # fmt: skip
 def test_demo_held_out_splits_are_full_grids(split, prompt_count, context_count):
     """Validation: every prompt with every seen context; test: with every context. No seed changes them."""
     rows = [e for e in load_demo(0) if e.split == split]

@@ -1,4 +1,4 @@
-"""losses.dpo with N rejected responses, label smoothing and --nll, against closed forms and finite differences.
+"""losses.dpo with N rejected responses, label smoothing and --nll, against closed forms.
 
 Gradients of whole training steps: test_train.py. What the loss converges to: test_theory.py.
 """
@@ -93,7 +93,7 @@ def test_label_smoothing_is_trls(share):
     margin = rewards[:, 0] - rewards[:, 1]
     expected = -(1 - share) * F.logsigmoid(margin) - share * F.logsigmoid(-margin)
     torch.testing.assert_close(dpo(logps, reference, 0.3, share)[0], expected, rtol=1e-12, atol=0)
-    loss, _ = dpo_loss(logps, reference, torch.ones(7), Args(beta=0.3, label_smoothing=share))
+    loss, _ = dpo_loss(logps, reference, torch.ones(7, 2), Args(beta=0.3, label_smoothing=share))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
@@ -118,7 +118,7 @@ def test_the_defaults_add_nothing():
     assert (Args().label_smoothing, Args().nll) == (0, 0)
     rewards = 0.1 * (logps - reference)
     expected = rewards.logsumexp(-1) - rewards[:, 0]
-    loss, _ = dpo_loss(logps, reference, torch.ones(7), Args())
+    loss, _ = dpo_loss(logps, reference, torch.ones(7, 3), Args())
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
@@ -126,15 +126,17 @@ def test_the_defaults_add_nothing():
 def test_nll_adds_the_chosen_responses_mean_nll(weight, n):
     """w * (-log pi(y_c) / |y_c|) a pair, not over the reference; the logged loss has it, the rest not."""
     logps, reference = random_logps(n)
-    lengths = torch.tensor([1, 2, 3, 5, 8, 13, 21])
+    chosen_lengths = [1, 2, 3, 5, 8, 13, 21]
+    lengths = torch.full((7, 1 + n), 99)  # those of rejected responses do not matter
+    lengths[:, 0] = torch.tensor(chosen_lengths)
     logps.requires_grad_()
     plain, metrics_without = dpo_loss(logps, reference, lengths, Args(n_neg=n))
     loss, metrics = dpo_loss(logps, reference, lengths, Args(n_neg=n, nll=weight))
     added = loss - plain
-    expected = [weight * -logps[i, 0].item() / lengths[i].item() for i in range(7)]
+    expected = [weight * -logps[i, 0].item() / length for i, length in enumerate(chosen_lengths)]
     assert added.tolist() == pytest.approx(expected, rel=1e-9)
     (grad,) = torch.autograd.grad(added.sum(), logps)
     assert not grad[:, 1:].any()
-    assert grad[:, 0].tolist() == pytest.approx([-weight / length for length in lengths.tolist()])
+    assert grad[:, 0].tolist() == pytest.approx([-weight / length for length in chosen_lengths])
     assert metrics["loss"].tolist() == pytest.approx(loss.tolist(), rel=1e-6)
     assert torch.equal(metrics["margin"], metrics_without["margin"])

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import judge as judging
 from data import Example, load_examples
-from eval import judge_all, respond
-from measures import SYSTEMS, Answer, evaluate, paired_differences, system_row, wilson
+from eval import judge_all, respond, side_by_side
+from measures import RATE, SYSTEMS, Answer, evaluate, interval, paired_differences, system_row
 from model import load
 from report import table
 from run import UserError, read_json, read_jsonl, write_json
@@ -122,7 +122,7 @@ def test_gain_and_logp_are_the_base_models(answered, tiny):
 
 
 def test_the_base_model_as_trained_model_makes_no_difference(answered):
-    """Identical responses; every paired difference is 0 (gains: within fp32 rounding) with no width."""
+    """Identical responses; every paired difference is 0 (gains: to fp32 rounding), and has an interval."""
     base, _, tokenizer, _ = answered
     answers = respond(base, base, tokenizer, GRID, SAMPLING, SEED, slots=4)
     prompted, trained = answers["prompted"], answers["trained"]
@@ -130,9 +130,12 @@ def test_the_base_model_as_trained_model_makes_no_difference(answered):
     checked = [dataclasses.replace(e, check=LOWER) for e in GRID]
     differences = paired_differences(checked, trained, prompted)
     zero = dict(mean=0.0, low=0.0, high=0.0, n=9)
-    assert differences["win_rate"] == differences["win_rate_length_matched"] == zero
-    assert differences["context_gain"] == pytest.approx(zero, abs=2e-5)
-    assert differences["context_gain_per_token"] == pytest.approx(zero, abs=2e-5)
+    rate = differences["win_rate"]
+    assert rate == differences["win_rate_length_matched"]
+    assert (rate["mean"], rate["n"]) == (0.0, 9) and rate["low"] == -rate["high"] < -0.1
+    assert differences["context_gain"] == pytest.approx(zero, abs=5e-5)
+    assert differences["context_gain_per_token_macro"] == pytest.approx(zero, abs=5e-5)
+    assert differences["self_bleu_4"]["mean"] == differences["self_bleu_4_within"]["mean"] == 0.0
 
 
 def test_rows_without_contexts_have_no_gain(answered):
@@ -176,9 +179,11 @@ CHOICE = [Example(str(i), f"Which {i}?\nA: red\nB: blue\nC: green", "test", answ
 def test_a_tasks_row_has_strict_flexible_and_unparsed_shares():
     """Of four answers one is right strictly read and two flexibly; two and one can't be read."""
     row = system_row(MATH, [answer(text) for text in ("#### 8", "it is 8", "#### 9", "none")])
-    assert row["win_rate"] == wilson(np.array([1.0, 0, 0, 0])) and row["flexible"]["mean"] == 0.5
+    prompts = [e.prompt for e in MATH]
+    assert row["win_rate"] == interval(np.array([1.0, 0, 0, 0]), prompts, bounds=RATE)
+    assert row["flexible"]["mean"] == 0.5
     assert (row["unparsed"], row["unparsed_flexible"]) == (0.5, 0.25)
-    assert row["unparsed_interval"] == wilson(np.array([0.0, 1.0, 0.0, 1.0]))
+    assert row["unparsed_interval"] == interval(np.array([0.0, 1.0, 0.0, 1.0]), prompts, bounds=RATE)
     assert row["tokens_interval"]["mean"] == row["tokens"] and row["unfinished_interval"]["mean"] == 0.0
 
 
@@ -313,6 +318,38 @@ def test_a_contexts_items_are_scored_one_by_one_and_averaged():
     assert answers["default"][0].scores["scripted"] == 3.5 and verdicts["unread"]["default"] == 1
 
 
+def test_an_item_that_goes_unread_for_one_system_counts_for_none():
+    """Else means would be of different questions: here the third item, and the second for the reference."""
+    row = Example("e", "p", "test", "a b c", items=["ITEM1", "ITEM2", "ITEM3"], reference="REF")
+
+    class ByItem(Scripted):
+        def ask(self, questions, *rest):
+            replies = {("REF", "ITEM2"): "?", ("ODD", "ITEM3"): "?", ("EVEN", "ITEM3"): "1"}
+            return [next((reply for words, reply in replies.items() if all(w in user for w in words)), "4")
+                    for _, user in questions]
+
+    given = {"prompted": [answer("EVEN")], "trained": [answer("ODD")]}
+    answers, verdicts = judge_all(ByItem(), [row], given, write_rubrics=False)
+    assert answers["prompted"][0].scores["scripted"] == answers["trained"][0].scores["scripted"] == 4
+    assert answers["prompted"][0].reference_scores["scripted"] == 4
+    assert verdicts["items"] == dict(asked=3, shared=1)
+    assert (verdicts["unread"]["reference"], verdicts["unread"]["trained"]) == (1, 1)
+
+
+def test_equal_systems_stay_equal_where_the_judge_reads_one_of_them_less():
+    """Half of 40 rows are lost by both; of the trained system's lost ones the judge can read every third."""
+    rows = [Example(f"e{i}", f"p{i}", "test", f"c{i}", reference="REF") for i in range(40)]
+    prompted = [answer("GOOD" if i % 2 else "POOR") for i in range(40)]
+    trained = [answer("GOOD" if i % 2 else "POOR" if i % 3 == 0 else "ODD") for i in range(40)]
+    judge = Scripted(REF="3", POOR="1", GOOD="5")
+    answers, _ = judge_all(judge, rows, dict(prompted=prompted, trained=trained), write_rubrics=False)
+    block = evaluate(rows, answers, "scripted")["parts"]["all"]
+    rates = [block["systems"][system]["win_rate"] for system in ("prompted", "trained")]
+    assert rates[0] == rates[1] and rates[0]["n"] == 27
+    difference = block["differences"]["trained - prompted"]["win_rate"]
+    assert (difference["mean"], difference["n"]) == (0.0, 27)
+
+
 def test_comparisons_count_wins_ties_losses_and_flips(monkeypatch):
     """One of each and one that can't be read; a third of the readable ones flips with the order."""
     outcomes = [(1.0, False), (0.5, True), (0.0, False), (None, False)]
@@ -322,7 +359,18 @@ def test_comparisons_count_wins_ties_losses_and_flips(monkeypatch):
     pairwise = verdicts["pairwise"]
     assert [pairwise[key] for key in ("wins", "ties", "losses", "unread")] == [1, 1, 1, 1]
     assert pairwise["win_rate"]["mean"] == 0.5 and pairwise["flip_rate"] == pytest.approx(1 / 3)
-    assert pairwise["flip_interval"] == wilson(np.array([0.0, 1.0, 0.0]))
+    assert pairwise["flip_interval"] == interval(np.array([0.0, 1.0, 0.0]), ["u0", "u1", "u0"], bounds=RATE)
+
+
+def test_answers_stand_side_by_side():
+    """A row that was gained, and one that is still wrong and says so."""
+    rows = [Example(str(i), f"p{i}", "test", f"c{i}") for i in range(2)]
+    answers = {system: [answer(f"{system} {i}") for i in range(2)]
+               for system in ("prompted", "trained")}
+    won = dict(prompted=np.zeros(2), trained=np.array([1.0, 0.0]))
+    lines = side_by_side(rows, answers, won).splitlines()
+    assert lines == ["", "p0 [c0]", "  prompted: 'prompted 0'", "  trained:  'trained 0'",
+                     "", "p1 [c1]", "  prompted: 'prompted 1'", "  trained:  'trained 1' (still wrong)"]
 
 
 # ------------------------------------------------------------------------------------------- the program
@@ -425,6 +473,18 @@ def test_prompts_a_run_has_trained_on_are_not_tested(finished_run, call, tmp_pat
     assert read_json(finished_run / "eval.json")["parts"]["all"]["systems"]["trained"]["tokens"] <= 2
 
 
+@pytest.mark.parametrize(("flags", "dtype"), [([], "bfloat16"), (["--dtype", "float32"], "float32")])
+def test_a_run_is_evaluated_in_its_own_arithmetic(flags, dtype, finished_run, data, call, monkeypatch):
+    """The run's dtype unless the command names another, for both models."""
+    arguments = read_json(finished_run / "args.json")["arguments"]
+    write_json(finished_run / "args.json", dict(arguments=arguments | dict(dtype="bfloat16")))
+    loaded = []
+    monkeypatch.setattr(evaluation, "load", lambda name, dtype, **k: loaded.append(dtype) or load(name, **k))
+    call("--model", finished_run, "--data", data, "--max-new-tokens", "2", flags=flags)
+    assert loaded == [getattr(torch, dtype)] * 2
+    assert read_json(finished_run / "eval.json")["settings"]["dtype"] == dtype
+
+
 def test_a_bare_model_has_two_systems_and_needs_a_folder(tiny, data, call, tmp_path):
     """Without --out a UserError that names it; the model's own folder is not touched."""
     before = sorted(os.listdir(tiny))
@@ -456,7 +516,8 @@ def test_the_demo_has_win_rates_and_a_picture_of_the_gain(finished_run, call, ca
         for row in result["parts"][part]["systems"].values():
             assert 0 <= row["win_rate"]["low"] <= row["win_rate"]["mean"] <= row["win_rate"]["high"] <= 1
             assert row["win_rate"]["n"] == n
-            assert 0 <= row["off_target"] <= 1 and 0 <= row["self_bleu_4"] <= 1
+            assert 0 <= row["off_target"] <= 1
+            assert 0 <= row["self_bleu_4"]["mean"] <= 1 and 0 <= row["self_bleu_4_within"]["mean"] <= 1
     printed = capsys.readouterr().out
     assert all(c["context_id"] in printed for c in result["contexts"])
 

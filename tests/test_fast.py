@@ -503,7 +503,7 @@ def growth(count: int) -> float:
 print(returned())
 for _ in range(2):
     fast.tune_allocator()
-    growth(10)  # the heap grows to its size
+    print(growth(10))  # the heap grows to its size
     print(returned(), growth(20))
 """
 
@@ -515,7 +515,7 @@ def test_a_tuned_allocator_keeps_freed_memory():
     done = subprocess.run([sys.executable, "-c", ALLOCATOR], cwd=ROOT, capture_output=True, text=True,
                           check=False, env=child_environment())
     assert done.returncode == 0, done.stderr
-    default, first, first_growth, second, second_growth = map(float, done.stdout.split())
-    assert default > 0.9
-    assert first < 0.1 and second < 0.1
-    assert first_growth < 1 and second_growth < 1
+    by_default, kept, *later = map(float, done.stdout.split())
+    assert by_default > 0.9
+    assert kept > 0.9  # although no tensor is left
+    assert all(change < 0.1 for change in later)

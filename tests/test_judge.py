@@ -255,9 +255,9 @@ def test_special_tokens_in_a_local_judges_prompt_are_the_templates(tiny, tmp_pat
     rows = [("x", text, "p") for text in INJECTIONS.values()]
     judge.rate(Judge(JudgeArgs(judge=str(tiny), judge_cache=str(tmp_path / "v.jsonl"))), rows)
     tokenizer = Tokenizer(tiny)
-    own = [i for i in tokenizer.chat("x", "y") if i in tokenizer.added.values()]
+    own = [i for i in tokenizer.chat("x", "y") if i in tokenizer.special_ids.values()]
     assert len(seen) == len(rows) and len(own) == 5
-    assert all([i for i in ids if i in tokenizer.added.values()] == own for ids in seen)
+    assert all([i for i in ids if i in tokenizer.special_ids.values()] == own for ids in seen)
 
 
 def test_a_local_judges_replies_depend_on_the_question_alone(tmp_path):

@@ -9,7 +9,7 @@ import math
 import datasets
 import pytest
 import torch
-from conftest import END, named_gradients, oracle_logps, random_model, write_model
+from conftest import END, CountingBar, named_gradients, oracle_logps, random_model, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -159,15 +159,7 @@ def test_nothing_has_no_log_probability(models, groups):
 @pytest.mark.parametrize("max_tokens", [1, 10, 17, 18, 30, 4096])
 def test_sequence_logps_are_sums_of_response_logps(models, max_tokens):
     """However many tokens a pass may hold, in order and without a graph; the bar counts groups."""
-    model, graphs = models[0], []
-
-    class Bar:
-        count = 0
-
-        def update(self, n: int) -> None:
-            self.count += n
-
-    bar = Bar()
+    model, graphs, bar = models[0], [], CountingBar()
     with model.register_forward_hook(lambda _, args, hidden: graphs.append(hidden.requires_grad)):
         sums = sequence_logps(model, GROUPS, max_tokens, bar)
     assert not any(graphs) and len(graphs) == len(list(split_by_tokens(GROUPS, max_tokens)))

@@ -11,8 +11,9 @@ import scipy.stats
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from data import Example
-from measures import (Answer, bootstrap, distinct, diversity, evaluate, length_controlled, mcnemar,
-                      off_target, paired_differences, self_bleu, system_row, wilson, wins, words)
+from measures import (DIFFERENCE, RATE, Answer, distinct, distinct_2, evaluate, interval, length_controlled,
+                      mcnemar, off_target, paired_differences, self_bleu, self_bleus, system_row, t_quantile,
+                      wins, words)
 
 PNG = b"\x89PNG"
 
@@ -34,38 +35,73 @@ def answer(text: str, tokens: int = 1, gain: float = math.nan, logp: float = -1.
 
 # ------------------------------------------------------------------------------------------- statistics
 
-def loop_bootstrap(values: list[float], clusters: list[str], draws: int) -> tuple[float, float]:
-    """Clusters drawn with replacement, their rows pooled: 2.5 and 97.5% of the means."""
-    rows: dict[str, list[float]] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        if not math.isnan(value):
-            rows.setdefault(cluster, []).append(value)
-    rng, means = random.Random(0), []
-    for _ in range(draws):
-        pooled = [v for name in rng.choices(list(rows), k=len(rows)) for v in rows[name]]
-        means.append(sum(pooled) / len(pooled))
-    return tuple(np.percentile(means, [2.5, 97.5]))
+def loop_variance(values: list[float], labels: list) -> float:
+    """(G - 1) / G times the sum of squared changes of the mean, each of G labels left out once."""
+    names, mean = sorted(set(labels)), np.mean(values)
+    changes = [np.mean([v for v, label in zip(values, labels, strict=True) if label != name]) - mean
+               for name in names]
+    return (len(names) - 1) / len(names) * sum(change**2 for change in changes)
 
 
-@pytest.mark.parametrize("missing", [0, 9])
-def test_a_bootstrap_interval_is_that_of_a_loop_over_clusters(missing):
-    """Twelve clusters of unequal sizes, with and without NaN rows: mean exactly, ends within noise."""
+def ends(measurement: dict) -> tuple[float, float]:
+    """An interval's two ends."""
+    return measurement["low"], measurement["high"]
+
+
+@pytest.mark.parametrize("freedom", [*range(1, 12), 23, 39, 1000])
+def test_the_quantile_is_students(freedom):
+    """To 0.004, from one degree of freedom on."""
+    assert t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), abs=0.004)
+
+
+def test_an_interval_of_equal_clusters_is_that_of_their_means():
+    """Student's t of ten means; what rows do within their cluster does not enter."""
+    means = np.random.default_rng(0).normal(size=10)
+    values = np.repeat(means, 4) + np.tile([1.0, -1, 3, -3], 10)
+    expected = scipy.stats.t.interval(0.95, 9, means.mean(), scipy.stats.sem(means))
+    measured = interval(values, [f"prompt {i // 4}" for i in range(40)])
+    assert (measured["mean"], measured["n"]) == (pytest.approx(means.mean()), 40)
+    assert ends(measured) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("missing", [0, 5])
+def test_an_interval_leaves_each_cluster_out_once(missing):
+    """Twelve clusters of one to four rows, and rows that are not known, against a loop.
+
+    Clusters of unequal sizes tell less: the degrees of freedom are those of Kish's effective number.
+    """
     rng = np.random.default_rng(1)
     clusters = [f"prompt {i}" for i in range(12) for _ in range(1 + i % 4)]
-    values = rng.normal(size=len(clusters)) + np.array([len(c) + int(c[7:]) / 5 for c in clusters])
-    values[rng.permutation(len(values))[:missing]] = np.nan
-    interval = bootstrap(values, clusters)
-    low, high = loop_bootstrap(values.tolist(), clusters, 4000)
-    assert interval["mean"] == pytest.approx(np.nanmean(values)) and interval["n"] == 30 - missing
-    assert interval["low"] == pytest.approx(low, abs=0.06)
-    assert interval["high"] == pytest.approx(high, abs=0.06)
-    assert high - low > 0.7
+    values = rng.normal(size=30) + np.array([int(c[7:]) / 5 for c in clusters])
+    values[rng.permutation(30)[:missing]] = np.nan
+    known = [(v, c) for v, c in zip(values, clusters, strict=True) if not math.isnan(v)]
+    kept, labels = map(list, zip(*known, strict=True))
+    sizes = np.unique(labels, return_counts=True)[1]
+    t = scipy.stats.t.ppf(0.975, int(sizes.sum() ** 2 / (sizes**2).sum()) - 1)
+    half = t * math.sqrt(loop_variance(kept, labels))
+    measured = interval(values, clusters)
+    assert (measured["mean"], measured["n"]) == (pytest.approx(np.mean(kept)), 30 - missing)
+    assert ends(measured) == pytest.approx((np.mean(kept) - half, np.mean(kept) + half), abs=1e-3)
 
 
-def test_the_bootstrap_of_two_clusters_in_closed_form():
-    """Means 0, 1/2 and 1 with probabilities 1/4, 1/2, 1/4: the interval is [0, 1]."""
-    interval = bootstrap(np.array([0.0, 0, 0, 1, 1, 1]), list("aaabbb"))
-    assert interval == dict(mean=0.5, low=0.0, high=1.0, n=6)
+def test_crossed_contexts_add_their_variance():
+    """V(prompts) + V(contexts) - V(rows) by loops, with the degrees of freedom of the fewer contexts."""
+    rng = np.random.default_rng(2)
+    prompts, contexts = np.repeat(np.arange(9), 5).tolist(), np.tile(np.arange(5), 9).tolist()
+    values = rng.normal(size=9)[prompts] + rng.normal(size=5)[contexts] + rng.normal(size=45)
+    variance = sum(sign * loop_variance(values.tolist(), labels)
+                   for sign, labels in ((1, prompts), (1, contexts), (-1, list(range(45)))))
+    half = scipy.stats.t.ppf(0.975, 4) * math.sqrt(variance)
+    measured = interval(values, prompts, contexts)
+    assert ends(measured) == pytest.approx((values.mean() - half, values.mean() + half), abs=2e-3)
+    assert measured["low"] < interval(values, prompts)["low"]
+
+
+def test_crossing_with_contexts_that_are_alike_takes_nothing_away():
+    """The variance is never below that of prompts alone."""
+    values = np.tile([1.0, 2.0, 0.0], 12) + np.repeat(np.random.default_rng(3).normal(size=12), 3)
+    prompts, contexts = np.repeat(np.arange(12), 3).tolist(), list(range(36))
+    assert ends(interval(values, prompts, contexts)) == pytest.approx(ends(interval(values, prompts)))
 
 
 def test_clusters_whose_rows_agree_widen_the_interval():
@@ -73,51 +109,126 @@ def test_clusters_whose_rows_agree_widen_the_interval():
     values = np.repeat(np.random.default_rng(2).normal(size=40), 9)
     width = {}
     for name, size in (("prompts", 9), ("rows", 1)):
-        interval = bootstrap(values, [str(i // size) for i in range(360)])
-        width[name] = interval["high"] - interval["low"]
-        assert interval["mean"] == pytest.approx(values.mean())
+        measured = interval(values, [str(i // size) for i in range(360)])
+        width[name] = measured["high"] - measured["low"]
+        assert measured["mean"] == pytest.approx(values.mean())
     assert width["prompts"] / width["rows"] == pytest.approx(3, rel=0.1)
 
 
-def test_a_bootstrap_interval_covers_the_truth_about_95_times_in_100():
-    """200 data sets of 50 prompts x 4 rows whose true mean is 0."""
-    rng, clusters = np.random.default_rng(3), [str(i // 4) for i in range(200)]
-    hits = 0
-    for _ in range(200):
-        values = np.repeat(rng.normal(size=50), 4) + rng.normal(size=200)
-        interval = bootstrap(values, clusters, draws=500)
-        hits += interval["low"] <= 0 <= interval["high"]
-    assert 0.89 <= hits / 200 <= 0.985
+@pytest.mark.parametrize(("k", "n"), [(0, 7), (7, 7), (3, 10), (120, 200)])
+def test_the_interval_of_a_rate_of_independent_rows_is_wilsons(k, n):
+    """Of k ones in n rows, each its own cluster, against scipy's at the level that has Student's quantile."""
+    values = np.array([1.0] * k + [0.0] * (n - k) + [np.nan] * 3)
+    level = 2 * scipy.stats.norm.cdf(t_quantile(n - 1)) - 1
+    expected = scipy.stats.binomtest(k, n).proportion_ci(level, "wilson")
+    measured = interval(values, list(range(n + 3)), bounds=RATE)
+    assert (measured["mean"], measured["n"]) == (k / n, n)
+    assert ends(measured) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
-def test_the_bootstrap_leaves_nan_rows_out():
+def test_the_interval_of_a_difference_of_independent_rows_is_agresti_and_mins():
+    """Five gained, two lost of 40: one row of each is added, then the normal interval with Student's t."""
+    values = np.array([1.0] * 5 + [-1.0] * 2 + [0.0] * 33)
+    centre, variance = 3 / 42, (9 / 42 - (3 / 42) ** 2) / 42
+    half = scipy.stats.t.ppf(0.975, 39) * math.sqrt(variance)
+    measured = interval(values, list(range(40)), bounds=DIFFERENCE)
+    assert measured["mean"] == pytest.approx(3 / 40)
+    assert ends(measured) == pytest.approx((centre - half, centre + half), abs=1e-6)
+
+
+@pytest.mark.parametrize(("value", "bounds"), [(0.0, RATE), (1.0, RATE), (0.5, RATE), (0.0, DIFFERENCE)])
+def test_equal_outcomes_have_a_width(value, bounds):
+    """How far rows of a cluster agree can't be seen, so each of eight clusters counts as one row."""
+    clustered = interval(np.full(40, value), [i // 5 for i in range(40)], bounds=bounds)
+    alone = interval(np.full(8, value), list(range(8)), bounds=bounds)
+    assert ends(clustered) == pytest.approx(ends(alone))
+    assert clustered["high"] - clustered["low"] > 0.3
+    assert bounds[0] <= clustered["low"] <= value <= clustered["high"] <= bounds[1]
+
+
+def test_an_interval_leaves_nan_rows_out():
     """As if they were not there; without any value there is no interval."""
     values = np.array([1.0, np.nan, 0.0, np.nan, 1.0, 0.5])
     clusters = ["a", "a", "b", "c", "d", "d"]
-    assert bootstrap(values, clusters) == bootstrap(values[[0, 2, 4, 5]], ["a", "b", "d", "d"])
-    assert bootstrap(np.full(3, np.nan), ["a", "b", "c"]) == dict(mean=None, low=None, high=None, n=0)
+    assert interval(values, clusters) == interval(values[[0, 2, 4, 5]], ["a", "b", "d", "d"])
+    assert interval(np.full(3, np.nan), ["a", "b", "c"]) == dict(mean=None, low=None, high=None, n=0)
 
 
-def test_the_bootstrap_is_deterministic():
-    """Twice the same; equal values have no width; another seed moves the ends a little."""
-    values, clusters = np.random.default_rng(4).normal(size=60), [str(i // 3) for i in range(60)]
-    first, again, other = (bootstrap(values, clusters, seed=seed) for seed in (0, 0, 1))
-    assert first == again != other and other == pytest.approx(first, abs=0.02)
-    assert bootstrap(np.full(60, 0.25), clusters) == dict(mean=0.25, low=0.25, high=0.25, n=60)
+def test_one_cluster_tells_nothing_of_others():
+    """A rate can be anything; of other values there is the mean alone, in the printed table too."""
+    values = np.array([1.0, 0.0, 1.0, 1.0])
+    assert interval(values, list("aaaa"), bounds=RATE) == dict(mean=0.75, low=0.0, high=1.0, n=4)
+    assert interval(values, list("aaaa")) == dict(mean=0.75, low=None, high=None, n=4)
+    assert ends(interval(values, list("abcd"), list("xxxx"), bounds=RATE)) == RATE
 
 
-@pytest.mark.parametrize(("k", "n"), [(0, 7), (7, 7), (3, 10), (120, 200), (1, 1)])
-def test_wilsons_interval_is_scipys(k, n):
-    """Of k ones in n rows, with rows that are not known."""
-    values = np.array([1.0] * k + [0.0] * (n - k) + [np.nan] * 3)
-    interval, expected = wilson(values), scipy.stats.binomtest(k, n).proportion_ci(0.95, "wilson")
-    assert (interval["mean"], interval["n"]) == (k / n, n)
-    np.testing.assert_allclose([interval["low"], interval["high"]], [expected.low, expected.high], atol=1e-7)
+# Coverage. Each cluster has a probability of its own, drawn from a beta distribution around the true one; 0.3
+# is how far two rows of a cluster are correlated. Crossed effects act on a hidden normal variable.
+
+REPETITIONS = 600
+CORRELATION = 0.3
 
 
-def test_wilsons_interval_of_no_rows_is_none():
-    """No mean, no ends."""
-    assert wilson(np.array([np.nan])) == dict(mean=None, low=None, high=None, n=0)
+def sizes(clusters: int, equal: bool) -> np.ndarray:
+    """Eight rows a cluster, or between one and twenty-three."""
+    return np.full(clusters, 8) if equal else np.resize([1, 2, 4, 6, 8, 23, 3, 12], clusters)
+
+
+def outcomes(rng: np.random.Generator, rate: float, index: np.ndarray) -> np.ndarray:
+    """0/1 rows of as many repetitions: (repetitions, rows)."""
+    shape = (1 - CORRELATION) / CORRELATION
+    chances = rng.beta(rate * shape, (1 - rate) * shape, (REPETITIONS, index.max() + 1))
+    return (rng.random((REPETITIONS, len(index))) < chances[:, index]).astype(float)
+
+
+def coverage(rows: np.ndarray, truth: float, *groups, bounds=None) -> float:
+    """How often the interval of a repetition holds the truth."""
+    found = [interval(values, *groups, bounds=bounds) for values in rows]
+    return float(np.mean([low <= truth <= high for low, high in map(ends, found)]))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+@pytest.mark.parametrize("clusters", [8, 16, 40])
+def test_intervals_over_clusters_hold_the_truth_94_times_in_100(clusters, equal):
+    """Rare and common rates, paired differences, normal values, clusters of equal and unequal sizes.
+
+    0.925 is 0.94 less one and a half standard errors of 600 repetitions; the mean of all is held to 0.94.
+    """
+    rng, index = np.random.default_rng(7), np.repeat(np.arange(clusters), sizes(clusters, equal))
+    covered = {}
+    for rate in (0.02, 0.05, 0.5):
+        rows = outcomes(rng, rate, index)
+        covered["rate", rate] = coverage(rows, rate, index, bounds=RATE)
+    for first, second in ((0.02, 0.02), (0.05, 0.2), (0.6, 0.3)):
+        rows = outcomes(rng, first, index) - outcomes(rng, second, index)
+        covered["difference", first, second] = coverage(rows, first - second, index, bounds=DIFFERENCE)
+    effects = rng.normal(0, math.sqrt(CORRELATION), (REPETITIONS, clusters))[:, index]
+    rows = effects + rng.normal(0, math.sqrt(1 - CORRELATION), effects.shape)
+    covered["normal"] = coverage(rows, 0.0, index)
+    assert min(covered.values()) >= 0.925, covered
+    assert np.mean(list(covered.values())) >= 0.94, covered
+
+
+@pytest.mark.parametrize("contexts", [8, 24])
+def test_crossed_intervals_hold_the_truth_of_unseen_contexts_94_times_in_100(contexts):
+    """16 prompts x some contexts that both move the outcome: rates, a paired difference, normal values."""
+    rng = np.random.default_rng(8)
+    prompts, others = np.repeat(np.arange(16), contexts), np.tile(np.arange(contexts), 16)
+
+    def hidden() -> np.ndarray:
+        """Standard normal, a tenth of the variance by prompts and three by contexts: (repetitions, rows)."""
+        by_prompt = rng.normal(0, math.sqrt(0.1), (REPETITIONS, 16))[:, prompts]
+        by_context = rng.normal(0, math.sqrt(0.3), (REPETITIONS, contexts))[:, others]
+        return by_prompt + by_context + rng.normal(0, math.sqrt(0.6), by_prompt.shape)
+
+    covered = dict(normal=coverage(hidden(), 0.0, prompts, others))
+    for rate in (0.05, 0.4):
+        rows = (hidden() < scipy.stats.norm.ppf(rate)).astype(float)
+        covered["rate", rate] = coverage(rows, rate, prompts, others, bounds=RATE)
+    rows = (hidden() < scipy.stats.norm.ppf(0.6)) * 1.0 - (hidden() < scipy.stats.norm.ppf(0.4))
+    covered["difference"] = coverage(rows, 0.2, prompts, others, bounds=DIFFERENCE)
+    assert min(covered.values()) >= 0.925, covered
+    assert coverage(hidden(), 0.0, prompts) < 0.8  # contexts taken as fixed
 
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (5, 0), (8, 3), (3, 8), (40, 41)])
@@ -213,13 +324,48 @@ def test_distinct_is_unique_over_all_bigrams(texts, value):
     assert distinct([t.split() for t in texts]) == pytest.approx(value)
 
 
-def test_diversity_takes_one_response_a_prompt():
-    """With one row a prompt it is distinct-2 and self-BLEU-4; a prompt's second row never meets the first."""
+def test_distinct_2_takes_one_response_a_prompt():
+    """With one row a prompt it is that of all texts; a prompt's second row never meets the first."""
     tokens = [words(t) for t in TEXTS[:4]]
-    expected = dict(distinct_2=distinct(tokens), self_bleu_4=self_bleu(tokens))
-    assert diversity(TEXTS[:4], list("abcd")) == pytest.approx(expected)
-    assert diversity(TEXTS[:4] * 3, list("abcd") * 3) == pytest.approx(expected)
-    assert diversity(TEXTS[:4], list("aaaa")) == dict(distinct_2=None, self_bleu_4=None)
+    assert distinct_2(TEXTS[:4], list("abcd")) == pytest.approx(distinct(tokens))
+    assert distinct_2(TEXTS[:4] * 3, list("abcd") * 3) == pytest.approx(distinct(tokens))
+    assert distinct_2(TEXTS[:4], list("aaaa")) is None
+
+
+def test_self_bleu_is_measured_across_prompts_and_within_them():
+    """Across: one response a prompt. Within: all responses to a prompt against each other, mean over prompts.
+    """
+    tokens = [words(t) for t in TEXTS[:6]]
+    measured = self_bleus(TEXTS[:4], list("abcd"))
+    assert measured["self_bleu_4"]["mean"] == pytest.approx(self_bleu(tokens[:4]))
+    assert measured["self_bleu_4_within"]["mean"] is None  # no prompt has two responses
+    measured = self_bleus(TEXTS[:6], list("aaabbb"))
+    within = [self_bleu(tokens[:3]), self_bleu(tokens[3:])]
+    assert measured["self_bleu_4_within"] == interval(np.array(within), ["a", "b"])
+    assert self_bleus(TEXTS[:4], list("aaaa"))["self_bleu_4"]["mean"] is None
+
+
+def test_responses_that_follow_their_context_lower_self_bleu_within_a_prompt_alone():
+    """Stock phrases of a context make prompts alike and contexts unlike: R2's claim is about the second."""
+    contexts = ["my dear cat is fond of this", "as sailors say in port", "in my garden all is well today"]
+    prompts = [f"question {i}" for i in range(5) for _ in contexts]
+    plain = [f"the answer to number {i} is {i} times {i} as you know" for i in range(5) for _ in contexts]
+    following = [f"{context} {i}" for i in range(5) for context in contexts]
+    change = self_bleus(following, prompts, plain)
+    assert change["self_bleu_4_within"]["mean"] < -0.5 and change["self_bleu_4_within"]["high"] < 0
+    within = [self_bleus(texts, prompts)["self_bleu_4_within"]["mean"] for texts in (plain, following)]
+    assert within[0] == pytest.approx(1)  # the same response to every context
+    assert change["self_bleu_4_within"]["mean"] == pytest.approx(within[1] - within[0])
+
+
+def test_self_bleus_interval_leaves_each_prompt_out_as_text_and_as_reference():
+    """The jackknife by seven evaluations of six texts."""
+    tokens = [words(t) for t in TEXTS]
+    without = np.array([self_bleu(tokens[:i] + tokens[i + 1 :]) for i in range(7)])
+    half = scipy.stats.t.ppf(0.975, 6) * math.sqrt(6 / 7 * ((without - without.mean()) ** 2).sum())
+    measured = self_bleus(TEXTS, list("abcdefg"))["self_bleu_4"]
+    assert measured["mean"] == pytest.approx(self_bleu(tokens)) and measured["n"] == 7
+    assert ends(measured) == pytest.approx((measured["mean"] - half, measured["mean"] + half), abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------- the numbers
@@ -249,10 +395,10 @@ def test_off_target_counts_other_contexts_only():
 def test_a_systems_row_by_hand():
     """Win rate, length, unfinished share, nats a token, context and prompt gain: each a plain mean."""
     row = system_row(ROWS, BETTER)
-    assert row["win_rate"] == dict(mean=0.5, low=0.0, high=1.0, n=4)
+    assert row["win_rate"] == interval(np.array([1.0, 1, 0, 0]), list("ppqq"), list("ABAB"), RATE)
     assert (row["tokens"], row["unfinished"], row["off_target"]) == (10.0, 0.25, 0.25)
     assert row["nll_per_token"] == pytest.approx(40 / 40)
-    assert row["context_gain"] == dict(mean=2.0, low=0.0, high=4.0, n=4)
+    assert row["context_gain"] == interval(np.array([5.0, 3, 2, -2]), list("ppqq"), list("ABAB"))
     assert row["prompt_gain"] == pytest.approx(40 / 2 / 4)
     uneven = system_row(ROWS, [*BASELINE[:3], answer("Abc", 13, logp=-17.0)])
     assert uneven["nll_per_token"] == pytest.approx((3 + 17) / (8 + 7 + 12 + 13))  # a token, not a response
@@ -262,15 +408,16 @@ def test_a_systems_row_by_hand():
 def test_paired_differences_by_hand():
     """Row by row; of matched length are rows 0 (8 of 10 tokens) and 2 (10 of 12), not 1 and 3."""
     differences = paired_differences(ROWS, BETTER, BASELINE)
-    assert differences["win_rate"] == dict(mean=0.25, low=-0.5, high=1.0, n=4)
-    assert differences["win_rate_length_matched"] == dict(mean=0.0, low=-1.0, high=1.0, n=2)
-    assert differences["context_gain"] == dict(mean=0.5, low=-2.0, high=3.0, n=4)
-    per_token = [0.5 - 1 / 8, 0.3 - 1 / 7, 0.2 - 4 / 12, -0.2]
-    assert differences["context_gain_per_token"]["mean"] == pytest.approx(sum(per_token) / 4)
-    assert differences["context_gain_per_token"]["high"] == pytest.approx((per_token[0] + per_token[1]) / 2)
+    groups = list("ppqq"), list("ABAB")
+    assert differences["win_rate"] == interval(np.array([1.0, 1, -1, 0]), *groups, DIFFERENCE)
+    matched = differences["win_rate_length_matched"]
+    assert (matched["mean"], matched["n"]) == (0.0, 2) and ends(matched) == DIFFERENCE  # one context
+    assert differences["context_gain"] == interval(np.array([4.0, 2, -2, -2]), *groups)
+    per_token = [0.5 - 1 / 8, 0.3 - 1 / 7, 0.2 - 4 / 12, -0.2]  # each response over its own length: macro
+    assert differences["context_gain_per_token_macro"]["mean"] == pytest.approx(sum(per_token) / 4)
     assert differences["score"]["n"] == 0 and differences["mcnemar_p"] is None  # no judge, no task
     swapped = paired_differences(ROWS, BASELINE, BETTER)
-    for key in ("win_rate", "win_rate_length_matched", "context_gain", "context_gain_per_token"):
+    for key in ("win_rate", "win_rate_length_matched", "context_gain", "context_gain_per_token_macro"):
         assert swapped[key]["mean"] == pytest.approx(-differences[key]["mean"])
 
 
@@ -279,7 +426,8 @@ def test_a_difference_to_a_system_that_has_no_gain():
     no_gain = [dataclasses.replace(a, gain=math.nan) for a in BASELINE]
     differences = paired_differences(ROWS, BETTER, no_gain)
     assert differences["win_rate"]["n"] == 4
-    assert differences["context_gain"]["mean"] is None and differences["context_gain_per_token"]["n"] == 0
+    assert differences["context_gain"]["mean"] is None
+    assert differences["context_gain_per_token_macro"]["n"] == 0
 
 
 def test_evaluate_has_a_block_for_every_part_and_a_line_for_every_context():
@@ -296,6 +444,17 @@ def test_evaluate_has_a_block_for_every_part_and_a_line_for_every_context():
     assert parts["all"]["differences"]["trained - prompted"] == paired_differences(rows, BETTER, BASELINE)
     rates = [(c["context_id"], c["n"], c["default"], c["prompted"], c["trained"]) for c in result["contexts"]]
     assert rates == [("A", 2, 0.5, 0.5, 0.5), ("B", 2, 0.0, 0.0, 0.5)]
+
+
+def test_evaluate_says_which_intervals_they_are():
+    """Over prompts and contexts crossed where all rows have a known context; else over users or prompts."""
+    answers = dict(default=BASELINE)
+    crossed = evaluate(ROWS, answers)["intervals"]
+    assert (crossed["clusters"], crossed["crossed"]) == ("prompts", "contexts")
+    assert "Wilson" in crossed["kind"]
+    users = [dataclasses.replace(e, user=e.id, context_id=None, check=None) for e in ROWS]
+    plain = evaluate(users, answers)["intervals"]
+    assert (plain["clusters"], plain["crossed"]) == ("users", None)
 
 
 def test_evaluate_without_a_trained_system():

@@ -1,30 +1,25 @@
-"""A newcomer's mistakes: one line that says what is wrong, exit code 2, and nothing left behind. And the
-embedded model, which a newcomer meets first."""
+"""A newcomer's mistakes: one line that says what is wrong, exit code 2, and nothing left behind. And what an
+interrupt or a full disk leaves: all that was sampled."""
 
 import collections
-import dataclasses
 import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
+import types
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from conftest import ROOT, record_samples
 
 import eval as evaluation
 import pairs
 import sample
 import train
-from model import load
-from run import main
-from tokenizer import Tokenizer
+from pairs import load_pairs
+from run import main, read_json
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "tiny"
 PROGRAMS = dict(train=train.program, eval=evaluation.program, sample=sample.program, pairs=pairs.program)
 MISTAKES = {
@@ -68,94 +63,80 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def leave(monkeypatch, program, *argv: str) -> int:
+    """Run a program as a script, inside this process; the exit code that it leaves with."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__module__}.py", *argv])
+    with pytest.raises(SystemExit) as left:
+        main(program)
+    return left.value.code
+
+
 @pytest.mark.parametrize("command", MISTAKES)
 def test_a_mistake_ends_in_one_helpful_line(command, place, monkeypatch, capsys):
-    program, *argv = command.split()
+    """On the error stream, with the program's name; exit code 2; no file or folder is made."""
+    name, *argv = command.split()
     before = sorted(place.rglob("*"))
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *argv])
-    with pytest.raises(SystemExit) as left:
-        main(PROGRAMS[program])
+    assert leave(monkeypatch, PROGRAMS[name], *argv) == 2
     error = capsys.readouterr().err
-    assert left.value.code == 2
-    assert MISTAKES[command] in error and error.startswith(f"{program}.py: error: ")
+    assert MISTAKES[command] in error and error.startswith(f"{name}.py: error: ")
     assert error.count("\n") == 1
-    assert "runs" not in {p.name for p in place.iterdir()} and before == sorted(place.rglob("*"))
+    assert before == sorted(place.rglob("*"))
 
+
+# ------------------------------------------------------------------------- a full disk
 
 def test_a_full_disk_is_told_before_the_work(place, monkeypatch, capsys):
     """Less room than a model takes: refused before anything is sampled."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 5_000_000))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--limit", "4"])
-    with pytest.raises(SystemExit) as left:
-        main(train.program)
-    assert left.value.code == 2 and not (place / "runs").exists()
+    assert leave(monkeypatch, train.program, "--limit", "4") == 2
+    assert not (place / "runs").exists()
     assert re.search(r"a trained model takes 6 MB, 5 MB are free\n$", capsys.readouterr().err)
 
 
+SAMPLE = ("--limit", "8", "--max-new-tokens", "8", "--slots", "4", "--dtype", "float32", "--out")
+
+
+def texts_of(folder: Path) -> list[list[str]]:
+    """All responses of all pairs."""
+    return [[response.text for response in pair.responses] for pair in load_pairs(folder)]
+
+
 def test_a_disk_that_fills_up_keeps_what_was_sampled(place, monkeypatch, capsys):
-    """No space in the middle of sampling: one line, and pairs.jsonl still holds whole rows to go on from."""
-    command = ["pairs.py", "--limit", "6", "--max-new-tokens", "24", "--out"]
-    monkeypatch.setattr(sys, "argv", [*command, "made"])
-    real, calls = pairs.json.dumps, []
+    """No space left as the fourth pair is written: one line, three whole rows, and the command goes on."""
+    written = []
 
-    def full(*args, **kwargs):
-        calls.append(args)
-        if len(calls) > 12:
+    def dumps(row: dict, **options) -> str:
+        if len(written) == 3:
             raise OSError(28, "No space left on device")
-        return real(*args, **kwargs)
+        written.append(row["id"])
+        return json.dumps(row, **options)
 
-    monkeypatch.setattr(pairs.json, "dumps", full)
-    with pytest.raises(SystemExit) as left:
-        main(pairs.program)
-    monkeypatch.setattr(pairs.json, "dumps", real)
-    assert left.value.code == 2 and "make room and give the same command again" in capsys.readouterr().err
+    monkeypatch.setattr(pairs, "json", types.SimpleNamespace(dumps=dumps))
+    assert leave(monkeypatch, pairs.program, *SAMPLE, "made") == 2
+    assert "make room and give the same command again" in capsys.readouterr().err
+    assert (place / "made" / "pairs.jsonl").read_bytes().count(b"\n") == 3
+    monkeypatch.setattr(pairs, "json", json)
     for folder in ("made", "at_once"):
-        monkeypatch.setattr(sys, "argv", [*command, folder])
-        with pytest.raises(SystemExit) as left:
-            main(pairs.program)
-        assert left.value.code == 0
-    texts = [[(p.id, p.chosen_ids, p.rejected_ids) for p in pairs.load_pairs(place / folder)]
-             for folder in ("made", "at_once")]
-    assert texts[0] == texts[1] and len(texts[0]) > 3
+        assert leave(monkeypatch, pairs.program, *SAMPLE, folder) == 0
+    assert texts_of(place / "made") == texts_of(place / "at_once") != []
 
 
-def test_an_interrupt_is_one_line_and_the_command_goes_on(tmp_path):
-    """Ctrl-C during sampling: exit code 130; the same command then finishes."""
-    command = [sys.executable, ROOT / "pairs.py", "--limit", "200", "--out", tmp_path / "made"]
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    part = tmp_path / "made" / "pairs.jsonl"
-    while running.poll() is None and not (part.exists() and part.stat().st_size):
-        time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
-    error = running.communicate()[1]
-    assert running.returncode == 130 and "interrupted; what was sampled is kept" in error
-    assert "Traceback" not in error
-    assert 0 < part.read_bytes().count(b"\n") < 200
-    subprocess.run(command, capture_output=True, check=True)
-    assert json.loads((tmp_path / "made" / "pairs.json").read_text())["statistics"]["examples"] == 200
+# ------------------------------------------------------------------------- Ctrl-C
 
+def test_an_interrupt_is_one_line_and_the_command_goes_on(place, monkeypatch, capsys):
+    """A signal as the ninth response of sixteen has ended: exit code 130; the same command then finishes."""
+    def interrupt(i: int, drawn: sample.Sample) -> None:
+        if len(keys) == 9:
+            signal.raise_signal(signal.SIGINT)
 
-def test_every_option_stands_in_the_readme():
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("## Options") : text.index("## Results")]
-    for args in (train.Args, evaluation.Args, sample.Args, pairs.Args):
-        for field in dataclasses.fields(args):
-            flag = "`--" + field.name.replace("_", "-") + "`"
-            assert flag in table or field.name == "prompt", flag  # sample.py's one positional argument
-
-
-def test_the_embedded_model_is_an_ordinary_folder():
-    """At most 3M parameters and 6 MB; transformers opens it, to equal logits and equal prompts."""
-    oracle = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    assert sum(p.numel() for p in oracle.parameters()) <= 3_000_000
-    assert (TINY / "model.safetensors").stat().st_size <= 6_000_000
-    tokenizer, turn = Tokenizer(TINY), "How do I keep bread fresh? I love gardening."
-    theirs = AutoTokenizer.from_pretrained(TINY).apply_chat_template(
-        [dict(role="user", content=turn)], tokenize=False, add_generation_prompt=True)
-    ids = torch.tensor(tokenizer.chat(turn))
-    assert tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == theirs
-    model = load(TINY)
-    with torch.no_grad():
-        logits = model.logits(model(ids, model.pack([(len(ids), [])])))
-        torch.testing.assert_close(logits, oracle(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+    keys = record_samples(monkeypatch, interrupt)
+    assert leave(monkeypatch, pairs.program, *SAMPLE, "made") == 130
+    error = capsys.readouterr().err
+    assert error == "\npairs.py: interrupted; what was sampled is kept\n"
+    rows = (place / "made" / "pairs.jsonl").read_bytes().count(b"\n")
+    assert 0 < rows < 8
+    keys = record_samples(monkeypatch)
+    assert leave(monkeypatch, pairs.program, *SAMPLE, "made") == 0
+    assert len({row for row, k in keys if k == 0}) == 8 - rows
+    assert read_json(place / "made" / "pairs.json")["statistics"]["examples"] == 8

@@ -10,21 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (ARCHITECTURES, CONFIG, FAMILIES, LLAMA3, oracle_logits, random_model, sequence_logits,
-                      write_model)
+from conftest import (ARCHITECTURES, CONFIG, FAMILIES, LLAMA3, close, oracle_logits, random_model,
+                      sequence_logits, write_model)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from model import Config, Decoder, Packed, causal_attention, load, rotary_tables, rotate, save
+from model import Config, Decoder, Packed, causal_attention, causal_mask, load, rotary_tables, rotate, save
 from run import UserError
 
 IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))
-
-
-def close(a: Tensor, b: Tensor, atol: float = 1e-4) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 # ------------------------------------------------------------------------- logits
@@ -121,6 +116,17 @@ def test_causal_attention_is_a_masked_softmax(m, dtype):
             assert error < (1e-14 if dtype == torch.float64 else 2e-2)
 
 
+def test_a_mask_that_sampling_has_made_serves_training():
+    """Masks are kept from pass to pass; one made in inference mode could not be saved for a backward pass."""
+    q, k, v = (torch.randn(2, n, 4, requires_grad=True) for n in (3, 11, 11))
+    causal_mask.cache_clear()
+    with torch.inference_mode():
+        expected = causal_attention(q.detach(), k.detach(), v.detach())
+    out = causal_attention(q, k, v)
+    out.sum().backward()
+    assert torch.equal(out, expected) and q.grad.isfinite().all()
+
+
 # ------------------------------------------------------------------------- load, save
 
 def test_sharded_weights_load(saved, tmp_path):
@@ -197,6 +203,7 @@ def edit_weights(folder: Path, change) -> None:
 
 
 def truncate(folder: Path) -> None:
+    """Cut the end of a folder's weights off, as an interrupted copy does."""
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
 
@@ -217,6 +224,7 @@ def weights_with(**tensors) -> Callable[[Path], None]:
 
 
 def transpose_up_projection(folder: Path) -> None:
+    """Store a matrix the wrong way round."""
     edit_weights(folder, lambda weights: weights.update({UP: weights[UP].T.contiguous()}))
 
 

@@ -99,8 +99,7 @@ def test_rounding_is_right_in_the_mean(share, sign):
 
 
 def test_numbers_side_by_side_are_rounded_independently():
-    """Each of the four 16-bit parts of 64 random bits is as often up as any other, and none goes with another.
-    """
+    """Each of the four 16-bit parts of 64 random bits is up half of the time, whatever the others are."""
     halves = torch.full((400_000,), 1 / 64 + BF16_STEP / 2)
     is_up = (round_stochastically(halves, seeded(4)).float() > 1 / 64).float().view(-1, 4)
     assert (is_up.mean(0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(100_000)
@@ -169,7 +168,7 @@ def test_in_fp32_the_model_is_its_own_master():
 
 
 def steady_steps(rounding: str, lr: float = 1e-6, steps: int = 20) -> tuple[MasterAdamW, list[Tensor]]:
-    """AdamW in bf16 after steps with a gradient of 1 everywhere: each moves a weight by -lr. And the start."""
+    """AdamW in bf16 after steps with a gradient of 1 everywhere, each of which is -lr; and the start."""
     model = nn.Linear(200, 201, bias=False)
     nn.init.uniform_(model.weight, 1 / 64, 1 / 32, generator=seeded(0))
     model.to(torch.bfloat16)
@@ -188,7 +187,7 @@ def test_masters_move_by_updates_far_below_a_bf16_step():
     (master,) = optimizer.masters
     assert master.dtype == torch.float32
     torch.testing.assert_close(master - start, torch.full_like(start, -2e-5), rtol=1e-3, atol=0)
-    assert 2e-5 < BF16_STEP / 6
+    assert BF16_STEP > 6 * 2e-5
 
 
 def test_the_mean_of_the_working_copy_follows_the_masters():
@@ -339,7 +338,7 @@ def test_an_fp32_model_has_changed_where_its_bf16_value_has():
 
 
 def test_of_a_large_model_a_part_is_watched(monkeypatch):
-    """Every so manieth weight of each parameter: the share is nearly that of all."""
+    """Weights at equal distances in each parameter: the share is nearly that of all."""
     monkeypatch.setattr(optimizer_module, "WATCHED", 1000)
     model = nn.Linear(200, 201)
     optimizer = MasterAdamW(model, lr=1e-3, seed=0)

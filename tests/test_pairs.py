@@ -53,8 +53,9 @@ def test_random_is_the_same_prompt_with_the_context_of_another_row(rows, context
         assert other != e.context
         drawn.append(other)
     assert len(set(drawn)) >= min(contexts, 20)
-    assert negative_messages(examples, "random", 0) == negative_messages(examples, "random", 0)
-    assert contexts == 2 or negative_messages(examples, "random", 0) != negative_messages(examples, "random", 1)
+    first, again, other = (negative_messages(examples, "random", seed) for seed in (0, 0, 1))
+    assert first == again
+    assert contexts == 2 or first != other
 
 
 def test_random_without_contexts_is_another_prompt():
@@ -80,7 +81,8 @@ def test_negatives_that_cannot_be_are_refused(neg, contexts):
     ("no", "missing", 2, "--n-neg 2: .* brings one rejected response"),
     (None, "missing", 1, "no rejected responses: --neg reshuffle or noise"),
     (None, "random", 1, "no rejected responses"),
-    (None, "reshuffle", 1, None), (None, "noise", 3, None), (None, "missing", 0, None), ("no", "missing", 1, None),
+    (None, "reshuffle", 1, None), (None, "noise", 3, None), (None, "missing", 0, None),
+    ("no", "missing", 1, None),
 ])  # fmt: skip
 def test_ready_pairs_have_the_negatives_that_their_file_brings(rejected, neg, n_neg, words):
     """One response, or those that need no sampling; anything else is a UserError."""
@@ -110,8 +112,8 @@ def sampled(request, model_and_tokenizer) -> tuple[str, list[Example], list[Pair
     return request.param, examples, *make_pairs(*model_and_tokenizer, examples, request.param, SETTINGS, 5)
 
 
-def test_pairs_are_drawn_from_their_prompts_and_keys(sampled, model_and_tokenizer, tiny):
-    """Row i's chosen response is sample (i, 0) of (x, c), its rejected one (i, 1) of its own prompt."""
+def test_chosen_responses_are_drawn_from_their_prompts_and_keys(sampled, model_and_tokenizer, tiny):
+    """Row i's is sample (i, 0) of (x, c); the rejected one comes from another prompt."""
     neg, examples, made, statistics = sampled
     model, tokenizer = model_and_tokenizer
     contexts = {e.context for e in examples}
@@ -126,9 +128,8 @@ def test_pairs_are_drawn_from_their_prompts_and_keys(sampled, model_and_tokenize
         (rejected,) = pair.rejected
         assert pair.prompt_ids == pair.chosen.prompt_ids == chat_ids(tiny, e.user_message(e.context))
         assert rejected.prompt_ids in [chat_ids(tiny, message) for message in messages]
-        for k, response in enumerate(pair.responses):
-            (sample,) = generate(model, [response.prompt_ids], SETTINGS, tokenizer.stop_ids, 5, [(i, k)])
-            assert (response.ids, response.finished) == (sample.ids, sample.finished)
+        (sample,) = generate(model, [pair.prompt_ids], SETTINGS, tokenizer.stop_ids, 5, [(i, 0)])
+        assert (pair.chosen.ids, pair.chosen.finished) == (sample.ids, sample.finished)
         assert (pair.prompt, pair.context) == (e.prompt, e.context)
 
 
@@ -149,16 +150,21 @@ def test_the_end_token_is_there_where_a_response_has_ended(sampled, model_and_to
 
 @pytest.fixture
 def make_of(monkeypatch, model_and_tokenizer):
-    """((chosen ids, rejected ids), ...) -> make_pairs' answer, had generate drawn these."""
-    def get(*responses):
-        def generate(model, prompts, sampling, stop_ids, seed, keys, slots, bar, on_finished):
+    """(rows of the chosen ids and of the ids of each further draw, the last of which repeat) -> make_pairs'
+    answer, had generate drawn these."""
+    def get(*rows: tuple[list[int], ...], count: int = 1):
+        def generate(model, prompts, sampling, stop_ids, seed, keys, slots, bar=None, on_finished=None):
+            samples = []
             for job, (row, k) in enumerate(keys):
-                ids = responses[row][k]
-                on_finished(job, Sample(ids, [0.0] * len(ids), ids[-1] == END))
+                ids = rows[row][min(k, len(rows[row]) - 1)]
+                samples.append(Sample(ids, [0.0] * len(ids), ids[-1] == END))
+                if on_finished is not None:
+                    on_finished(job, samples[-1])
+            return samples
 
         monkeypatch.setattr(pairs, "generate", generate)
-        examples = [training_example(i, f"Context {i}.") for i in range(len(responses))]
-        return make_pairs(*model_and_tokenizer, examples, "missing", SETTINGS, 0)
+        examples = [training_example(i, f"Context {i}.") for i in range(len(rows))]
+        return make_pairs(*model_and_tokenizer, examples, "missing", SETTINGS, 0, count=count)
 
     return get
 
@@ -181,8 +187,9 @@ def test_sampled_ids_are_kept_as_they_are(make_of, tiny):
     assert (pair.chosen.text, rejected.text) == ("the answer", "the answer")
 
 
-def test_identical_pairs_and_empty_responses_are_dropped_and_counted(make_of, tiny, logp_of):
-    """Four useless pairs of six; those left keep their examples, in their context gains too."""
+def test_useless_examples_are_dropped_and_counted(make_of, tiny, logp_of):
+    """An empty chosen response, or none but empty and equal rejected ones in ten draws: four examples of six;
+    those left keep their contexts, in their context gains too."""
     yes, no, blank = (letter_ids(tiny, text) for text in ("yes", "no", " \n "))
     made, statistics = make_of(([*yes, END], [*no, END]), ([*yes, END], [*yes, END]), ([END], yes),
                                (no, [*blank, END]), ([END], [END]), (yes, [*yes, END]))
@@ -191,8 +198,32 @@ def test_identical_pairs_and_empty_responses_are_dropped_and_counted(make_of, ti
     last = made[1]
     expected = logp_of(last.prompt_ids, yes) - logp_of(chat_ids(tiny, "Question 5?"), yes)
     assert last.chosen.gain == pytest.approx(expected, abs=1e-4)
-    assert statistics["dropped"] == {"empty": 3, "identical": 1}
+    assert statistics["dropped"] == {"empty": 2, "identical": 2}
     assert (statistics["examples"], statistics["pairs"]) == (6, 2)
+
+
+def test_a_useless_rejected_response_is_drawn_again(make_of, tiny):
+    """Until there are enough; a row that has had ten draws repeats the good ones in their order."""
+    yes, no, so, blank = ([*letter_ids(tiny, text), END] for text in ("yes", "no", "so", " "))
+    rows = [(yes, no, so), (yes, yes, blank, no, so), (yes, no, yes), (yes, *[yes] * 9, no)]
+    made, statistics = make_of(*rows, count=2)
+    assert [[response.ids for response in pair.rejected] for pair in made] == [
+        [no, so], [no, so], [no, no], [no, no]]
+    assert statistics["dropped"] == {"empty": 0, "identical": 0}
+    assert statistics["redrawn"] == 0 + 2 + 8 + 8
+    for pair in made:
+        assert all(response.finished and response.gain is not None for response in pair.rejected)
+        assert all(response.prompt_ids == chat_ids(tiny, pair.prompt) for response in pair.rejected)
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_the_number_of_rejected_responses_does_not_decide_which_examples_are_used(count, make_of, tiny):
+    """A row is dropped where ten draws are useless, and only there."""
+    yes, no = ([*letter_ids(tiny, text), END] for text in ("yes", "no"))
+    rows = [(yes, no), (yes, *[yes] * 9, no), (yes, yes), (yes, *[yes] * 10, no)]
+    made, statistics = make_of(*rows, count=count)
+    assert [pair.id for pair in made] == ["0", "1"] and statistics["dropped"]["identical"] == 2
+    assert all(len(pair.rejected) == count for pair in made)
 
 
 def test_no_pair_left_is_an_error(make_of):

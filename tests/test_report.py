@@ -1,14 +1,15 @@
-"""report.py on runs made by hand: tables, figures, the report over runs."""
+"""report.py on runs made by hand: figures, the printed table, the report over runs, recomputed results."""
 
+import importlib.util
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
-from data import Example
-from measures import wilson
-from report import entropy_figure, gain_figure, judges_figure, report, side_by_side, spread
+from measures import NO_INTERVAL
+from report import entropy_figure, gain_figure, judges_figure, report, spread, table
 from run import UserError, read_json, write_json
 
 PNG = b"\x89PNG"
@@ -71,7 +72,7 @@ def test_the_gains_picture_says_what_it_shows(trained_run, monkeypatch):
 
 @pytest.mark.parametrize("systems", [
     dict(default=dict(win_rate=interval(0.1)), prompted=dict(win_rate=interval(0.4))),
-    dict(default=dict(win_rate=interval(0.1)), trained=dict(win_rate=wilson(np.array([])))),
+    dict(default=dict(win_rate=interval(0.1)), trained=dict(win_rate=NO_INTERVAL)),
 ])  # fmt: skip
 def test_no_gain_is_drawn_without_a_trained_system_or_a_win_rate(systems, trained_run):
     """No file is written."""
@@ -114,28 +115,42 @@ def test_entropies_are_drawn_of_right_and_wrong_answers(tmp_path, monkeypatch):
     assert {"default (n = 1)", "trained (n = 3)", "trained (n = 0)"} <= set(texts)
 
 
-def test_answers_stand_side_by_side():
-    """A row that was gained, and one that is still wrong and says so."""
-    rows = [Example(str(i), f"p{i}", "test", f"c{i}") for i in range(2)]
-    answers = {system: [SimpleNamespace(text=f"{system} {i}") for i in range(2)]
-               for system in ("prompted", "trained")}
-    won = dict(prompted=np.zeros(2), trained=np.array([1.0, 0.0]))
-    lines = side_by_side(rows, answers, won).splitlines()
-    assert lines == ["", "p0 [c0]", "  prompted: 'prompted 0'", "  trained:  'trained 0'",
-                     "", "p1 [c1]", "  prompted: 'prompted 1'", "  trained:  'trained 1' (still wrong)"]
+# ------------------------------------------------------------------------------------------- table
+
+def test_the_paired_difference_leads_and_every_system_has_its_n():
+    """Trained less prompted comes first, then a line a system with the number of its rows that were read."""
+    row = dict(win_rate=interval(0.5) | dict(n=7), context_gain=NO_INTERVAL)
+    difference = dict.fromkeys(("win_rate", "win_rate_length_matched", "context_gain", "score", "self_bleu_4",
+                                "context_gain_per_token_macro", "self_bleu_4_within"), interval(0.3))
+    block = dict(systems=dict(default=row, prompted=row, trained=row),
+                 differences={name: difference | dict(mcnemar_p=None)
+                              for name in ("prompted - default", "trained - prompted")})
+    judges = dict(J=dict(unread=dict(trained=3), items=dict(asked=20, shared=17)))
+    lines = table(dict(parts=dict(all=block), contexts=[], judges=judges)).splitlines()
+    assert lines[1] == "all rows"
+    assert lines[2].startswith("trained - prompted: win rate +30.0 [+25.0, +35.0] (n = 9)")
+    assert "within a prompt +0.300 [+0.250, +0.350]" in lines[3]
+    assert [line.split()[:3] for line in lines[7:10]] == [[name, "7", "50.0"] for name in block["systems"]]
+    assert "3 of trained; systems are compared on the 17 of 20 items read for all" in lines[-1]
 
 
 # ------------------------------------------------------------------------------------------- report
 
-def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: float | None = None) -> str:
-    """A run on Multi-Bench with a judge J whose trained model has this win rate; the base model's is 0.5."""
+def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: float | None = None,
+              test_seed: int = 0, **more) -> str:
+    """A run on Multi-Bench with a judge J whose trained model has this win rate; the base model's is 0.5.
+
+    test_seed: which test rows there are. more: other arguments of the run.
+    """
     folder.mkdir()
     row = dict(win_rate=interval(rate, 0.1), self_bleu_4=rate / 2)
     base = row | dict(win_rate=interval(0.5, 0.1))
     arguments = dict(method="dpo", neg=neg, n_neg=1, softmax=False, data="multibench:/x", seed=seed,
-                     model="/m/Llama-3.2-1B-Instruct")
+                     model="/m/Llama-3.2-1B-Instruct", pairs="", out=str(folder), slots=seed + 1) | more
     critic = dict(strict=base["win_rate"], tie_tolerant=row["win_rate"])
     result = dict(parts=dict(all=dict(systems=dict(default=base, prompted=base, trained=row))),
+                  settings=dict(examples=f"rows of seed {test_seed}"),
+                  arguments=dict(model=str(folder), data="multibench:/x", seed=0, limit=0, judge="J"),
                   judges=dict(J=dict(critic=critic)))
     (folder / "args.json").write_text(json.dumps(dict(arguments=arguments)))
     (folder / "eval.json").write_text(json.dumps(result))
@@ -144,24 +159,125 @@ def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: 
     return str(folder)
 
 
+def win_rates(text: str) -> dict[str, str]:
+    """The first table of a report: name -> cell."""
+    rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[1].splitlines()[2:]]
+    return dict(rows)
+
+
 def test_the_report_has_seeds_the_chosen_strategy_and_the_papers_numbers(tmp_path):
     """Mean and deviation over seeds, an interval of one; validation's choice has *; the paper's is last."""
     runs = [write_run(tmp_path / "a", 0, 0.8, validation=0.7),
-            write_run(tmp_path / "b", 1, 0.9, validation=0.9),
+            write_run(tmp_path / "b", 1, 0.9, validation=0.9, test_seed=1),
             write_run(tmp_path / "c", 0, 0.95, "random", 0.6)]
     text = report(runs, tmp_path / "out")
-    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert text == (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    win_rates = text.split("self-BLEU-4")[0]
-    assert "| missing | 85.0 ± 7.1 (2 seeds)* (93.26) |" in win_rates  # validation 0.8 against random's 0.6
-    assert "| random | 95.0 [85.0, 105.0] (89.68) |" in win_rates
-    assert "| prompted | 50.0 ± 0.0 (3 seeds) (79.76) |" in win_rates
-    assert "0.425 ± 0.035 (2 seeds)" in lines["missing"]
+    rates = win_rates(text)
+    assert rates["missing"] == "85.0 ± 7.1 (2 seeds)* (93.26)"  # validation 0.8 against random's 0.6
+    assert rates["random"] == "95.0 [85.0, 105.0] (89.68)"
+    assert rates["prompted"] == "50.0 ± 0.0 (2 seeds) (79.76)"  # two test parts; c's is that of a
+    assert "0.425 ± 0.035 (2 seeds)" in text.split("self-BLEU-4 across prompts")[1]
     assert "| J | multibench | 50.0 [40.0, 60.0] |" in text
     assert (tmp_path / "out" / "report.png").stat().st_size > 5000
+
+
+def test_a_base_model_that_several_runs_share_is_one_run(tmp_path):
+    """Six runs with other training tested on the same rows: one number with its interval, not six seeds."""
+    runs = [write_run(tmp_path / f"r{i}", 0, 0.6 + i / 20, neg)
+            for i, neg in enumerate(("missing", "random", "reshuffle", "noise"))]
+    text = report(runs, tmp_path / "out")
+    assert win_rates(text)["prompted"] == "50.0 [40.0, 60.0] (79.76)"
+    assert f"{runs[1]}: default, prompted: the same settings and seed as in {runs[0]}, counted once" in text
+
+
+def test_a_run_named_twice_or_copied_counts_once(tmp_path):
+    """The same settings and seed are one run, wherever it is and however it was sampled."""
+    first, copy = (write_run(tmp_path / name, 0, 0.8, slots=i) for i, name in enumerate("ab"))
+    text = report([first, first, copy], tmp_path / "out")
+    assert win_rates(text)["missing"] == "80.0 [70.0, 90.0] (93.26)"
+    for again in (first, copy):
+        assert f"{again}: default, prompted, missing: the same settings and seed as in {first}" in text
+
+
+@pytest.mark.parametrize("more", [dict(pairs="runs/swapped"), dict(lr=1e-5), dict(limit=300),
+                                  dict(model="/n/Llama-3.2-1B-Instruct")])
+def test_different_experiments_are_not_seeds_of_one(more, tmp_path):
+    """A control on other pairs, another rate, model or number of rows: rows of their own, told apart."""
+    runs = [write_run(tmp_path / "a", 0, 0.8, "random"), write_run(tmp_path / "b", 1, 0.6, "random", **more)]
+    rates = win_rates(report(runs, tmp_path / "out"))
+    ((key, value),) = more.items()
+    cells = {name: cell for name, cell in rates.items() if name.startswith("random")}
+    assert sorted(cells.values()) == ["60.0 [50.0, 70.0] (89.68)", "80.0 [70.0, 90.0] (89.68)"]
+    assert any(f"{key} {value}" in name for name in cells)
+
+
+def test_runs_tested_on_other_rows_are_not_seeds_of_one(tmp_path):
+    """An evaluation with --limit stands beside the one on all rows."""
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.6)]
+    result = read_json(tmp_path / "b" / "eval.json")
+    result["arguments"]["limit"] = 64
+    write_json(tmp_path / "b" / "eval.json", result)
+    rates = win_rates(report(runs, tmp_path / "out"))
+    assert rates["missing (test limit 64)"] == "60.0 [50.0, 70.0] (93.26)"
+    assert rates["missing (test limit default)"] == "80.0 [70.0, 90.0] (93.26)"
+
+
+def test_values_that_validation_chose_do_not_split_an_experiment(tmp_path):
+    """Two seeds of one sweep are seeds of it, whichever learning rate either chose."""
+    runs = [write_run(tmp_path / "a", 0, 0.8, lr=1e-6), write_run(tmp_path / "b", 1, 0.6, lr=5e-7)]
+    for run in ("a", "b"):
+        written = read_json(tmp_path / run / "args.json")
+        write_json(tmp_path / run / "args.json", written | dict(candidates=[dict(lr=1e-6), dict(lr=5e-7)]))
+    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "70.0 ± 14.1 (2 seeds) (93.26)"
 
 
 def test_the_report_names_a_folder_without_an_evaluation(tmp_path):
     """A UserError."""
     with pytest.raises(UserError, match=r"eval\.json does not exist"):
         report([str(tmp_path)], tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------- recomputation
+
+@pytest.fixture(scope="module")
+def recompute():
+    """results/recompute.py as a module."""
+    file = Path(__file__).parents[1] / "results" / "recompute.py"
+    spec = importlib.util.spec_from_file_location("recompute", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_numbers_of_a_table_are_read_again_from_their_files(recompute):
+    """A row as results/table.py prints it is right; with one digit changed, exactly that number is not."""
+    row = "| seed0 | 640 | 64.8 [60.9, 68.6] | 10.9 [9.9, 11.9] | 63 | 2% |"
+    page = "| | n | win rate % | context gain, nats | tokens | unfinished |\n|---|---|---|---|---|---|\n{}\n"
+    verdicts = [recompute.verdict(claimed, value)
+                for _, claimed, value in recompute.check_tables("results/LOG.md", page.format(row))]
+    assert verdicts == ["OK"] * 9
+    wrong = [(claimed, recompute.verdict(claimed, value)) for _, claimed, value
+             in recompute.check_tables("results/LOG.md", page.format(row.replace("68.6", "68.7")))]
+    assert [pair for pair in wrong if pair[1] != "OK"] == [("68.7", "DIFFERENT: 68.6")]
+
+
+def test_sentences_are_read_again_or_said_to_have_no_file(recompute):
+    """A right number, a wrong one, one that no file holds, and a sentence that is not there."""
+    texts = {"README.md": "it rises too (by 32 points at lr 1e-5), but (prompt gain 3.8 at lr\n5e-6).",
+             "results/LOG.md": "the first number is right in 1 of 100, before and after"}
+    verdicts = {where.partition(": ")[2]: recompute.verdict(claimed, value)
+                for where, claimed, value in recompute.check_claims(texts)}
+    assert verdicts["rises too (by {} points at lr 1e-5)"] == "DIFFERENT: 31"
+    assert verdicts["(prompt gain {} at lr 5e-6)"] == "OK"
+    assert verdicts["is right in {} of 100"] == "NO FILE"
+    assert verdicts["seen contexts {}, {}, {}; unseen {}, {}, {}"] == "NOT CLAIMED"
+
+
+def test_intervals_over_contexts_leave_each_context_out_once(recompute):
+    """Of the real model on its eight unseen contexts: Student's t of eight means of 40 rows each."""
+    file = Path(__file__).parents[1] / "results" / recompute.DEMO
+    gains = np.array([c["trained"] - c["prompted"] for c in read_json(file)["contexts"]
+                      if c["group"] == "unseen"])
+    expected = scipy.stats.t.interval(0.95, 7, gains.mean(), scipy.stats.sem(gains))
+    measured = recompute.over_contexts(recompute.DEMO, "unseen", "trained")
+    assert (measured["low"], measured["high"]) == pytest.approx(expected, abs=1e-3)

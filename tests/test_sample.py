@@ -12,7 +12,7 @@ import scipy.stats
 import tokenizers
 import torch
 import trl
-from conftest import random_model, sequence_logits, write_tokenizer
+from conftest import CountingBar, random_model, sequence_logits, write_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,7 +23,7 @@ import sample
 from losses import response_logps
 from model import load
 from run import UserError
-from sample import (RootPrefill, Sampling, Tokenizer, filtered_probs, generate, sample_token,
+from sample import (SharedPrefill, Sampling, Tokenizer, filtered_probs, generate, sample_token,
                     uniform_numbers)
 
 DATE = "26 Jul 2024"
@@ -501,7 +501,7 @@ def test_what_all_prompts_begin_with_changes_nothing(tiny, monkeypatch, alike):
     s = Sampling(1.0, 1.0, 6)
 
     def watch(_, args, hidden) -> None:
-        if isinstance(args[1], RootPrefill):
+        if isinstance(args[1], SharedPrefill):
             roots.append(args[0].tolist())
 
     model.register_forward_hook(watch)
@@ -528,23 +528,13 @@ def test_text_from_a_recorded_step(tiny, monkeypatch):
 
 
 def test_responses_are_handed_over_as_they_end(tiny):
-    """on_finished gets every prompt's number and its response once, and the bar counts along; of equal keys
-    the shortest responses come first."""
-    model, prompts, order = load(tiny), tiny_prompts(8), []
-
-    class Bar:
-        count = 0
-
-        def update(self, n: int) -> None:
-            self.count += n
-
-        def set_postfix_str(self, text: str, refresh: bool) -> None:
-            assert text.endswith("tokens/s")
-
-    bar = Bar()
+    """on_finished gets every prompt's number and its response once, the shortest first where all have begun
+    together; the bar counts along and says how fast it goes."""
+    model, prompts, order, bar = load(tiny), tiny_prompts(8), [], CountingBar()
     samples = generate(model, prompts, Sampling(1.0, 1.0, 8), frozenset(range(60)), 0, slots=8, bar=bar,
                        on_finished=lambda i, response: order.append((i, response)))
-    assert bar.count == 8 and sorted(i for i, _ in order) == list(range(8))
+    assert bar.count == 8 and bar.status.endswith("tokens/s")
+    assert sorted(i for i, _ in order) == list(range(8))
     assert all(samples[i] is response for i, response in order)
     lengths = [len(response.ids) for _, response in order]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]  # all began together

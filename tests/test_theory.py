@@ -54,11 +54,13 @@ def minimise(objective, start: Tensor) -> Tensor:
 
 
 def centred(x: Tensor) -> Tensor:
+    """x up to a constant, which preferences do not determine."""
     return x - x.mean()
 
 
 @pytest.fixture(params=[0.1, 1.0])
 def beta(request) -> float:
+    """The paper's strength of the reference, and 1."""
     return request.param
 
 

@@ -1,0 +1,274 @@
+"""Every number of the results in README.md and results/LOG.md again, from the files beside this one.
+
+    python results/recompute.py
+
+prints a line a number: OK, DIFFERENT (with what the file says), or NO FILE where no file holds it. A sentence
+that is not there any more is NOT CLAIMED. Exit code 1 where a number is different.
+
+Intervals are those of the files, which were bootstrapped over prompts. README.md's of differences on the demo
+are t intervals over contexts, from each context's rates: the responses themselves were not kept, so prompts
+and contexts can't be crossed any more.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent
+sys.path.insert(0, str(RESULTS.parent))
+from measures import interval
+from report import mean_of, with_interval
+from run import read_json
+
+NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
+TINY, DEMO = "demo-tiny/seed{}.eval.json", "demo-smollm2/eval.json"
+VALIDATION = "demo-smollm2/validation/{}.json"
+TASKS = {"SVAMP": "tasks-smollm2/svamp.eval.json", "GSM8K": "tasks-smollm2/gsm8k.eval.json"}
+PERSIST, JUDGED = "persistbench-smollm2/eval.json", "tasks-smollm2/persist.eval.json"
+
+
+def numbers(text: str) -> list[str]:
+    """The numbers in a text, in their order: "64.8 [60.9, 68.6]" holds three."""
+    return [found.rstrip(",").replace(",", "") for found in re.findall(NUMBER, text)]
+
+
+# -------------------------------------------------------------------------------- what the files say
+
+def part(file: str, name: str = "all") -> dict:
+    """The systems and differences of one part of an eval.json."""
+    return read_json(RESULTS / file)["parts"][name]
+
+
+def gain(file: str, name: str = "all", key: str = "win_rate") -> dict:
+    """By how much the trained system is above the one before it."""
+    return list(part(file, name)["differences"].values())[-1][key]
+
+
+def points(file: str, name: str = "all", key: str = "win_rate") -> list[str]:
+    """A difference of rates in points, and its interval."""
+    return numbers(with_interval(gain(file, name, key), "+.1f", 100))
+
+
+def over_contexts(file: str, name: str, system: str) -> dict:
+    """A system's rate less prompting's, with the interval over contexts, from each context's rates.
+
+    Every row of a context is given the context's mean: rows of one context are left out together, so that
+    nothing but the means and the numbers of rows enters.
+    """
+    contexts = [c for c in read_json(RESULTS / file)["contexts"] if name in ("all", c["group"])]
+    rows = [c["n"] for c in contexts]
+    differences = np.repeat([c[system] - c["prompted"] for c in contexts], rows)
+    return interval(differences, np.repeat(np.arange(len(contexts)), rows).tolist())
+
+
+def pair(file: str, key: str, form: str, scale: float = 1,
+         systems: tuple = ("default", "trained")) -> list[str]:
+    """A measurement of two systems."""
+    rows = part(file)["systems"]
+    return [format(scale * mean_of(rows[system], key), form) for system in systems]
+
+
+def rates(file: str, name: str = "all", systems: tuple = ("prompted", "trained")) -> list[str]:
+    """The win rates of two systems, in percent."""
+    return [f"{100 * part(file, name)['systems'][system]['win_rate']['mean']:.1f}" for system in systems]
+
+
+def seconds(file: str, key: str = "seconds") -> str:
+    """How long the training beside an eval.json took, or a part of it."""
+    path = RESULTS / file
+    return f"{read_json(path.with_name(path.name.replace('eval', 'summary')))[key]:.0f}"
+
+
+def replies() -> list[str]:
+    """How many replies the judge gave, and how many held a number.
+
+    Of `prompted` none did, and every system was asked the same number of questions.
+    """
+    unread = read_json(RESULTS / JUDGED)["judges"]["SmolLM2-135M-Instruct"]["unread"]
+    asked = 3 * unread["prompted"]
+    return [str(asked), str(asked - sum(unread.values()))]
+
+
+# -------------------------------------------------------------------------------- tables
+
+COLUMNS = {  # heading -> key, scale, format
+    "win rate %": ("win_rate", 100, ".1f"), "strict": ("win_rate", 100, ".1f"),
+    "flexible": ("flexible", 100, ".1f"), "unparsed": ("unparsed", 100, ".0f"),
+    "context gain, nats": ("context_gain", 1, ".1f"), "tokens": ("tokens", 1, ".0f"),
+    "unfinished": ("unfinished", 100, ".0f"), "base NLL": ("nll_per_token", 1, ".2f"),
+    "distinct-2": ("distinct_2", 1, ".2f"), "self-BLEU-4": ("self_bleu_4", 1, ".2f"),
+    "off target": ("off_target", 100, ".1f"), "elsewhere": ("off_target", 100, ".1f"),
+    "prompt gain": ("prompt_gain", 1, ".1f"),
+}
+
+
+def source(name: str, above: str) -> tuple[str, str, str] | None:
+    """The file, part and system of a table's row; above: the file of the row before it."""
+    head, _, tail = name.partition(", ")
+    if head in TASKS:
+        return TASKS[head], "all", "trained" if tail == "trained" else "default"
+    if head in ("all", "seen", "unseen") and tail:
+        return DEMO, head, tail
+    if re.fullmatch(r"seed\d", name):
+        return TINY.format(name[4:]), "all", "trained"
+    if head == "prompting":
+        return above, "all", "prompted"
+    for file in (VALIDATION.format(name), f"methods-smollm2/{name}.eval.json"):
+        if (RESULTS / file).exists():
+            return file, "all", "trained"
+    return None
+
+
+def expected(heading: str, file: str, name: str, system: str, crossed: bool) -> list[str]:
+    """What the files say of one cell; empty: nothing."""
+    block = part(file, name)
+    row = block["systems"][system]
+    if heading == "n":
+        return [str(row["win_rate"]["n"])]
+    if heading == "seconds":
+        return [seconds(file)] if system == "trained" else []
+    if heading == "over prompting":
+        if system != "trained":
+            return []
+        difference = over_contexts(file, name, system) if crossed else gain(file, name)
+        return numbers(with_interval(difference, "+.1f", 100))
+    key, scale, form = COLUMNS[heading]
+    if isinstance(row.get(key), dict):
+        return numbers(with_interval(row[key], form, scale))
+    return [] if row.get(key) is None else [format(scale * row[key], form)]
+
+
+def check_tables(document: str, text: str) -> list[tuple]:
+    """(where, claimed, expected) of every number in the document's tables of results."""
+    found, headings, above = [], [], ""
+    for number, line in enumerate(text.splitlines(), 1):
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if not cells or not headings:
+            headings = cells
+            continue
+        row = source(cells[0], above)
+        if row is None:
+            continue
+        above = row[0]
+        for heading, cell in list(zip(headings, cells, strict=True))[1:]:
+            claimed = numbers(cell)
+            values = expected(heading, *row, crossed=document == "README.md") or [None] * len(claimed)
+            where = f"{document}:{number} {cells[0]}: {heading}"
+            found += [(where, *both) for both in zip(claimed, values, strict=False)]
+    return found
+
+
+# -------------------------------------------------------------------------------- sentences
+
+def claims() -> list[tuple[str, str, list[str] | None]]:
+    """(document, a sentence with {} for its numbers, the numbers); None: no file has them."""
+    tiny = [TINY.format(seed) for seed in range(3)]
+    seen, unseen = ([points(file, name)[0] for file in tiny] for name in ("seen", "unseen"))
+    svamp, gsm8k = TASKS.values()
+    missing = VALIDATION.format("missing-600-lr1e-5")
+    contexts = {name: numbers(with_interval(over_contexts(DEMO, name, "trained"), "+.1f", 100))
+                for name in ("seen", "unseen")}
+    evaluated = f"{read_json(RESULTS / DEMO)['seconds'] / 60:.0f}"
+    memories = [text for key, form, scale in (
+        ("tokens", ".0f", 1), ("unfinished", ".0f", 100), ("nll_per_token", ".2f", 1),
+        ("distinct_2", ".2f", 1), ("self_bleu_4", ".2f", 1), ("prompt_gain", ".0f", 1),
+    ) for text in pair(PERSIST, key, form, scale, ("prompted", "trained"))]
+    readme = [
+        ("in {} minutes on two CPU cores, contexts honoured", [f"{float(seconds(DEMO)) / 60:.0f}"]),
+        ("trained in {} minutes and evaluated in {}", [f"{float(seconds(DEMO)) / 60:.0f}", evaluated]),
+        ("rise from {}% with prompting to {}%, and from {}% to {}% for contexts",
+         rates(DEMO, "seen") + rates(DEMO, "unseen")),
+        ("by {} points [{}, {}] on contexts seen", contexts["seen"]),
+        ("and by {} [{}, {}] on unseen ones", contexts["unseen"]),
+        ("seen in training the rise is {}, {} and {} points, on unseen ones {}, {} and {}", seen + unseen),
+        ("the rise on seen contexts is {} points [{}, {}]", points(DEMO, "seen", "win_rate_length_matched")),
+        ("the rise over all contexts is {} points [{}, {}]", points(DEMO, "all", "win_rate_length_matched")),
+        ("rises too (by {} points at lr 1e-5)", [f"{100 * gain(missing)['mean']:.0f}"]),
+        ("(prompt gain {} at lr 5e-6)",
+         pair(VALIDATION.format("missing-600-lr5e-6"), "prompt_gain", ".1f", systems=("trained",))),
+        ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {})",
+         [*rates(svamp, systems=("default", "trained")), "100", f"{gain(svamp, key='mcnemar_p'):.2f}",
+          *rates(gsm8k, systems=("default", "trained")), "60"]),
+        ("of {} of its replies {} held a number", replies()),
+    ]
+    log = [
+        ("(differences SVAMP {} [{}, {}], McNemar p {}, GSM8K {}, p {})",
+         [*points(svamp), f"{gain(svamp, key='mcnemar_p'):.2f}", f"{100 * gain(gsm8k)['mean']:.1f}",
+          f"{gain(gsm8k, key='mcnemar_p'):.0f}"]),
+        ("from {} to {} nats on SVAMP and from {} to {} on GSM8K, and self-BLEU-4 falls from {} to {} and "
+         "from {} to {}", pair(svamp, "prompt_gain", ".1f") + pair(gsm8k, "prompt_gain", ".1f")
+         + pair(svamp, "self_bleu_4", ".2f") + pair(gsm8k, "self_bleu_4", ".2f")),
+        ("context gain {} [{}, {}] nats over prompting",
+         numbers(with_interval(gain(JUDGED, key="context_gain"), "+.1f"))),
+        ("per token {} [{}, {}] in the later run",
+         numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))),
+        ("of {} replies {} hold a number", replies()),
+        ("SVAMP {} for 120 pairs of about 1,230 tokens and {} to evaluate, GSM8K {} for 60 and {}, "
+         "PersistBench {} and {}.", [text for file in (svamp, gsm8k, JUDGED)
+                        for text in (seconds(file), f"{read_json(RESULTS / file)['seconds']:.0f}")]),
+        ("(`demo-tiny/`): seed 0 {} [{}, {}], seed 1 {} [{}, {}], seed 2 {} [{}, {}]",
+         [text for file in tiny for text in points(file)]),
+        ("seen contexts {}, {}, {}; unseen {}, {}, {}", seen + unseen),
+        ("({} rows: {}% by prompting; {}% at 1e-4, {}% at 2e-4)", None),
+        ("evaluation included: {} s, {} s, {} s", None),
+        ("Before: {}, {}, {}.)", None),
+        ("(by hand: {} of SVAMP's 100)", None),
+        ("is right in {} of 100", None),
+        ("an earlier run of the same command, before sampling and training were made faster: {})",
+         [numbers(with_interval(gain(PERSIST, key="context_gain"), "+.1f"))[0]]),
+        ("prompting {} [{}, {}], trained {} [{}, {}]; paired difference **{} [{}, {}]**, "
+         "per token {} [{}, {}]",
+         [text for row in (*(part(PERSIST)["systems"][system]["context_gain"]
+                             for system in ("prompted", "trained")), gain(PERSIST, key="context_gain"))
+          for text in numbers(with_interval(row, "+.1f"))]
+         + numbers(with_interval(gain(PERSIST, key="context_gain_per_token"), "+.2f"))),
+        ("tokens {} to {} (of 128 at most: {}% and {}% are cut), base NLL {} to {}, distinct-2 {} to {}, "
+         "self-BLEU-4 {} to {}, prompt gain {} to {}", memories),
+        ("{} s = {} s for pairs (sampling {} s, context gain {} s), {} s for the reference, "
+         "{} s for training",
+         [seconds(DEMO), seconds(DEMO, "seconds_pairs"),
+          *(f"{read_json(RESULTS / 'demo-smollm2/pairs.json')['statistics'][key]:.0f}"
+            for key in ("seconds_sampling", "seconds_gain")),
+          seconds(DEMO, "seconds_reference"), seconds(DEMO, "seconds_training")]),
+    ]
+    return [("README.md", *claim) for claim in readme] + [("results/LOG.md", *claim) for claim in log]
+
+
+def check_claims(texts: dict[str, str]) -> list[tuple]:
+    """(where, claimed, expected) of every number of the sentences; claimed is None where one is not there."""
+    found = []
+    for document, sentence, values in claims():
+        pattern = r"\s+".join(re.escape(word) for word in sentence.split()).replace(r"\{\}", f"({NUMBER})")
+        match = re.search(pattern, texts[document])
+        where = f"{document}: {sentence}"
+        if match is None:
+            found.append((where, None, None))
+        else:
+            claimed = [text.replace(",", "") for text in match.groups()]
+            found += [(where, text, value) for text, value
+                      in zip(claimed, values or [None] * len(claimed), strict=True)]
+    return found
+
+
+def verdict(claimed: str | None, value: str | None) -> str:
+    """Signs of positive numbers do not matter."""
+    if claimed is None:
+        return "NOT CLAIMED"
+    if value is None:
+        return "NO FILE"
+    return "OK" if claimed.lstrip("+") == value.lstrip("+") else f"DIFFERENT: {value}"
+
+
+if __name__ == "__main__":
+    texts = {name: (RESULTS.parent / name).read_text(encoding="utf-8")
+             for name in ("README.md", "results/LOG.md")}
+    checked = [row for name, text in texts.items() for row in check_tables(name, text)] + check_claims(texts)
+    verdicts = [verdict(claimed, value) for _, claimed, value in checked]
+    for (where, claimed, _), says in zip(checked, verdicts, strict=True):
+        print(f"{claimed or '-':>8}  {says:18}  {where}")
+    different = sum(says.startswith("DIFFERENT") for says in verdicts)
+    print(f"{len(checked)} numbers: {verdicts.count('OK')} OK, {different} different, "
+          f"{verdicts.count('NO FILE')} without a file")
+    sys.exit(1 if different else 0)

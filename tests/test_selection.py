@@ -1,0 +1,174 @@
+"""Choosing among candidates and moments of training on the validation part, early stopping, what is saved."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import model_weights, oracle_logp, same_weights, steps_of, validations_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import selection
+from checks import honours
+from data import load_examples
+from model import load
+from pairs import load_pairs
+from run import read_json
+from sample import Sample
+from selection import Selection
+from tokenizer import Tokenizer
+from train import Args, resolve
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """(scores) -> Selection.measure returns them in turn; the weights that it was shown."""
+    def arrange(*scores: float) -> list[dict[str, Tensor]]:
+        shown: list[dict[str, Tensor]] = []
+
+        def measure(self, model) -> float:
+            shown.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+            return scores[len(shown) - 1]
+
+        monkeypatch.setattr(Selection, "measure", measure)
+        return shown
+
+    return arrange
+
+
+# ------------------------------------------------------------------------- which model is kept
+
+def test_the_best_of_four_candidates_is_kept(call_train, script, dpo_run):
+    """lr x beta, 0 to 3; of equal ones the earlier; model, args.json and summary.json are the chosen's."""
+    shown = script(0.1, 0.4, 0.4, 0.2)
+    folder = call_train("--pairs", dpo_run, "--lr", "1e-4,1e-3", "--beta", "0.1,0.2")
+    assert len(shown) == 4 and same_weights(model_weights(folder), shown[1])
+    assert [row["candidate"] for row in validations_of(folder)] == [0, 1, 2, 3]
+    assert [row["validation_margin_accuracy"] for row in validations_of(folder)] == [0.1, 0.4, 0.4, 0.2]
+    args, steps = read_json(folder / "args.json"), steps_of(folder)
+    settings = [(candidate["lr"], candidate["beta"]) for candidate in args["candidates"]]
+    assert sorted(settings) == [(1e-4, 0.1), (1e-4, 0.2), (1e-3, 0.1), (1e-3, 0.2)]
+    each = len(steps) // 4
+    assert [row["candidate"] for row in steps] == [k for k in range(4) for _ in range(each)]
+    for k, (lr, _) in enumerate(settings):
+        rows = [row for row in steps if row["candidate"] == k]
+        assert [row["step"] for row in rows] == list(range(1, each + 1))
+        assert max(row["lr"] for row in rows) == lr and rows[0]["margin"] == 0.0
+    chosen = read_json(folder / "summary.json")["chosen"]
+    assert (chosen["candidate"], chosen["score"], chosen["step"]) == (1, 0.4, each)
+    assert (args["arguments"]["lr"], args["arguments"]["beta"]) == settings[1]
+    assert (folder / "learning_curve.png").exists()
+    lr, beta = map(str, settings[1])
+    call_train("--pairs", dpo_run, "--lr", lr, "--beta", beta, "--out", "alone")
+    assert same_weights(model_weights(folder), model_weights(folder.parent / "alone"))
+
+
+def test_early_stopping_keeps_the_best_step(call_train, script, dpo_run):
+    """Scores .1 .5 .5 .3 .9 at patience 2: it ends after the fourth, with the weights of the second."""
+    shown = script(0.1, 0.5, 0.5, 0.3, 0.9)
+    folder = call_train("--pairs", dpo_run, "--eval-every", "2", "--patience", "2")
+    assert len(shown) == 4 and len(steps_of(folder)) == 8
+    assert same_weights(model_weights(folder), shown[1]) and not same_weights(shown[1], shown[2])
+    assert [row["step"] for row in validations_of(folder)] == [2, 4, 6, 8]
+    summary = read_json(folder / "summary.json")
+    assert summary["chosen"]["step"] == 4 and summary["steps"] == 8
+
+
+def test_without_patience_every_step_is_taken(call_train, script, dpo_run):
+    """And the last one is validated too, once, whether 3 divides the steps or not."""
+    shown = script(0.9, *[0.1] * 9)
+    folder = call_train("--pairs", dpo_run, "--softmax", "--eval-every", "3")
+    total = math.ceil(len(load_pairs(dpo_run)) / 2)
+    expected = sorted({*range(3, total, 3), total})
+    assert [row["step"] for row in validations_of(folder)] == expected and len(steps_of(folder)) == total
+    assert same_weights(model_weights(folder), shown[0])
+
+
+def test_a_bf16_model_is_saved_as_it_was_validated(call_train, script, dpo_run):
+    """The copy that was scored, not the masters rounded another time."""
+    shown = script(0.5, 0.9)
+    folder = call_train("--pairs", dpo_run, "--softmax", "--eval-every", "2", "--dtype", "bfloat16",
+                        "--lr", "1e-5")
+    saved = model_weights(folder)
+    assert saved.keys() == shown[1].keys()
+    for name, weight in saved.items():
+        if weight.dim() > 1:  # norms are fp32 in memory
+            assert weight.dtype == torch.bfloat16 and torch.equal(weight, shown[1][name])
+
+
+# ------------------------------------------------------------------------- scores
+
+def test_the_choice_never_sees_the_test_part(call_train, tiny, own_data, monkeypatch):
+    """No test prompt becomes ids; scores are the validation pairs' by transformers' full logits."""
+    messages, chat = [], Tokenizer.chat
+
+    def watched(self, user: str, *rest) -> list[int]:
+        messages.append(user)
+        return chat(self, user, *rest)
+
+    monkeypatch.setattr(Tokenizer, "chat", watched)
+    folder = call_train("--lr", "1e-3,3e-3", "--epochs", "2")
+    was_read = {part: any(f"{part} question" in message for message in messages)
+                for part in ("train", "validation", "test")}
+    assert was_read == dict(train=True, validation=True, test=False)
+    pairs = load_pairs(folder / "validation")
+    assert {pair.id for pair in pairs} <= {e.id for e in load_examples(str(own_data), "validation")}
+    assert not {pair.id for pair in pairs} & {pair.id for pair in load_pairs(folder)}
+
+    base, trained = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+                     for source in (tiny, folder / "model"))
+    margins = []
+    for pair in pairs:
+        chosen, rejected = (oracle_logp(trained, pair.prompt_ids, response.ids)
+                            - oracle_logp(base, pair.prompt_ids, response.ids) for response in pair.responses)
+        margins.append(chosen - rejected)
+    assert min(map(abs, margins)) > 1e-3  # none is a matter of rounding
+    chosen = read_json(folder / "summary.json")["chosen"]
+    assert chosen["score"] == pytest.approx(sum(margin > 0 for margin in margins) / len(margins))
+    assert chosen["score"] == max(row["validation_margin_accuracy"] for row in validations_of(folder))
+
+
+@pytest.fixture
+def respond(monkeypatch):
+    """(selection, text) -> its generate answers every prompt with the text; the sampling it was asked for."""
+    def arrange(chosen: Selection, text: str) -> list:
+        asked = []
+
+        def generate(model, prompts, sampling, *_, **__) -> list[Sample]:
+            asked.append((sampling.temperature, sampling.top_p, sampling.max_new_tokens))
+            return [Sample(chosen.tokenizer.response(text)) for _ in prompts]
+
+        monkeypatch.setattr(selection, "generate", generate)
+        return asked
+
+    return arrange
+
+
+def test_data_with_checks_are_chosen_by_win_rate(tiny, tmp_path, respond):
+    """Share of validation responses that honour their context, drawn at temperature 0.1 and top-p 0.9."""
+    args = resolve(Args(data="demo", model=str(tiny), val_limit=40, max_new_tokens=5))
+    chosen = Selection(args, tmp_path, tiny)
+    assert chosen.name == "win_rate" and {e.split for e in chosen.examples} == {"validation"}
+    text = 'yes! ok! "oh!" is it?'
+    asked = respond(chosen, text)
+    wins = [honours(e.check, text) for e in chosen.examples]
+    assert len(wins) == 40 and 0 < sum(wins) < 40
+    assert chosen.measure(load(tiny)) == pytest.approx(sum(wins) / 40)
+    assert asked == [(0.1, 0.9, 5)]
+
+
+def test_tasks_are_chosen_by_accuracy(tiny, tmp_path, respond):
+    """Share of validation responses with the right letter, drawn as ARC is evaluated: at temperature 1."""
+    (tmp_path / "ARC-Easy").mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [dict(id=f"{split}{i}", question=f"{split} {i}?", answerKey="1" if i % 3 else "3",
+                     choices=dict(text=["red", "blue", "green"], label=["1", "2", "3"])) for i in range(6)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "ARC-Easy" / f"{split}.jsonl").write_text(lines)
+    args = resolve(Args(data=f"arc-easy:{tmp_path}", neg="random", model=str(tiny), max_new_tokens=5))
+    chosen = Selection(args, tmp_path, tiny)
+    assert chosen.name == "win_rate" and {e.split for e in chosen.examples} == {"validation"}
+    asked = respond(chosen, "The answer is: A")
+    assert chosen.measure(load(tiny)) == pytest.approx(4 / 6)
+    assert asked == [(1.0, 0.9, 5)]
