@@ -466,20 +466,11 @@ def load_pairs(folder: Path) -> list[Pair]:
 def pair_settings(args: "PairArgs", examples: list[Example], split: str) -> dict:
     """All that decides what the pairs are: stored beside them, and compared before they are used again."""
     rows = [dataclasses.asdict(example) for example in examples]
-    return dict(
-        data=args.data,
-        split=split,
-        contexts=contexts_of(args),
-        data_fingerprint=fingerprint(rows),
-        examples=len(examples),
-        model=args.model,
-        neg=args.neg,
-        n_neg=args.n_neg,
-        seed=args.seed,
-        date=args.date,
-        dtype=args.dtype,
-        sampling=dataclasses.asdict(sampling_for(args)),
-    )
+    sampling = dataclasses.asdict(sampling_for(args))
+    names = ("data", "model", "neg", "n_neg", "seed", "date", "dtype")
+    return {name: getattr(args, name) for name in names} | dict(
+        split=split, contexts=contexts_of(args), examples=len(examples), data_fingerprint=fingerprint(rows),
+        sampling=sampling)
 
 
 def refuse_other_settings(folder: Path, made_with: dict, settings: dict) -> None:
@@ -516,8 +507,7 @@ def pairs_for(args: "PairArgs", split: str, folder: Path) -> list[Pair]:
     write_json(file, dict(settings=settings, statistics=None))
     pairs, statistics = make_pairs(model, tokenizer, examples, args.neg, sampling, args.seed, args.slots,
                                    args.n_neg, folder)
-    meta = dict(settings=settings, statistics=statistics, environment=environment())
-    save_pairs(folder, pairs, meta)
+    save_pairs(folder, pairs, dict(settings=settings, statistics=statistics, environment=environment()))
     print_statistics(statistics)
     return pairs
 
@@ -549,7 +539,7 @@ def check_negatives(examples: list[Example], args: PairArgs) -> None:
     """UserError where these data can't have these negatives."""
     first = examples[0]
     if first.chosen is None:
-        require_contexts(examples, args.neg if args.n_neg else "")
+        negative_messages(examples, args.neg, args.seed, args.n_neg)  # only for what it refuses
     elif first.rejected is not None and args.n_neg > 1:
         raise UserError(f"--n-neg {args.n_neg}: {args.data} brings one rejected response for each chosen one")
     elif first.rejected is None and args.n_neg and args.neg in SAMPLED:

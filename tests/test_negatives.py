@@ -116,7 +116,7 @@ def test_reshuffle_is_decided_by_the_seed():
 
 def test_reshuffled_pairs_sample_nothing_but_chosen_responses(model_and_tokenizer, keys):
     """make_pairs: one response a row is drawn; rejected ones, gains apart, are another pair's chosen one."""
-    made, statistics = make_pairs(*model_and_tokenizer, ROWS, "reshuffle", SETTINGS, 5, count=2)
+    made, statistics = make_pairs(*model_and_tokenizer, ROWS, "reshuffle", SETTINGS, 5, n_neg=2)
     assert sorted(keys) == [(i, 0) for i in range(8)] and len(made) > 4
     by_prompt = {tuple(pair.prompt_ids): pair for pair in made}
     for k in range(2):
@@ -177,7 +177,7 @@ def test_noise_beside_a_response_that_is_only_a_stop_id(model_and_tokenizer):
 
 def test_noise_pairs_sample_nothing_but_chosen_responses(model_and_tokenizer, tiny, keys):
     """make_pairs: one response a row, whose length the noise has; a gain for each."""
-    made, _ = make_pairs(model_and_tokenizer[0], Tokenizer(tiny), ROWS, "noise", SETTINGS, 5, count=2)
+    made, _ = make_pairs(model_and_tokenizer[0], Tokenizer(tiny), ROWS, "noise", SETTINGS, 5, n_neg=2)
     assert len(made) > 4
     assert sorted(keys) == [(i, 0) for i in range(8)]
     for pair in made:
@@ -210,13 +210,13 @@ def useful_draws(model_and_tokenizer, prompts: list[list[int]], i: int, chosen: 
     return responses
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("n_neg", [1, 3])
 @pytest.mark.parametrize(("neg", "rows"), [("missing", ROWS), ("random", ROWS), ("random", BARE)],
                          ids=["missing", "random", "random-bare"])
-def test_n_negatives_are_drawn_from_their_prompts_and_keys(neg, rows, count, model_and_tokenizer, folder):
+def test_n_negatives_are_drawn_from_their_prompts_and_keys(neg, rows, n_neg, model_and_tokenizer, folder):
     """The first N useful ones of ten draws: sample (i, k) of row i's k-th source, which is the bare prompt,
     one with another context, or another prompt. So the first of three is that of one."""
-    made, statistics = make_pairs(*model_and_tokenizer, rows, neg, SETTINGS, 5, count=count)
+    made, statistics = make_pairs(*model_and_tokenizer, rows, neg, SETTINGS, 5, n_neg=n_neg)
     messages = negative_messages(rows, neg, 5, 10)
     assert len(made) + sum(statistics["dropped"].values()) == 8 and len(made) > 4
     for pair in made:
@@ -224,8 +224,8 @@ def test_n_negatives_are_drawn_from_their_prompts_and_keys(neg, rows, count, mod
         assert set(messages[i]) <= allowed_messages(neg, rows, i)
         prompts = [chat_ids(folder, message) for message in messages[i]]
         expected = useful_draws(model_and_tokenizer, prompts, i, pair.chosen.ids)
-        assert len(expected) >= count
-        assert [dataclasses.replace(response, gain=None) for response in pair.rejected] == expected[:count]
+        assert len(expected) >= n_neg
+        assert [dataclasses.replace(response, gain=None) for response in pair.rejected] == expected[:n_neg]
         assert pair.prompt_ids == chat_ids(folder, rows[i].user_message(rows[i].context))
     if neg == "random":
         sources = {tuple(response.prompt_ids) for pair in made for response in pair.rejected}
@@ -235,7 +235,7 @@ def test_n_negatives_are_drawn_from_their_prompts_and_keys(neg, rows, count, mod
 def test_every_negative_has_its_own_gain(model_and_tokenizer, folder):
     """log p(y|x,c) - log p(y|x) of each, from transformers' full logits."""
     oracle = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    made, statistics = make_pairs(*model_and_tokenizer, ROWS[:4], "missing", SETTINGS, 5, count=3)
+    made, statistics = make_pairs(*model_and_tokenizer, ROWS[:4], "missing", SETTINGS, 5, n_neg=3)
     expected, gains = [], []
     for pair in made:
         bare = chat_ids(folder, pair.prompt)
@@ -249,8 +249,8 @@ def test_every_negative_has_its_own_gain(model_and_tokenizer, folder):
 
 @pytest.mark.parametrize("rows", [ROWS, BARE, BARE[:1]], ids=["contexts", "bare", "one"])
 def test_no_negatives_sample_chosen_responses_only(rows, model_and_tokenizer, keys):
-    """count 0, what SFT asks for: nothing rejected, with contexts, without, or a single row."""
-    made, statistics = make_pairs(*model_and_tokenizer, rows, "missing", SETTINGS, 5, count=0)
+    """n_neg 0, what SFT asks for: nothing rejected, with contexts, without, or a single row."""
+    made, statistics = make_pairs(*model_and_tokenizer, rows, "missing", SETTINGS, 5, n_neg=0)
     assert sorted(keys) == [(i, 0) for i in range(len(rows))] and statistics["pairs"] == len(made)
     assert all(pair.rejected == [] for pair in made)
     assert set(statistics["gain"].values()) == {None}
@@ -259,8 +259,8 @@ def test_no_negatives_sample_chosen_responses_only(rows, model_and_tokenizer, ke
 def test_chosen_responses_do_not_depend_on_the_negatives(model_and_tokenizer, tiny):
     """The same ids for every strategy and number of negatives."""
     chosen: dict[str, set] = {}
-    for neg, count in [("missing", 0), ("missing", 2), ("random", 1), ("reshuffle", 1), ("noise", 3)]:
-        made, _ = make_pairs(model_and_tokenizer[0], Tokenizer(tiny), ROWS, neg, SETTINGS, 5, count=count)
+    for neg, n_neg in [("missing", 0), ("missing", 2), ("random", 1), ("reshuffle", 1), ("noise", 3)]:
+        made, _ = make_pairs(model_and_tokenizer[0], Tokenizer(tiny), ROWS, neg, SETTINGS, 5, n_neg=n_neg)
         for pair in made:
             chosen.setdefault(pair.id, set()).add(tuple(pair.chosen.ids))
     assert len(chosen) > 4 and {len(ids) for ids in chosen.values()} == {1}

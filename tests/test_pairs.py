@@ -152,7 +152,7 @@ def test_the_end_token_is_there_where_a_response_has_ended(sampled, model_and_to
 def make_of(monkeypatch, model_and_tokenizer):
     """(rows of the chosen ids and of the ids of each further draw, the last of which repeat) -> make_pairs'
     answer, had generate drawn these."""
-    def get(*rows: tuple[list[int], ...], count: int = 1):
+    def get(*rows: tuple[list[int], ...], n_neg: int = 1):
         def generate(model, prompts, sampling, stop_ids, seed, keys, slots, bar=None, on_finished=None):
             samples = []
             for job, (row, k) in enumerate(keys):
@@ -164,7 +164,7 @@ def make_of(monkeypatch, model_and_tokenizer):
 
         monkeypatch.setattr(pairs, "generate", generate)
         examples = [training_example(i, f"Context {i}.") for i in range(len(rows))]
-        return make_pairs(*model_and_tokenizer, examples, "missing", SETTINGS, 0, count=count)
+        return make_pairs(*model_and_tokenizer, examples, "missing", SETTINGS, 0, n_neg=n_neg)
 
     return get
 
@@ -206,7 +206,7 @@ def test_a_useless_rejected_response_is_drawn_again(make_of, tiny):
     """Until there are enough; a row that has had ten draws repeats the good ones in their order."""
     yes, no, so, blank = ([*letter_ids(tiny, text), END] for text in ("yes", "no", "so", " "))
     rows = [(yes, no, so), (yes, yes, blank, no, so), (yes, no, yes), (yes, *[yes] * 9, no)]
-    made, statistics = make_of(*rows, count=2)
+    made, statistics = make_of(*rows, n_neg=2)
     assert [[response.ids for response in pair.rejected] for pair in made] == [
         [no, so], [no, so], [no, no], [no, no]]
     assert statistics["dropped"] == {"empty": 0, "identical": 0}
@@ -216,14 +216,14 @@ def test_a_useless_rejected_response_is_drawn_again(make_of, tiny):
         assert all(response.prompt_ids == chat_ids(tiny, pair.prompt) for response in pair.rejected)
 
 
-@pytest.mark.parametrize("count", [1, 3, 10])
-def test_the_number_of_rejected_responses_does_not_decide_which_examples_are_used(count, make_of, tiny):
+@pytest.mark.parametrize("n_neg", [1, 3, 10])
+def test_the_number_of_rejected_responses_does_not_decide_which_examples_are_used(n_neg, make_of, tiny):
     """A row is dropped where ten draws are useless, and only there."""
     yes, no = ([*letter_ids(tiny, text), END] for text in ("yes", "no"))
     rows = [(yes, no), (yes, *[yes] * 9, no), (yes, yes), (yes, *[yes] * 10, no)]
-    made, statistics = make_of(*rows, count=count)
+    made, statistics = make_of(*rows, n_neg=n_neg)
     assert [pair.id for pair in made] == ["0", "1"] and statistics["dropped"]["identical"] == 2
-    assert all(len(pair.rejected) == count for pair in made)
+    assert all(len(pair.rejected) == n_neg for pair in made)
 
 
 def test_no_pair_left_is_an_error(make_of):
@@ -233,16 +233,17 @@ def test_no_pair_left_is_an_error(make_of):
 
 
 def test_ready_pairs_are_tokenised_with_the_end_token(model_and_tokenizer, tiny):
-    """Their texts' ids and the end-of-turn id; special tokens inside a text stay text."""
+    """Their texts' ids and the end-of-turn id; special tokens inside a text stay text. Where the rejected one
+    comes from the file does not say."""
     tokenizer = tokenizers.Tokenizer.from_file(str(tiny / "tokenizer.json"))
     rows = [training_example(0, "c", chosen="the user", rejected="no"),
             training_example(1, chosen="a", rejected="<|im_end|>")]
     (first, second), statistics = make_pairs(*model_and_tokenizer, rows, "missing", SETTINGS, 0)
-    right, bare = chat_ids(tiny, rows[0].user_message("c")), chat_ids(tiny, "Question 0?")
+    right = chat_ids(tiny, rows[0].user_message("c"))
     chosen = Response("the user", [*tokenizer.encode("the user").ids, END], True, right, first.chosen.gain)
     (rejected,) = first.rejected
     assert first.chosen == chosen and first.prompt_ids == right
-    assert rejected == Response("no", [*tokenizer.encode("no").ids, END], True, bare, rejected.gain)
+    assert rejected == Response("no", [*tokenizer.encode("no").ids, END], True, [], rejected.gain)
     assert second.prompt_ids == chat_ids(tiny, "Question 1?")
     assert second.rejected[0].ids.count(END) == 1 and second.rejected[0].ids[-1] == END
     assert statistics["pairs"] == 2
@@ -294,15 +295,22 @@ def test_context_gain_is_the_naive_difference(sampled, logp_of, tiny):
     assert_gains(made, gain, statistics)
 
 
-def test_context_gain_without_contexts_is_against_the_other_prompt(model_and_tokenizer, logp_of):
-    """log p(y|x) - log p(y|x'), x' where the rejected response came from."""
+def test_context_gain_without_contexts_is_against_another_prompt(model_and_tokenizer, logp_of, tiny):
+    """log p(y|x) - log p(y|x'): one x' for all responses of a pair, never the pair's own."""
     examples = [training_example(i) for i in range(5)]
-    made, statistics = make_pairs(*model_and_tokenizer, examples, "random", SETTINGS, 0)
-
-    def gain(pair: Pair, ids: list[int]) -> float:
-        return logp_of(pair.prompt_ids, ids) - logp_of(pair.rejected[0].prompt_ids, ids)
-
-    assert_gains(made, gain, statistics)
+    made, statistics = make_pairs(*model_and_tokenizer, examples, "random", SETTINGS, 0, n_neg=2)
+    others = {}
+    for pair in made:
+        for e in examples:
+            bare = chat_ids(tiny, e.prompt)
+            gains = [logp_of(pair.prompt_ids, response.ids) - logp_of(bare, response.ids)
+                     for response in pair.responses]
+            if gains == pytest.approx([response.gain for response in pair.responses], abs=1e-4):
+                others[pair.id] = e
+    assert others.keys() == {pair.id for pair in made}
+    assert all(e.id != id for id, e in others.items()) and len({e.id for e in others.values()}) > 1
+    gains = [pair.chosen.gain for pair in made]
+    assert statistics["gain"]["chosen"] == pytest.approx(sum(gains) / len(gains))
 
 
 def test_a_model_that_ignores_the_context_has_no_gain_and_a_warning(tiny, capsys):
