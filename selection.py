@@ -121,12 +121,14 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     saved_margin = mean_margin(saved, start, groups)
     saved.load_state_dict(optimizer.weights_to_save(torch.float32))
     margin = mean_margin(saved, start, groups)
-    share = saved_margin / margin if margin else 1.0
-    print(f"the saved model keeps {share:.0%} of what was learned: on {len(groups)} pairs a mean margin of "
-          f"{saved_margin:.3f} nats, of {margin:.3f} before rounding")
-    if share < 0.9:
-        print("warning: rounding has thrown a part away: use --save-dtype float32")
-    return dict(share=share, margin=margin, margin_saved=saved_margin, pairs=len(groups))
+    kept = dict(share=None, margin=margin, margin_saved=saved_margin, pairs=len(groups))
+    if margin > 0:  # else nothing was learned that could be lost
+        kept["share"] = saved_margin / margin
+        print(f"the saved model keeps {kept['share']:.0%} of what was learned: on {len(groups)} pairs a mean "
+              f"margin of {saved_margin:.3f} nats, of {margin:.3f} before rounding")
+        if kept["share"] < 0.9:
+            print("warning: rounding has thrown a part away: use --save-dtype float32")
+    return kept
 
 
 def mean_margin(model: Decoder, start: Decoder, groups: list[Group]) -> float:
