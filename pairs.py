@@ -221,7 +221,7 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
     sampled = [response for pair in pairs for response in pair.responses]
     seconds_sampling = time.perf_counter() - start
 
-    # Sampled and given responses are judged before those are filled in that no prompt gave.
+    # Pairs of reshuffle and noise have no rejected response yet: only an empty chosen one can drop them here.
     is_filled_in = n_neg > 0 and neg not in SAMPLED and examples[0].rejected is None
     pairs, dropped = drop_useless(pairs, needs_rejected=n_neg > 0 and not is_filled_in)
     if not pairs:
@@ -291,7 +291,8 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
 
         bar = progress(len(jobs), "responses", "sampling")
         flat = [prompts[i][k] for i, k in jobs]
-        generate(model, flat, sampling, tokenizer.stop_ids, seed, jobs, slots, bar, on_finished)
+        generate(model, flat, sampling, tokenizer.stop_ids, seed, keys=jobs, slots=slots, bar=bar,
+                 on_finished=on_finished)
         bar.close()
 
     fresh = gather([pairs[i] for i in todo])
@@ -379,8 +380,9 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     """Fill in every response's context gain, and return the means of both sides, per response and per token.
 
     log pi_ref(y|x,c) - log pi_ref(y|x), Eq. 14. Its mean over chosen responses bounds the mutual information
-    of Eq. 9 from above: it is larger by KL(mean over contexts of pi_ref(.|x,c) || pi_ref(.|x)). For a row
-    without a context the second prompt is another row's; where there is no other, there is no gain.
+    of Eq. 9 from above, if they were drawn at temperature 1 and top-p 1: it is larger by KL(mean over
+    contexts of pi_ref(.|x,c) || pi_ref(.|x)). For a row without a context the second prompt is another row's;
+    where there is no other, there is no gain.
     """
     prompts = sorted({example.prompt for example in examples})
     if not any(example.context for example in examples) and len(prompts) < 2:
@@ -429,7 +431,8 @@ def print_statistics(statistics: dict) -> None:
             print(f"context gain of {side} responses: {gain[side]:+.2f} nats, {per_token:+.3f} a token")
     if gain["chosen"] is not None and gain["chosen"] < 1:
         print("warning: the context gain of chosen responses is near zero: answers hardly depend on the "
-              "context, so there is little for MIPO to learn (limitation iii of the paper)")
+              "context (without contexts: on the prompt), so there is little for MIPO to learn (limitation "
+              "iii of the paper)")
     for rate in statistics.get("checks", []):
         free = "" if rate["context_free"] is None else f", {rate['context_free']:4.0%} of context-free"
         check = " ".join(map(str, rate["check"]))

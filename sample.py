@@ -109,7 +109,8 @@ def sample_token(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[T
     elif sampling.temperature == sampling.top_p == 1 and not sampling.top_k:
         ids = fast.invert_cumulative(probs, uniform)  # (n,)
     else:
-        ids = fast.invert_cumulative(filtered_probs(logits, sampling), uniform)  # (n,)
+        kept = filtered_probs(logits, sampling)  # (n, V): `uniform` is a share of each row's mass
+        ids = fast.invert_cumulative(kept, uniform)  # (n,)
     logps = probs.gather(1, ids[:, None]).squeeze(1).log()  # (n,)
     return ids, logps
 
@@ -191,13 +192,13 @@ class Prefill(Packed):
         shapes = [(length - root, []) for length in lengths]
         super().__init__(shapes, root, cache.shared_length, cache.lengths.device)
         self.cache = cache
-        self.slots = [None, *slots] if root else slots
+        self.slots = [None, *slots] if root else slots  # of each part: the first one is the root, if any
 
     def past_keys(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.shared_k[layer], self.cache.shared_v[layer]
 
     def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
-        slots, shared = self.slots[part], self.cache.shared_length
+        slots, shared = self.slots[part], self.cache.shared_length  # k and v begin with the shared tokens
         if slots is not None:
             self.cache.write(layer, slots, k[:, shared:], v[:, shared:])
 

@@ -1,8 +1,8 @@
 """tokenizer.py - text to token ids, and back, by the model's own tokenizer and chat template.
 
-`Tokenizer.chat` is the only way from text to prompt ids. Whatever data or users write stays text: no special
-token of more than one character can be smuggled in. Of generation_config.json only the ids that stop a
-response are taken. What differs from the paper: nothing; it does not describe its templates.
+`Tokenizer.chat` is the only way from what a user says to prompt ids. Whatever data or users write stays text:
+no special token of more than one character can be smuggled in. Of generation_config.json only the ids that
+stop a response are taken. What differs from the paper: nothing; it does not describe its templates.
 
     python sample.py --model DIR "What is inflation?"      renders a message and samples an answer
 """

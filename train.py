@@ -246,7 +246,7 @@ def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
         seconds["reference"] = (time.perf_counter() - start) * count / len(few)
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "metrics.jsonl"
-        train(MasterAdamW(model, once.lr, once.seed), few, reference, once, Metrics(file))
+        train(MasterAdamW(model, once.lr, once.seed, once.rounding), few, reference, once, Metrics(file))
         steps = [row for _, row in read_jsonl(file)] if not rank() else []
     if steps:
         steps = steps[1:] or steps
@@ -368,7 +368,8 @@ def program() -> None:
     if not objective.uses_reference and len({candidate.beta for candidate in grid}) > 1:
         raise UserError(f"--beta is of no use to --method {args.method}: give it one value")
 
-    # What can be wrong with data and names is found before the folder exists and before a model is fetched.
+    # What can be wrong with data and names is found before the run folder exists, and where contexts are not
+    # to be inferred before a model is fetched.
     folder = run_folder(grid)
     if not args.pairs:
         examples_for(args, "train")

@@ -4,7 +4,7 @@
 
 Every run trains on the same pairs. Three ways: fp32 weights throughout; a bf16 working copy made by
 stochastic rounding of fp32 masters after every step (what train.py does in bf16); the same with rounding to
-the nearest. Each is measured by the mean margin of its training pairs (losses.mean_margin: nats, in fp32
+the nearest. Each is measured by the mean margin of its training pairs (selection.mean_margin: nats, in fp32
 arithmetic) of the masters, of the copy that forward passes read, and of the saved folder. On a machine
 without bf16 products the copy's values are bf16 numbers but products run in fp32: the file says which.
 """
@@ -20,12 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from batches import all_logps, group_of, training_rows
-from losses import mean_margin
 from model import Decoder, find, load, save
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
 from report import pyplot, save_figure
 from run import Metrics, default_dtype, environment, main, peak_memory, read_jsonl, seed_from, write_json
+from selection import mean_margin
 from train import Args, resolve, train
 
 WAYS = ("fp32", "stochastic", "nearest")

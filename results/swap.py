@@ -17,11 +17,9 @@ def swapped(row: dict, draw: random.Random) -> dict:
     """The pair, its sides changed with probability 1/2: the prompt they are trained under stays."""
     if draw.random() < 0.5:
         return row
-    pair = dict(chosen=row["rejected"][0], rejected=[row["chosen"]], chosen_ids=row["rejected_ids"][0],
-                rejected_ids=[row["chosen_ids"]], source_ids=[row["prompt_ids"]],
-                finished=row["finished"][::-1],
-                gain_chosen=row["gain_rejected"][0], gain_rejected=[row["gain_chosen"]])
-    return row | pair
+    chosen, rejected = row["rejected"][0], row["chosen"]
+    # Both are trained under the chosen response's prompt, which stays; where they came from goes unsaid.
+    return row | dict(chosen=chosen | dict(prompt_ids=row["chosen"]["prompt_ids"]), rejected=[rejected])
 
 
 if __name__ == "__main__":
