@@ -45,7 +45,7 @@ from tokenizer import Tokenizer
 
 NEGATIVES = ("missing", "random", "reshuffle", "noise")
 SAMPLED = ("missing", "random")  # those whose rejected responses are sampled from a prompt
-GAINS = ("chosen", "chosen_per_token", "rejected", "rejected_per_token")
+GAINS = ("chosen", "chosen_per_token_micro", "rejected", "rejected_per_token_micro")
 DRAWS = 10  # rejected responses drawn at most, before an example is given up
 SHARDS = "pairs.jsonl.process-*"  # what processes other than the first have sampled
 
@@ -414,7 +414,7 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     for side, responses in (("chosen", chosen), ("rejected", rejected)):
         total = sum(response.gain for response in responses)
         means[side] = total / len(responses)
-        means[side + "_per_token"] = total / sum(len(response.ids) for response in responses)
+        means[side + "_per_token_micro"] = total / sum(len(response.ids) for response in responses)
     return means
 
 
@@ -427,7 +427,7 @@ def print_statistics(statistics: dict) -> None:
           f"unfinished, {statistics['response_tokens']} tokens in {statistics['seconds_sampling']:.0f} s")
     for side in ("chosen", "rejected"):
         if gain[side] is not None:
-            per_token = gain[side + "_per_token"]
+            per_token = gain[side + "_per_token_micro"]
             print(f"context gain of {side} responses: {gain[side]:+.2f} nats, {per_token:+.3f} a token")
     if gain["chosen"] is not None and gain["chosen"] < 1:
         print("warning: the context gain of chosen responses is near zero: answers hardly depend on the "

@@ -66,6 +66,19 @@ def test_random_without_contexts_is_another_prompt():
     assert set(messages) <= {e.prompt for e in examples} and len(set(messages)) > 5
 
 
+def test_random_of_rows_some_of_which_have_contexts():
+    """A row with a context keeps its prompt and gets another's context; one without gets a bare other prompt."""
+    examples = [training_example(i, f"Context {i}." if i % 2 else None, prompt=f"Question {i}?")
+                for i in range(12)]
+    contexts = {e.context for e in examples if e.context}
+    for e, messages in zip(examples, negative_messages(examples, "random", 0, 5), strict=True):
+        for message in messages:
+            if e.context:
+                assert message in {e.user_message(context) for context in contexts - {e.context}}
+            else:
+                assert message in {other.prompt for other in examples} - {e.prompt}
+
+
 @pytest.mark.parametrize(("neg", "contexts"), [
     ("missing", [None, None]), ("missing", ["c", None]), ("random", ["c", "c", "c"]), ("random", ["c"]),
     ("random", [None, None]),
@@ -281,7 +294,7 @@ def assert_gains(made: list[Pair], gain_of, statistics: dict) -> None:
         assert [response.gain for _, response in responses] == pytest.approx(expected, abs=1e-4)
         assert max(map(abs, expected)) > 0.1
         means[side] = sum(expected) / len(expected)
-        means[f"{side}_per_token"] = sum(expected) / sum(len(response.ids) for _, response in responses)
+        means[f"{side}_per_token_micro"] = sum(expected) / sum(len(response.ids) for _, response in responses)
     assert statistics["gain"] == pytest.approx(means, abs=1e-4)
 
 

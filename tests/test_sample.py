@@ -551,6 +551,30 @@ def test_uniform_numbers_depend_on_seed_row_and_sample_alone():
         assert not torch.equal(uniform_numbers(*other, 100), first)
 
 
+def test_streams_use_all_bits_of_their_seed(monkeypatch):
+    """Keys that are equal in their lower 32 bits give different numbers, as torch's generator would not."""
+    key = 12345
+    monkeypatch.setattr(sample, "seed_from", lambda *parts: key)
+    first = uniform_numbers(0, 0, 0, 10)
+    key += 2**32
+    assert not torch.equal(uniform_numbers(0, 0, 0, 10), first)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.99])
+def test_a_filtered_token_is_never_drawn(top_p):
+    """Also where rounding leaves less than nothing of the target: 200,000 draws at the edges of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(1.0, top_p, 1)
+    for _ in range(20):
+        logits = 4 * torch.randn(10_000, 300, generator=generator)
+        kept = filtered_probs(logits, sampling)
+        edges = kept.cumsum(-1) / kept.sum(-1, keepdim=True)
+        column = torch.randint(0, 300, (10_000, 1), generator=generator)
+        uniform = edges.gather(1, column).squeeze(1).clamp(max=1 - 2**-24)
+        ids, _ = sample_token(logits, uniform, sampling)
+        assert (kept.gather(1, ids[:, None]) > 0).all()
+
+
 def test_default_keys_are_the_rows(tiny):
     """Without keys, prompt i is (i, 0)."""
     model, prompts, s = load(tiny), tiny_prompts(4), Sampling(1.0, 1.0, 5)
