@@ -169,7 +169,7 @@ CASES = pytest.mark.parametrize(("dtype", "tied"), [(torch.bfloat16, True), (tor
 def test_shards_open_everywhere_with_the_same_bits(dtype, tied, tiny, tmp_path):
     """Numbered files of at most 100 KB and an index that names each tensor's; transformers and load agree."""
     start = random_model(seed=3, tie_word_embeddings=tied)
-    save(start, tmp_path / "out", tiny, dtype, max_file_size="100KB")
+    save(start, tmp_path / "out", tiny, dtype, shard="100KB")
     files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) >= 2
     assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
@@ -205,7 +205,7 @@ def test_a_small_model_is_a_single_file(dtype, tied, tiny, tmp_path):
 def test_saving_replaces_a_folder_whole(tiny, tmp_path):
     """Its shards, index and whatever else lay there go; over the source itself the tokenizer stays."""
     out = tmp_path / "out"
-    save(random_model(seed=3), out, tiny, max_file_size="100KB")
+    save(random_model(seed=3), out, tiny, shard="100KB")
     (out / "notes.txt").write_text("old")
     save(random_model(seed=4), out, out, torch.float32)
     save(random_model(seed=4), tmp_path / "fresh", tiny, torch.float32)
@@ -227,8 +227,8 @@ def test_an_error_while_saving_leaves_the_old_folder(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(model, "save_file", full)
     for name in ("out", "new"):
         with pytest.raises(OSError, match="No space"):
-            save(random_model(seed=4), tmp_path / name, tiny, max_file_size="100KB")
+            save(random_model(seed=4), tmp_path / name, tiny, shard="100KB")
     assert len(files) == 4 and content(tmp_path / "out") == before and not (tmp_path / "new").exists()
     monkeypatch.setattr(model, "save_file", write)
-    save(random_model(seed=4), tmp_path / "out", tiny, max_file_size="100KB")
+    save(random_model(seed=4), tmp_path / "out", tiny, shard="100KB")
     assert torch.equal(load(tmp_path / "out").head, random_model(seed=4).head.bfloat16().float())

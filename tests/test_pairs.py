@@ -67,7 +67,7 @@ def test_random_without_contexts_is_another_prompt():
 
 
 def test_random_of_rows_some_of_which_have_contexts():
-    """A row with a context keeps its prompt and gets another's context; one without gets a bare other prompt."""
+    """A row with a context keeps its prompt and gets another's context; one without gets another prompt."""
     examples = [training_example(i, f"Context {i}." if i % 2 else None, prompt=f"Question {i}?")
                 for i in range(12)]
     contexts = {e.context for e in examples if e.context}
