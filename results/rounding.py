@@ -24,7 +24,8 @@ from model import Decoder, find, load, save
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
 from report import pyplot, save_figure
-from run import Metrics, default_dtype, environment, main, peak_memory, read_jsonl, seed_from, write_json
+from run import (Metrics, default_dtype, environment, main, peak_memory, read_json, read_jsonl, seed_from,
+                 write_json)
 from selection import mean_margin
 from train import Args, resolve, train
 
@@ -95,34 +96,48 @@ def measure(name: str, rows: list, lr: float, seed: int, way: str, epochs: int) 
 
 
 def draw(results: list[dict], file: Path) -> None:
-    """Margin against learning rate: of fp32 weights, and of what each way of rounding saves."""
+    """The margin of the saved model against the learning rate, and what share of fp32's each way has kept."""
     plt = pyplot()
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for way, colour, label in zip(WAYS, (GREY, BLUE, VERMILION),
-                                  ("fp32", "stochastic rounding", "nearest rounding"), strict=True):
-        key = "masters" if way == "fp32" else "saved"
-        rates = sorted({r["lr"] for r in results})
+    figure, axis = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    rates = sorted({result["lr"] for result in results})
+
+    def means(way: str, key: str) -> list[float]:
         margins = [[r[key] for r in results if r["way"] == way and r["lr"] == lr] for lr in rates]
-        means = [sum(values) / len(values) for values in margins]
-        axis.plot(rates, means, "o-" if way != "fp32" else "s--", color=colour, label=label, markersize=5)
-    axis.set(xscale="log", yscale="symlog", xlabel="learning rate", ylabel="margin of the saved model, nats",
-             title="what was learned is lost where weights are rounded to the nearest bf16 number")
-    axis.title.set_fontsize("small")
-    axis.legend(frameon=False, fontsize="small")
+        return [sum(values) / len(values) for values in margins]
+
+    exact = means("fp32", "masters")
+    axis.plot(rates, exact, "s", color=GREY, markersize=9, markerfacecolor="none", label="fp32")
+    for way, colour in (("stochastic", BLUE), ("nearest", VERMILION)):
+        saved = means(way, "saved")
+        axis.plot(rates, saved, "o-", color=colour, markersize=5, label=f"bf16, {way} rounding")
+        for lr, margin, whole in zip(rates, saved, exact, strict=True):
+            axis.annotate(f"{margin / whole:.0%}", (lr, margin), xytext=(4, -12), textcoords="offset points",
+                          color=colour, fontsize="small")
+    axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="margin of the saved model, nats",
+             title="what rounding to the nearest bf16 number throws away")
+    axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    axis.minorticks_off()
+    axis.margins(x=0.08, y=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize="small", loc="lower right")
     save_figure(figure, file)
 
 
 def program() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--pairs", required=True, help="folder that pairs.py made")
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--pairs", default="", help="folder that pairs.py made")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", default="1e-6,2e-6,5e-6,1e-5")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--out", required=True, help=".json file; a .png is drawn beside it")
+    parser.add_argument("--draw", action="store_true", help="only draw what --out holds")
     options = parser.parse_args()
+    if options.draw:
+        draw(read_json(Path(options.out))["results"], Path(options.out).with_suffix(".png"))
+        return
     rows = training_rows(load_pairs(Path(options.pairs)), Args())[: options.rows]
     out, results = Path(options.out), []
     for seed in map(int, options.seeds.split(",")):
