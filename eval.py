@@ -61,6 +61,8 @@ OF_CHOICES = ("entropy", "choice_mi")  # those of multiple-choice questions,
 JUDGED = ("scores", "reference_scores")  # and those of judged data
 
 
+# ------------------------------------------------------------------------- responses
+
 def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
             sampling: Sampling, seed: int, slots: int = 64, cached: Answers | None = None) -> Answers:
     """Every system's answer to every example, measured by the base model.
@@ -336,7 +338,8 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
 class Args(DataArgs):
     data: str | None = option(None, "as train.py's --data (default: what the run was trained on)", "data")
     date: str | None = option(None, "for chat templates that print one (default: the run's)", "sampling")
-    dtype: str | None = option(None, "arithmetic (default: the run's)", "sampling", ("bfloat16", "float32"))
+    dtype: str | None = option(None, "arithmetic (default: the run's; float32 where it saved that)",
+                               "sampling", ("bfloat16", "float32"))
     split: str = option("test", "which part to evaluate on; choose settings on validation", "data", SPLITS)
     out: str = option("", "folder for responses.jsonl and eval.json (default: the run folder)", "data")
     reuse: str = option("", "folder of an evaluation whose base model's responses are taken; the run's own: "
@@ -400,6 +403,8 @@ def resolve(args: Args) -> Plan:
                             "left")
     defaults = dict(data="demo", date=TEMPLATE_DATE, max_new_tokens=None, dtype=default_dtype())
     defaults |= trained_with
+    if trained_with.get("save_dtype") == "float32":
+        defaults["dtype"] = "float32"  # what was saved is read without rounding it again
     left_out = [key for key in ("data", "date", "max_new_tokens", "dtype") if getattr(args, key) is None]
     args = dataclasses.replace(args, **{key: defaults[key] for key in left_out})
     sampling = sampling_for(args, evaluation=True)

@@ -382,8 +382,7 @@ def program() -> None:
     check_space(folder, source)
     run_training(grid, folder, source)
     if grid[0].test:
-        evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS,
-                            slots=args.slots, dtype=args.dtype))
+        evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots))
         print(f"learning curve: {folder / 'learning_curve.png'}")
     else:
         print(f"evaluate it with: python eval.py --model {folder}")

@@ -473,11 +473,14 @@ def test_prompts_a_run_has_trained_on_are_not_tested(finished_run, call, tmp_pat
     assert read_json(finished_run / "eval.json")["parts"]["all"]["systems"]["trained"]["tokens"] <= 2
 
 
-@pytest.mark.parametrize(("flags", "dtype"), [([], "bfloat16"), (["--dtype", "float32"], "float32")])
-def test_a_run_is_evaluated_in_its_own_arithmetic(flags, dtype, finished_run, data, call, monkeypatch):
-    """The run's dtype unless the command names another, for both models."""
+@pytest.mark.parametrize(("saved", "flags", "dtype"), [
+    ("bfloat16", [], "bfloat16"), ("bfloat16", ["--dtype", "float32"], "float32"), ("float32", [], "float32"),
+])  # fmt: skip
+def test_a_run_is_evaluated_in_its_own_arithmetic(saved, flags, dtype, finished_run, data, call, monkeypatch):
+    """The run's dtype unless the command names another, for both models; saved fp32 is not rounded again."""
     arguments = read_json(finished_run / "args.json")["arguments"]
-    write_json(finished_run / "args.json", dict(arguments=arguments | dict(dtype="bfloat16")))
+    arguments |= dict(dtype="bfloat16", save_dtype=saved)
+    write_json(finished_run / "args.json", dict(arguments=arguments))
     loaded = []
     monkeypatch.setattr(evaluation, "load", lambda name, dtype, **k: loaded.append(dtype) or load(name, **k))
     call("--model", finished_run, "--data", data, "--max-new-tokens", "2", flags=flags)
