@@ -40,7 +40,9 @@ def upcast(x: Tensor) -> Tensor:
 
 def has_bf16_products(device: torch.device) -> bool:
     """Whether bf16 matrix products are fast: on GPUs, and on CPUs with the instructions for them."""
-    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device.type == "cuda":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # ------------------------------------------------------------------------- log-probs of target tokens

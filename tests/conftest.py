@@ -9,6 +9,7 @@ tests that ask for it are skipped where it is not.
 import http.server
 import inspect
 import json
+import math
 import os
 import random
 import shutil
@@ -35,6 +36,7 @@ from transformers import logging as transformers_logging
 import train
 from batches import all_logps, training_rows
 from data import Example
+from measures import Answer
 from model import Config, Decoder, Packed
 from pairs import Pair, Response
 from run import Metrics, read_jsonl
@@ -470,3 +472,20 @@ def model_weights(folder: Path) -> dict[str, Tensor]:
 def same_weights(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two models are equal to the last bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ------------------------------------------------------------------------- answers
+
+LOWER, SHOUT = ["lowercase"], ["exclaims", 2]  # two of the demo's checks
+
+
+def held_out(number: int, prompt: str, context: str | None = None, check: list | None = None) -> Example:
+    """A row of the test part whose context, if it has one, reads "Context A."."""
+    text = context and f"Context {context}."
+    return Example(str(number), prompt, "test", text, context_id=context, check=check)
+
+
+def answer(text: str, tokens: int = 1, gain: float = math.nan, logp: float = -1.0, finished: bool = True,
+           **more) -> Answer:
+    """An answer of so many tokens; its prompt gain is half of its negative log-probability."""
+    return Answer(text, [7] * tokens, finished, logp, gain, prompt_gain=-logp / 2, **more)

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import random_model, write_model
+from conftest import LOWER, answer, held_out, random_model, write_model
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import judge as judging
 from data import Example, load_examples
 from eval import judge_all, respond, side_by_side
-from measures import RATE, SYSTEMS, Answer, evaluate, interval, paired_differences, system_row
+from measures import RATE, SYSTEMS, evaluate, interval, paired_differences, system_row
 from model import load
 from report import table
 from run import UserError, read_json, read_jsonl, write_json
@@ -29,19 +29,6 @@ from sample import Sampling, generate
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-LOWER, SHOUT = ["lowercase"], ["exclaims", 2]  # two of the demo's checks
-
-
-def example(number: int, prompt: str, context: str | None = None, check: list | None = None) -> Example:
-    """A test row whose context, if it has one, reads "Context A."."""
-    text = context and f"Context {context}."
-    return Example(str(number), prompt, "test", text, context_id=context, check=check)
-
-
-def answer(text: str, tokens: int = 1, gain: float = math.nan, logp: float = -1.0, finished: bool = True,
-           **more) -> Answer:
-    """An answer of so many tokens; its prompt gain is half of its negative log-probability."""
-    return Answer(text, [7] * tokens, finished, logp, gain, prompt_gain=-logp / 2, **more)
 
 
 # ------------------------------------------------------------------------------------------- responses
@@ -59,7 +46,7 @@ def oracle_logp(oracle: AutoModelForCausalLM, prompt: list[int], response: list[
     return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
 
 
-GRID = [example(3 * i + j, f"Question {i}?", "ABC"[j]) for i in range(3) for j in range(3)]
+GRID = [held_out(3 * i + j, f"Question {i}?", "ABC"[j]) for i in range(3) for j in range(3)]
 SAMPLING, SEED = Sampling(1.0, 0.9, 7), 3
 
 
@@ -141,7 +128,7 @@ def test_the_base_model_as_trained_model_makes_no_difference(answered):
 def test_rows_without_contexts_have_no_gain(answered):
     """A prompt alone is answered by the base and the trained model; there is no context to leave out."""
     base, _, tokenizer, _ = answered
-    answers = respond(base, base, tokenizer, [example(0, "Why?"), example(1, "How?")], SAMPLING, SEED)
+    answers = respond(base, base, tokenizer, [held_out(0, "Why?"), held_out(1, "How?")], SAMPLING, SEED)
     assert all(math.isnan(a.gain) for of_system in answers.values() for a in of_system)
     assert list(answers) == ["default", "trained"]
     assert [a.ids for a in answers["trained"]] == [a.ids for a in answers["default"]]
@@ -150,7 +137,7 @@ def test_rows_without_contexts_have_no_gain(answered):
 def test_a_row_without_a_context_among_others_has_no_gain(answered):
     """Its prompted response is measured as any other, its context gain is NaN."""
     base, _, tokenizer, _ = answered
-    rows = [example(0, "Why?"), example(1, "How?", "A")]
+    rows = [held_out(0, "Why?"), held_out(1, "How?", "A")]
     prompted = respond(base, None, tokenizer, rows, SAMPLING, SEED)["prompted"]
     assert [math.isnan(a.gain) for a in prompted] == [True, False]
     assert all(math.isfinite(a.logp) and math.isfinite(a.prompt_gain) for a in prompted)
@@ -191,7 +178,7 @@ def test_a_tasks_difference_has_mcnemars_p_and_other_data_have_none():
     """Four rows of four gained: p is 2 / 2^4."""
     right, wrong = [answer("#### 8")] * 4, [answer("#### 9")] * 4
     assert paired_differences(MATH, right, wrong)["mcnemar_p"] == pytest.approx(2 / 16)
-    free = [example(i, f"q{i}", "C") for i in range(4)]
+    free = [held_out(i, f"q{i}", "C") for i in range(4)]
     assert paired_differences(free, right, wrong)["mcnemar_p"] is None
 
 

@@ -8,30 +8,12 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
+from conftest import LOWER, SHOUT, answer, held_out
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from data import Example
-from measures import (DIFFERENCE, RATE, Answer, distinct, distinct_2, evaluate, interval, length_controlled,
+from measures import (DIFFERENCE, RATE, distinct, distinct_2, evaluate, interval, length_controlled,
                       mcnemar, off_target, paired_differences, self_bleu, self_bleus, system_row, t_quantile,
                       wins, words)
-
-PNG = b"\x89PNG"
-
-
-LOWER, SHOUT = ["lowercase"], ["exclaims", 2]  # two of the demo's checks
-
-
-def example(number: int, prompt: str, context: str | None = None, check: list | None = None) -> Example:
-    """A test row whose context, if it has one, reads "Context A."."""
-    text = context and f"Context {context}."
-    return Example(str(number), prompt, "test", text, context_id=context, check=check)
-
-
-def answer(text: str, tokens: int = 1, gain: float = math.nan, logp: float = -1.0, finished: bool = True,
-           **more) -> Answer:
-    """An answer of so many tokens; its prompt gain is half of its negative log-probability."""
-    return Answer(text, [7] * tokens, finished, logp, gain, prompt_gain=-logp / 2, **more)
-
 
 # ------------------------------------------------------------------------------------------- statistics
 
@@ -370,8 +352,8 @@ def test_self_bleus_interval_leaves_each_prompt_out_as_text_and_as_reference():
 
 # ------------------------------------------------------------------------------------------- the numbers
 
-ROWS = [example(0, "p", "A", LOWER), example(1, "p", "B", SHOUT), example(2, "q", "A", LOWER),
-        example(3, "q", "B", SHOUT)]
+ROWS = [held_out(0, "p", "A", LOWER), held_out(1, "p", "B", SHOUT), held_out(2, "q", "A", LOWER),
+        held_out(3, "q", "B", SHOUT)]
 BETTER = [answer("abc", 10, 5.0, -20.0), answer("abc!!", 10, 3.0, -10.0, False), answer("Abc", 10, 2.0, -6.0),
           answer("Abc", 10, -2.0, -4.0)]
 BASELINE = [answer("Abc", 8, 1.0), answer("Abc", 7, 1.0), answer("abc", 12, 4.0), answer("Abc", 13, 0.0)]
@@ -381,7 +363,7 @@ def test_wins_are_honoured_contexts():
     """1 and 0 by the row's own check; NaN for a row without one."""
     assert wins(ROWS, BETTER).tolist() == [1, 1, 0, 0]
     assert wins(ROWS, BASELINE).tolist() == [0, 0, 1, 0]
-    mixed = wins([ROWS[0], example(9, "p", "C"), example(10, "p")], BETTER[:3])
+    mixed = wins([ROWS[0], held_out(9, "p", "C"), held_out(10, "p")], BETTER[:3])
     assert mixed[0] == 1 and np.isnan(mixed[1:]).all()
 
 
@@ -389,7 +371,7 @@ def test_off_target_counts_other_contexts_only():
     """Of the other context's checks, "abc!!" alone passes one (it is lowercase too): 1 in 4."""
     assert off_target(ROWS, BETTER) == pytest.approx(1 / 4)
     assert off_target(ROWS, BASELINE) == 0
-    assert off_target(ROWS[:1], BETTER[:1]) is None and off_target([example(0, "p")], BETTER[:1]) is None
+    assert off_target(ROWS[:1], BETTER[:1]) is None and off_target([held_out(0, "p")], BETTER[:1]) is None
 
 
 def test_a_systems_row_by_hand():
