@@ -18,9 +18,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from checks import verify
+from data import load_demo
 from measures import interval
 from report import mean_of, with_interval
-from run import read_json
+from run import read_json, read_jsonl
 
 RESULTS = Path(__file__).resolve().parent
 
@@ -257,6 +259,23 @@ def check_claims(texts: dict[str, str]) -> list[tuple]:
     return found
 
 
+def check_responses() -> list[tuple]:
+    """(where, win rate of eval.json, that of the responses by the demo's checks) of every seed and system."""
+    found = []
+    for seed in range(3):
+        file = TINY.format(seed)
+        examples = {example.id: example for example in load_demo(seed)}
+        wins: dict[str, list[bool]] = {}
+        for _, row in read_jsonl(RESULTS / file.replace("eval.json", "responses.jsonl")):
+            honoured = verify(examples[row["id"]], row["response"])
+            wins.setdefault(row["system"], []).append(honoured)
+        for system, honoured in wins.items():
+            claimed = part(file)["systems"][system]["win_rate"]["mean"]
+            rates = f"{100 * claimed:.2f}", f"{100 * sum(honoured) / len(honoured):.2f}"
+            found.append((f"results/{file} {system}: win rate from {len(honoured)} responses", *rates))
+    return found
+
+
 def verdict(claimed: str | None, value: str | None) -> str:
     """Signs of positive numbers do not matter."""
     if claimed is None:
@@ -269,7 +288,8 @@ def verdict(claimed: str | None, value: str | None) -> str:
 if __name__ == "__main__":
     texts = {name: (RESULTS.parent / name).read_text(encoding="utf-8")
              for name in ("README.md", "results/LOG.md")}
-    checked = [row for name, text in texts.items() for row in check_tables(name, text)] + check_claims(texts)
+    checked = [row for name, text in texts.items() for row in check_tables(name, text)]
+    checked += check_claims(texts) + check_responses()
     verdicts = [verdict(claimed, value) for _, claimed, value in checked]
     for (where, claimed, _), says in zip(checked, verdicts, strict=True):
         print(f"{claimed or '-':>8}  {says:18}  {where}")
