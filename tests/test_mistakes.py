@@ -131,7 +131,12 @@ def test_an_interrupt_is_one_line_and_the_command_goes_on(place, monkeypatch, ca
             signal.raise_signal(signal.SIGINT)
 
     keys = record_samples(monkeypatch, interrupt)
-    assert leave(monkeypatch, pairs.program, *SAMPLE, "made") == 130
+    # A process that a shell has put in the background ignores the signal until it is told otherwise.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert leave(monkeypatch, pairs.program, *SAMPLE, "made") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
     assert error == "\npairs.py: interrupted; what was sampled is kept\n"
     rows = (place / "made" / "pairs.jsonl").read_bytes().count(b"\n")
