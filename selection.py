@@ -16,14 +16,13 @@ from batches import all_logps, group_of, training_rows
 from checks import verify
 from contexts import examples_for, sampling_for
 from data import load_all_splits
-from losses import OBJECTIVES, Group, dpo, sequence_logps
+from losses import OBJECTIVES, dpo, sequence_logps
 from model import Decoder, load, save
 from optimizer import MasterAdamW
 from pairs import Pair, pairs_for
 from run import UserError, barrier, default_device, gather, progress, shard
 from sample import generate
 from tokenizer import Tokenizer
-
 
 VALIDATION_METHOD = "dpo"  # validation compares chosen with rejected responses, whatever training does
 MARGIN_PAIRS = 64  # of the training pairs, the first ones, on which saving measures what rounding costs
@@ -116,11 +115,11 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
         return dict(share=1.0)  # the folder holds the masters themselves
     groups = [group_of(pair, args) for pair in pairs[:MARGIN_PAIRS]]
     device = default_device()
-    start = load(source, getattr(torch, args.dtype), device).float()
-    saved = load(folder / "model", torch.float32, device)
-    saved_margin = mean_margin(saved, start, groups)
-    saved.load_state_dict(optimizer.weights_to_save(torch.float32))
-    margin = mean_margin(saved, start, groups)
+    start = sequence_logps(load(source, getattr(torch, args.dtype), device).float(), groups)
+    model = load(folder / "model", torch.float32, device)
+    saved_margin = mean_margin(sequence_logps(model, groups), start)
+    model.load_state_dict(optimizer.weights_to_save(torch.float32))
+    margin = mean_margin(sequence_logps(model, groups), start)
     kept = dict(share=None, margin=margin, margin_saved=saved_margin, pairs=len(groups))
     if margin > 0:  # else nothing was learned that could be lost
         kept["share"] = saved_margin / margin
@@ -131,17 +130,14 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     return kept
 
 
-def mean_margin(model: Decoder, start: Decoder, groups: list[Group]) -> float:
-    """How much likelier the model has made chosen responses than rejected ones, since it was `start`.
+def mean_margin(logps: list[list[float]], start: list[list[float]]) -> float:
+    """How much likelier a model has made chosen responses than rejected ones, in nats.
 
-    The mean over groups of log(pi / pi_start) of the first response less the mean of the others', in nats;
-    beta times this is DPO's margin.
+    logps, start: log pi(y|x,c) of each pair's responses, the chosen one first, under the model and under the
+    one it started from (sequence_logps). The mean over pairs; beta times this is DPO's margin.
     """
-    now = sequence_logps(model, groups)
-    before = sequence_logps(start, groups)
     total = 0.0
-    for logps, start_logps in zip(now, before, strict=True):
-        ratios = [a - b for a, b in zip(logps, start_logps, strict=True)]  # log(pi / pi_start)
-        chosen, *rejected = ratios
+    for now, before in zip(logps, start, strict=True):
+        chosen, *rejected = (a - b for a, b in zip(now, before, strict=True))  # log(pi / pi_start)
         total += chosen - sum(rejected) / len(rejected)
-    return total / len(groups)
+    return total / len(logps)

@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from batches import all_logps, group_of, training_rows
+from losses import sequence_logps
 from model import Decoder, find, load, save
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
@@ -88,7 +89,8 @@ def measure(name: str, rows: list, lr: float, seed: int, way: str, epochs: int) 
             weights = MasterAdamW(masters, lr, seed).weights_to_save(torch.bfloat16)
         save(weights, model.config, Path(folder) / "model", source, torch.bfloat16)
         saved = load(Path(folder) / "model", torch.float32)
-    margins = {name: mean_margin(m, start, groups)
+    before = sequence_logps(start, groups)
+    margins = {name: mean_margin(sequence_logps(m, groups), before)
                for name, m in (("masters", masters), ("copy", model.float()), ("saved", saved))}
     return dict(way=way, lr=lr, seed=seed, **margins, seconds=seconds, peak_memory_gb=peak_memory() / 1e9,
                 weights_changed=steps[-1]["weights_changed"],
