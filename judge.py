@@ -7,52 +7,48 @@
     rewrite    a described preference in the user's own words                   Multi-Bench
     rubrics    how to judge whether a response respects a preference            Multi-Bench, Fig. 3
 
-The judge is a local model, decoded greedily, or any OpenAI-compatible endpoint (--judge-url; its key is read
-from the environment variable OPENAI_API_KEY). Every reply is appended to a cache file as it arrives, under a
-hash of what was asked, so no question is asked twice and a crash loses nothing. A verdict is read from the
-judge's reply alone. No text inside a question can pretend to be another part of the question (`quote`). A
-reply that cannot be read gives None, which the caller counts; it never becomes a score.
+The judge is a local model, decoded greedily, or any OpenAI-compatible endpoint (--judge-url, endpoint.py).
+Every reply is appended to a cache file as it arrives, under a hash of what was asked, so no question is asked
+twice and a crash loses nothing. No text inside a question can pretend to be another part of the question
+(`quote`). A verdict is read from what the judge says after its thoughts (`final_answer`), and only where that
+is a verdict and nothing else: a lone number, `Score: 4`, `4/5`, JSON. Every other reply gives None, which is
+counted with its reason (`read_replies`); it never becomes a score.
 
-What differs from the paper: the prompts are appendix D.2's, word for word; how their fields are laid out,
-which it leaves open, is ours.
+What differs from the paper: the prompts are appendix D.2's, word for word; how their fields are laid out and
+replies are read, which it leaves open, is ours.
 
     python judge.py --judge DIR --query "How do I bake?" --preference "I have no oven." "Use a pan."
 
 asks a judge to rate one response and prints the score.
 """
 
-import concurrent.futures
-import contextlib
-import email.utils
+import collections
 import hashlib
-import http.client
 import json
-import os
-import random
 import re
 import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from model import find, load
-from run import (UserError, broadcast, default_device, gather, main, option, parse, progress, rank,
-                 read_appended, read_json, seed_from, shard)
+from endpoint import Completion, Endpoint, NoReply, Question
+from folder import find, load
+from replies import final_answer, read_choice, read_object, read_score
+from run import (UserError, broadcast, default_device, gather, main, option, parse, parse_json, progress,
+                 rank, read_appended, read_json, seed_from, shard)
 from sample import Sample, Sampling, generate
 from tokenizer import TEMPLATE_DATE, Tokenizer
 
 # ------------------------------------------------------------------------- asking a model
 
 MAX_TOKENS = dict(verdict=8, text=1024)  # of a reply: a number or a name; a JSON object
-ATTEMPTS = 6  # at one question to an endpoint; pauses of 1, 2, 4, ... seconds, or what the server asks for
+MORE_ROOM = " (give --judge-tokens)"  # what helps a judge that thinks
 
-Question = tuple[str, str]  # system prompt, user message
-Store = Callable[[str, str], None]  # called with a question's key and its reply as soon as that is there
+Reply = str | NoReply
+Value = TypeVar("Value")
 
 
 @dataclass
@@ -64,14 +60,11 @@ class JudgeArgs:
     judge_cache: str = option("runs/verdicts.jsonl", "file that keeps every reply", "judge")
     judge_at_once: int = option(8, "requests to the endpoint at one time", "judge")
     judge_timeout: float = option(60.0, "seconds to wait for one of its replies", "judge")
-
-
-class TryAgain(Exception):
-    """What went wrong with a request that may well succeed later."""
-
-    def __init__(self, problem: str, retry_after: str | None = None):
-        super().__init__(problem)
-        self.retry_after = retry_after  # the server's Retry-After header
+    judge_tokens: int = option(0, "tokens to think in, beside those of the reply (8 of a score)", "judge")
+    judge_options: str = option("", "JSON object of more fields for every request to the endpoint, such as "
+                                    '{"reasoning_effort": "low"}; null takes a field out', "judge")
+    judge_key_header: str = option("", "header that carries the key (default: Authorization, at Azure "
+                                       "api-key)", "judge")
 
 
 class Judge:
@@ -83,38 +76,45 @@ class Judge:
 
     def __init__(self, args: JudgeArgs, slots: int = 64, date: str = TEMPLATE_DATE):
         self.args, self.slots, self.date = args, slots, date
-        self.url = args.judge_url.rstrip("/")
         self.tokenizer, self.model = None, None  # of a local judge; loaded at its first question
         if not args.judge:
             raise UserError("no judge is named: give --judge MODEL (and --judge-url for an endpoint)")
-        if self.url and not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--judge-url {args.judge_url!r} does not begin with http:// or https://")
-        if args.judge_at_once < 1 or args.judge_timeout <= 0:
-            raise UserError("--judge-at-once and --judge-timeout must be positive")
+        if args.judge_at_once < 1 or args.judge_timeout <= 0 or args.judge_tokens < 0:
+            raise UserError("--judge-at-once and --judge-timeout must be positive, --judge-tokens at least 0")
+        if args.judge_url:
+            options = request_options(args.judge_options)
+            self.endpoint = Endpoint(args.judge_url, args.judge, args.judge_at_once, args.judge_timeout,
+                                     options, args.judge_key_header)
+        elif args.judge_options or args.judge_key_header:
+            raise UserError("--judge-options and --judge-key-header are an endpoint's: give --judge-url too")
+        else:
+            self.endpoint = None
 
-        self.identity = f"{self.url} {args.judge}"  # part of every key: another judge, other replies
-        if not self.url:  # another model may have been written to the same folder since
-            weights = sorted(find(args.judge).glob("*.safetensors"))
-            times = [str(file.stat().st_mtime_ns) for file in weights]
-            self.identity = " ".join([self.identity, date, *times])
+        # Part of every key: another judge, other replies.
+        self.identity = f"{args.judge_url.rstrip('/')} {args.judge}{args.judge_options}"
+        if not self.endpoint:  # another model may have been written to the same folder since
+            self.identity = " ".join([self.identity, date, *weight_times(args.judge)])
 
         # Each process appends to a file of its own; process 0 reads them all for everyone.
         cache = Path(args.judge_cache)
         cache.parent.mkdir(parents=True, exist_ok=True)
         self.cache = cache.with_name(f"{cache.name}.process-{rank()}") if rank() else cache
-        self.replies: dict[str, str] = broadcast({} if rank() else read_cache(cache))
+        self.replies: dict[str, Reply] = broadcast({} if rank() else read_cache(cache))
 
     def key(self, system: str, user: str, max_tokens: int) -> str:
         """The name of a question in the cache: a hash of the judge and of all that it is asked."""
         asked = json.dumps([self.identity, system, user, max_tokens])
         return hashlib.sha256(asked.encode()).hexdigest()[:32]
 
-    def ask(self, questions: list[Question], max_tokens: int, label: str) -> list[str]:
-        """The reply, of at most `max_tokens` tokens, to each question (system prompt, user message).
+    def ask(self, questions: list[Question], max_tokens: int, label: str) -> list[Reply]:
+        """The reply to each question (system prompt, user message), or why it has none.
 
-        A question that is cached is not asked, equal ones are asked once, and processes share the rest.
-        label: names the progress bar. Raises UserError if an endpoint refuses or stays silent.
+        max_tokens: of a reply, to which --judge-tokens are added. A question that is cached is not asked,
+        equal ones are asked once, and processes share the rest. label: names the progress bar. Raises
+        UserError if an endpoint refuses or stays silent.
         """
+        must_be_whole = max_tokens > MAX_TOKENS["verdict"]  # half a text is none; a verdict may end early
+        max_tokens += self.args.judge_tokens
         keys = [self.key(*question, max_tokens) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True)
                if key not in self.replies}
@@ -123,154 +123,115 @@ class Judge:
         bar = progress(len(share), "replies", label)
         with open(self.cache, "a", encoding="utf-8") as file:
 
-            def store(key: str, reply: str) -> None:
-                replies[key] = reply
-                file.write(json.dumps(dict(key=key, judge=self.args.judge, reply=reply)) + "\n")
-                file.flush()
+            def store(i: int, answer: Completion | NoReply) -> None:
+                key, _ = share[i]
+                replies[key] = reply = reply_of(answer, must_be_whole)
+                if isinstance(answer, Completion):  # a question that was refused may be asked again
+                    file.write(json.dumps(cache_row(key, self.args.judge, reply)) + "\n")
+                    file.flush()
                 bar.update(1)
 
-            if share and self.url:
-                self._ask_endpoint(share, max_tokens, store)
-            elif share:
-                self._ask_local_model(share, max_tokens, store)
+            asked = [question for _, question in share]
+            if asked and self.endpoint:
+                self.endpoint.ask_all(asked, max_tokens, store)
+            elif asked:
+                self.ask_local_model(asked, max_tokens, store)
         bar.close()
         all_replies = gather([replies[key] for key, _ in share])
         self.replies |= zip(new, all_replies, strict=True)
         return [self.replies[key] for key in keys]
 
-    def _ask_local_model(self, share: list[tuple[str, Question]], max_tokens: int, store: Store) -> None:
+    def ask_local_model(self, questions: list[Question], max_tokens: int,
+                        store: Callable[[int, Completion], None]) -> None:
+        """The same of a local model, as an endpoint's `ask_all`."""
         if self.model is None:
             self.tokenizer = Tokenizer(self.args.judge, self.date)
             self.model = load(self.args.judge, torch.bfloat16, device=default_device())
 
         def on_finished(i: int, sample: Sample) -> None:
-            store(share[i][0], self.tokenizer.decode(sample.ids))
+            # Some templates open the thoughts themselves: the reply then begins within them.
+            opened = "<think>" if self.tokenizer.thoughts_began else ""
+            store(i, Completion(opened + self.tokenizer.decode(sample.ids), sample.finished))
 
-        prompts = [self.tokenizer.chat(user, system) for _, (system, user) in share]
+        prompts = [self.tokenizer.chat(user, system) for system, user in questions]
         greedy = Sampling(temperature=0, top_p=1, max_new_tokens=max_tokens)
         generate(self.model, prompts, greedy, self.tokenizer.stop_ids, seed=0, slots=self.slots,
                  on_finished=on_finished)
 
-    def _ask_endpoint(self, share: list[tuple[str, Question]], max_tokens: int, store: Store) -> None:
-        """Ask with --judge-at-once requests at a time.
+    def check_endpoint(self) -> None:
+        """Ask an endpoint one harmless question, whatever the cache holds, before any other work is done.
 
-        After a failure, or an interrupt, no other question is asked, but replies that are on their way are
-        still stored.
+        Raises UserError if it refuses or stays silent; says so if the reply cannot be read. Of a local model
+        nothing is asked: its folder was found, and it would take memory from what comes first.
         """
-        lock, stop = threading.Lock(), threading.Event()
-
-        def ask_one(key: str, question: Question) -> None:
-            if stop.is_set():
-                return
+        problem = ""
+        if self.endpoint and not rank():
+            [question] = score_questions([("How do I keep bread fresh?", "Freeze it.", "I live in Nairobi.")])
+            max_tokens = MAX_TOKENS["verdict"] + self.args.judge_tokens
             try:
-                reply = self._post(*question, max_tokens, stop)
-            except BaseException:
-                stop.set()
-                raise
-            with lock:
-                store(key, reply)
-
-        with concurrent.futures.ThreadPoolExecutor(self.args.judge_at_once) as pool:
-            try:
-                jobs = [pool.submit(ask_one, key, question) for key, question in share]
-                for job in concurrent.futures.as_completed(jobs):
-                    job.result()  # raises what the job has raised
-            finally:
-                stop.set()
-                pool.shutdown(cancel_futures=True)
-
-    def _post(self, system: str, user: str, max_tokens: int, stop: threading.Event) -> str:
-        """One question to the endpoint, asked again after a fault that may pass; `stop` ends the pauses."""
-        secret = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not secret.isascii():
-            raise UserError("OPENAI_API_KEY holds letters that no key has")
-        headers = {"Content-Type": "application/json"}
-        if secret:
-            headers["Authorization"] = f"Bearer {secret}"
-        messages = [dict(role="system", content=system), dict(role="user", content=user)]
-        body = dict(model=self.args.judge, messages=messages, temperature=0, max_tokens=max_tokens)
-        request = urllib.request.Request(self.url + "/chat/completions", json.dumps(body).encode(), headers)
-        for attempt in range(ATTEMPTS):
-            try:
-                return self._request(request, secret)
-            except TryAgain as e:
-                problem = e
-            # Random, so that requests which failed together do not all come back together.
-            pause = retry_after(problem.retry_after, 2.0**attempt * random.uniform(0.5, 1))
-            if attempt + 1 == ATTEMPTS or stop.wait(pause):
-                break
-        raise UserError(f"{self.url} did not answer in {attempt + 1} attempts, at last: {problem}; all "
-                        "replies so far are kept: give the same command again")
-
-    def _request(self, request: urllib.request.Request, secret: str) -> str:
-        """One chat completion's text. TryAgain if the server is busy, broken, silent or makes no sense.
-
-        UserError if it refuses; the key (`secret`) is masked in what it says then.
-        """
-        try:
-            reply = json.loads(self._read(request))["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as e:
-            if e.code in (408, 409, 425, 429) or e.code >= 500:
-                raise TryAgain(f"{e.code} {e.reason}", e.headers.get("Retry-After")) from None
-            explanation = ""
-            with contextlib.suppress(OSError, http.client.HTTPException):  # a refusal needs no explanation
-                explanation = " ".join(e.read(500).decode("utf-8", "replace").split())
-            if secret:
-                explanation = explanation.replace(secret, "***")
-            raise UserError(f"{self.url} refuses, {e.code}: {explanation[:200]}") from None
-        except (OSError, http.client.HTTPException) as e:
-            raise TryAgain(str(getattr(e, "reason", e)) or type(e).__name__) from None
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise TryAgain("a reply that is no chat completion") from None
-        if reply is not None and not isinstance(reply, str):
-            raise TryAgain("a reply that is no text")
-        # A reply without text is one that cannot be read. Half surrogate pairs, which no file holds, go.
-        return (reply or "").encode("utf-8", "replace").decode()
-
-    def _read(self, request: urllib.request.Request) -> bytes:
-        """The body of a response, all of it within --judge-timeout: some servers send a byte now and then."""
-        deadline = time.monotonic() + self.args.judge_timeout
-        opener = urllib.request.build_opener(NoRedirect)
-        body = b""
-        with opener.open(request, timeout=self.args.judge_timeout) as response:
-            while chunk := response.read1(2**16):
-                body += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
-            if response.length:  # the header promised more bytes than have come
-                raise http.client.IncompleteRead(body, response.length)
-        return body
+                answer = self.endpoint.ask(question, max_tokens, threading.Event())
+            except UserError as e:
+                problem = str(e)
+            else:
+                reply = reply_of(answer)
+                if reason := unread_reason(reply, read_score):
+                    print(f"--judge {self.args.judge}: its first reply can't be read: {reason}: "
+                          f"{text_of(reply)!r}")
+        problem = broadcast(problem)
+        if problem:
+            raise UserError(problem)
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: urllib would send the key along, to wherever the server points."""
+def request_options(text: str) -> dict:
+    """--judge-options as a dictionary; UserError if it is no JSON object."""
+    try:
+        options = parse_json(text or "{}")
+    except ValueError as e:
+        raise UserError(f"--judge-options {text!r} is not JSON: {e}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--judge-options {text!r} is not a JSON object")
+    return options
 
-    def redirect_request(self, *args) -> None:
-        return None
+
+def weight_times(model: str) -> list[str]:
+    """When a model's weights were written: another model may come to stand in the same folder."""
+    return [str(file.stat().st_mtime_ns) for file in sorted(find(model).glob("*.safetensors"))]
 
 
-def read_cache(path: Path) -> dict[str, str]:
+def reply_of(answer: Completion | NoReply, must_be_whole: bool = False) -> Reply:
+    """What is kept of an answer. must_be_whole: of a text that was cut off nothing is read."""
+    if isinstance(answer, NoReply):
+        return answer
+    if not answer.text.strip():
+        return NoReply("no text" if answer.is_whole else f"no text within its tokens{MORE_ROOM}", answer.text)
+    if must_be_whole and not answer.is_whole:
+        return NoReply(f"cut off{MORE_ROOM}", answer.text)
+    return answer.text
+
+
+def text_of(reply: Reply) -> str:
+    """The beginning of what a judge, or its server, has said."""
+    text = reply.text if isinstance(reply, NoReply) else reply
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def cache_row(key: str, judge: str, reply: Reply) -> dict:
+    """A line of the cache."""
+    if isinstance(reply, NoReply):
+        return dict(key=key, judge=judge, reply=reply.text, unread=reply.reason)
+    return dict(key=key, judge=judge, reply=reply)
+
+
+def read_cache(path: Path) -> dict[str, Reply]:
     """Key -> reply, from a judge's cache and from the files that other processes wrote beside it."""
-    replies = {}
+    replies: dict[str, Reply] = {}
     for file in [path, *sorted(path.parent.glob(path.name + ".process-*"))]:
         for row in read_appended(file):
             if "key" not in row or "reply" not in row:
                 raise UserError(f"{file} does not hold a judge's replies: name another --judge-cache")
-            replies[row["key"]] = row["reply"]
+            reply = row["reply"]
+            replies[row["key"]] = NoReply(row["unread"], reply) if "unread" in row else reply
     return replies
-
-
-def retry_after(header: str | None, default: float) -> float:
-    """Seconds to wait by a Retry-After header, a number or a date; at most a minute."""
-    if header is None:
-        return default
-    if re.fullmatch(r"\d+(\.\d*)?", header.strip()):
-        return min(60.0, float(header))
-    try:
-        wait = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-    except ValueError:
-        return default
-    return min(60.0, max(0.0, wait))
 
 
 # ------------------------------------------------------------------------- questions and verdicts
@@ -302,10 +263,11 @@ RUBRIC = ("Given the following user's preference, generate a JSON scoring rubric
 PAPER = Path(__file__).parent / "assets" / "paper.json"  # D.2's longer examples, among other things
 
 # A line that looks like one of the fields of a question, and the place in chat markup
-# (<|im_end|>, <s>, [INST]) where a space breaks it up.
+# (<|im_end|>, <s>, [INST], </think>) where a space breaks it up.
 FIELD_NAMES = r"user|assistant|system|option[ _-]*[ab]|response[ _-]*(?:[ab]|options)"
 FIELD = re.compile(rf"[\W_]*(?:{FIELD_NAMES})(?![^\W_])[^:]*:", re.IGNORECASE)
-MARKUP = re.compile(r"(?<=<)(?=[|<]|/?s>|/?(?=\w+>)\w+_of_\w)|(?<=\[)(?=/?INST\])", re.IGNORECASE)
+MARKUP = re.compile(r"(?<=<)(?=[|<]|/?s>|/?(?=\w+>)\w+_of_\w|/?[\w:]{0,9}think(?:ing)?>)"
+                    r"|(?<=\[)(?=/?(?:INST|THINK)\])", re.IGNORECASE)
 
 
 def quote(text: str) -> str:
@@ -319,51 +281,80 @@ def quote(text: str) -> str:
     return "\n".join("> " + line if FIELD.match(line) else line for line in lines)
 
 
-def read_score(reply: str) -> int | None:
-    """The first whole number of a reply, clamped to 1..5."""
-    found = re.search(r"-?\d{1,4000}", reply)  # Python converts no longer ones
-    return min(5, max(1, int(found[0]))) if found else None
+# ------------------------------------------------------------------------- what a judge is asked
+
+def unread_reason(reply: Reply, read: Callable[[str], Value | None]) -> str:
+    """Why a reply cannot be read; "" where it can."""
+    if isinstance(reply, NoReply):
+        return reply.reason
+    if final_answer(reply) is None:
+        return f"thinking that does not end{MORE_ROOM}"
+    return "not in the form asked for" if read(reply) is None else ""
 
 
-def read_choice(reply: str) -> str | None:
-    """'a' or 'b', if the reply names exactly one of the two responses."""
-    named = {letter.lower() for letter in re.findall(r"response[ _-]?([ab])\b", reply, re.I)}
-    return named.pop() if len(named) == 1 else None
+def read_replies(judge: Judge, questions: list[Question], kind: str, label: str,
+                 read: Callable[[str], Value | None],
+                 unread: collections.Counter | None = None) -> list[Value | None]:
+    """Ask, and read each reply by `read`; None where it cannot be read, which is counted and printed.
+
+    kind: of MAX_TOKENS. unread: a counter to which the reasons are added.
+    """
+    replies = judge.ask(questions, MAX_TOKENS[kind], label)
+    reasons: collections.Counter = collections.Counter()
+    examples, values = {}, []
+    for reply in replies:
+        reason = unread_reason(reply, read)
+        values.append(None if reason else read(reply))
+        if reason:
+            reasons[reason] += 1
+            examples.setdefault(reason, text_of(reply))
+    if unread is not None:
+        unread.update(reasons)
+    if reasons:
+        parts = [f"{count} {reason}, such as {examples[reason]!r}" for reason, count in reasons.items()]
+        print(f"{label}: {sum(reasons.values())} of {len(replies)} replies can't be read: {'; '.join(parts)}")
+    return values
 
 
-def read_object(reply: str) -> dict | None:
-    """The first JSON object in a reply, whatever stands around it."""
-    decoder = json.JSONDecoder()
-    # Only a brace before a first name and its colon, or before a closing brace, can open an object.
-    for start in re.finditer(r'\{(?=[ \t\r\n]*(?:\}|"(?:[^"\\]|\\.)*"[ \t\r\n]*:))', reply, re.DOTALL):
-        try:
-            return decoder.raw_decode(reply[start.start():])[0]
-        except RecursionError:  # nested a thousand times: no judge's reply
-            return None
-        except ValueError:
-            continue
-    return None
+def score_questions(rows: list[tuple[str, str, str]]) -> list[Question]:
+    """D.2's reward evaluation instruction for each (prompt, response, preference)."""
+    return [(SCORE, f"User: {quote(prompt)}\nAssistant: {quote(response)}\n"
+                    f"User's preference: {quote(preference)}")
+            for prompt, response, preference in rows]
 
 
-def read_objects(replies: Iterable[str]) -> list[dict]:
-    """The first JSON object of each reply; an empty one where there is none."""
-    return [read_object(reply) or {} for reply in replies]
+def rate(judge: Judge, rows: list[tuple[str, str, str]], label: str = "scores",
+         unread: collections.Counter | None = None) -> list[int | None]:
+    """A score from 1 to 5 for each (prompt, response, preference); None where it cannot be read.
+
+    unread: a counter to which the reasons of these are added.
+    """
+    return read_replies(judge, score_questions(rows), "verdict", label, read_score, unread)
 
 
-def rate(judge: Judge, rows: list[tuple[str, str, str]], label: str = "scores") -> list[int | None]:
-    """A score from 1 to 5 for each (prompt, response, preference), by D.2's reward evaluation instruction."""
-    questions = [(SCORE, f"User: {quote(prompt)}\nAssistant: {quote(response)}\n"
-                         f"User's preference: {quote(preference)}")
-                 for prompt, response, preference in rows]
-    return [read_score(reply) for reply in judge.ask(questions, MAX_TOKENS["verdict"], label)]
+def reward(judge: Judge, prompts: list[str], contexts: list[str], responses: list[str],
+           label: str = "rewards") -> list[float | None]:
+    """A score from 1 to 5 for each response, by D.2's RLAIF scoring instruction; None where it is unread.
 
-
-def reward(judge: Judge, rows: list[tuple[str, str, str]]) -> list[int | None]:
-    """The same by D.2's RLAIF scoring instruction, which puts the preference first."""
-    questions = [(SCORE, f"User preference: {quote(preference)}\nUser: {quote(prompt)}\n"
+    contexts: what each prompt's user prefers. The wording is `rate`'s, but the preference comes first.
+    """
+    questions = [(SCORE, f"User preference: {quote(context)}\nUser: {quote(prompt)}\n"
                          f"Assistant: {quote(response)}")
-                 for prompt, response, preference in rows]
-    return [read_score(reply) for reply in judge.ask(questions, MAX_TOKENS["verdict"], "rewards")]
+                 for prompt, context, response in zip(prompts, contexts, responses, strict=True)]
+    scores = read_replies(judge, questions, "verdict", label, read_score)
+    return [None if score is None else float(score) for score in scores]
+
+
+def require_readable(judge: Judge, prompts: list[str], contexts: list[str], responses: list[str]) -> None:
+    """UserError where most of a judge's first rewards cannot be read: nothing could be learned from it.
+
+    The replies are kept, so that those responses' rewards cost nothing more.
+    """
+    rewards = reward(judge, prompts, contexts, responses, "first rewards")
+    unread = rewards.count(None)
+    if 2 * unread > len(rewards):
+        raise UserError(f"--judge {judge.args.judge}: {unread} of its first {len(rewards)} replies can't be "
+                        "read as a score: take another judge (one that thinks needs --judge-tokens)")
 
 
 def compare(judge: Judge, rows: list[tuple[str, str, str]],
@@ -378,7 +369,7 @@ def compare(judge: Judge, rows: list[tuple[str, str, str]],
         for first, second in ((a, b), (b, a)):
             fields = f"{quote(criteria)}\nResponse_a: {quote(first)}\nResponse_b: {quote(second)}"
             questions.append((COMPARE, fields))
-    choices = [read_choice(reply) for reply in judge.ask(questions, MAX_TOKENS["verdict"], label)]
+    choices = read_replies(judge, questions, "verdict", label, read_choice)
     verdicts = []
     for in_order, swapped in zip(choices[::2], choices[1::2], strict=True):
         if in_order is None or swapped is None:
@@ -395,6 +386,11 @@ def infer(judge: Judge, rows: list[tuple[str, str, str]]) -> list[list[str] | No
 
     Whether the chosen response is option A or B follows from a hash; each is the case in half of the rows.
     """
+    def read(reply: str) -> list[str] | None:
+        values = (read_object(reply) or {}).values()
+        texts = [value.strip() for value in values if isinstance(value, str)]
+        return [text for text in texts if text not in ("", "value")] or None  # "value": the form it was shown
+
     questions = []
     for prompt, chosen, rejected in rows:
         chosen_is_a = seed_from("option", prompt, chosen) % 2 == 1
@@ -402,11 +398,7 @@ def infer(judge: Judge, rows: list[tuple[str, str, str]]) -> list[list[str] | No
         fields = (f"User's prompt: {quote(prompt)}\nResponse options:\nOption A: {quote(a)}\n"
                   f"Option B: {quote(b)}\nUser's preferred response: Option {'A' if chosen_is_a else 'B'}")
         questions.append((INFER, fields))
-    preferences = []
-    for reply in read_objects(judge.ask(questions, MAX_TOKENS["text"], "preferences")):
-        texts = [value.strip() for value in reply.values() if isinstance(value, str) and value.strip()]
-        preferences.append(texts or None)
-    return preferences
+    return read_replies(judge, questions, "text", "preferences", read)
 
 
 def rewrite(judge: Judge, preferences: list[dict]) -> list[str | None]:
@@ -414,20 +406,22 @@ def rewrite(judge: Judge, preferences: list[dict]) -> list[str | None]:
 
     A preference has Multi-Bench's keys: dimension, subdimension, preference and description.
     """
-    example = json.dumps(read_json(PAPER)["preference_example"])
+    example = read_json(PAPER)["preference_example"]
     blank = "fill this with your response"
+    shown = ("", blank, example["user-statement"])  # neither a blank nor the example is this user's
+
+    def read(reply: str) -> str | None:
+        statement = (read_object(reply) or {}).get("user-statement")
+        is_own = isinstance(statement, str) and statement.strip() not in shown
+        return statement.strip() if is_own else None
+
     questions = []
     for preference in preferences:
         new = {"dimension": preference["dimension"], "sub-dimension": preference["subdimension"],
                "preference": preference["preference"], "explanation": preference["description"],
                "user-statement": blank}
-        questions.append((CREATIVE, REWRITE.format(example=example, new=json.dumps(new))))
-    statements = []
-    for reply in read_objects(judge.ask(questions, MAX_TOKENS["text"], "statements")):
-        statement = reply.get("user-statement")
-        readable = isinstance(statement, str) and statement.strip() not in ("", blank)
-        statements.append(statement.strip() if readable else None)
-    return statements
+        questions.append((CREATIVE, REWRITE.format(example=json.dumps(example), new=json.dumps(new))))
+    return read_replies(judge, questions, "text", "statements", read)
 
 
 def rubric_text(rubric: dict) -> str:
@@ -439,15 +433,20 @@ def rubric_text(rubric: dict) -> str:
 
 def rubrics(judge: Judge, preferences: list[str]) -> list[str | None]:
     """A rubric for each preference, as text."""
-    examples = [json.dumps(example) for example in read_json(PAPER)["rubric_examples"]]
-    questions = [(CREATIVE, RUBRIC.format(*examples, preference=quote(preference)))
+    examples = read_json(PAPER)["rubric_examples"]
+    shown = [example["criteria"] for example in examples]
+
+    def read(reply: str) -> str | None:
+        rubric = read_object(reply) or {}
+        criteria = rubric.get("criteria")
+        scores = rubric.get("score-descriptions", rubric.get("score_descriptions"))
+        is_own = isinstance(criteria, str) and criteria not in shown and isinstance(scores, dict)
+        return rubric_text(rubric) if is_own else None
+
+    texts = [json.dumps(example) for example in examples]
+    questions = [(CREATIVE, RUBRIC.format(*texts, preference=quote(preference)))
                  for preference in preferences]
-    texts = []
-    for reply in read_objects(judge.ask(questions, MAX_TOKENS["text"], "rubrics")):
-        scores = reply.get("score-descriptions", reply.get("score_descriptions"))
-        readable = isinstance(reply.get("criteria"), str) and isinstance(scores, dict)
-        texts.append(rubric_text(reply) if readable else None)
-    return texts
+    return read_replies(judge, questions, "text", "rubrics", read)
 
 
 # ------------------------------------------------------------------------- command line
