@@ -22,7 +22,7 @@ from judge import Judge, JudgeArgs, infer, rewrite
 from run import (UserError, default_dtype, main, option, parse, rank, read_appended, read_jsonl, seed_from,
                  write_jsonl)
 from sample import Sampling
-from tokenizer import TEMPLATE_DATE
+from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer, template_variables
 
 # ------------------------------------------------------------------------- arguments
 
@@ -47,6 +47,9 @@ class DataArgs(JudgeArgs):
     top_k: int = option(0, "0 for all", "sampling")
     max_new_tokens: int | None = option(None, "longest response; default: the data set's", "sampling")
     date: str = option(TEMPLATE_DATE, "date for chat templates that print one", "sampling")
+    system: str | None = option(None, "system prompt of rows without one of their own (default: none, the "
+                                "template's own)", "sampling")
+    template: tuple = option((), TEMPLATE_HELP, "sampling")
     slots: int = option(128, "responses sampled together", "sampling")
     dtype: str = option(default_dtype(), "arithmetic; bfloat16 where its products are fast", "sampling",
                         ("bfloat16", "float32"))
@@ -56,6 +59,7 @@ def check(args: DataArgs) -> None:
     """UserError if an argument's value is out of range."""
     if args.slots < 1 or args.limit < 0:
         raise UserError(f"--slots {args.slots} must be at least 1 and --limit {args.limit} at least 0")
+    template_variables(args.template)  # for what it refuses
 
 
 def resolve(args: DataArgs) -> DataArgs:
@@ -82,13 +86,35 @@ def sampling_for(args: DataArgs, evaluation: bool = False) -> Sampling:
 
 
 def examples_for(args: DataArgs, split: str) -> list[Example]:
-    """The examples of a split, with contexts; --limit draws some by seed and leaves them in their order."""
+    """The examples of a split, with contexts; --limit draws some by seed and leaves them in their order.
+
+    --system is told to the model in all rows that have no system prompt of their own.
+    """
     examples = load_examples(args.data, split, args.seed)
     if 0 < args.limit < len(examples):
         rng = random.Random(seed_from("limit", args.seed))
         drawn = rng.sample(range(len(examples)), args.limit)
         examples = [examples[i] for i in sorted(drawn)]
+    if args.system is not None:
+        examples = [dataclasses.replace(example, system=args.system) if example.system is None else example
+                    for example in examples]
     return add_contexts(examples, args)
+
+
+def warn_of_templates(examples: list[Example], tokenizer: Tokenizer) -> None:
+    """Print which rows spell what chat templates write. Mostly these rows carry a template already: the
+    model's own is put around it, and what they spell stays text."""
+    found: list[str] = []
+    for example in examples:
+        for column in ("prompt", "system", "context", "chosen", "rejected"):
+            mark = tokenizer.template_mark(getattr(example, column) or "")
+            if mark:
+                found.append(f"{example.name}: {column!r} holds {mark!r}")
+                break
+    if found:
+        print(f"warning: {found[0]} ({len(found)} of {len(examples)} rows hold what chat templates write). "
+              "The model's template is put around every text, and this is read as letters within it: give "
+              "texts without a template")
 
 
 # ------------------------------------------------------------------------- contexts

@@ -1,4 +1,4 @@
-"""model.py - Llama, Qwen2 and Qwen3 decoders in plain PyTorch, loaded from and saved to Hugging Face folders.
+"""model.py - Llama, Qwen2 and Qwen3 decoders in plain PyTorch. folder.py loads and saves them.
 
 The decoder maps T tokens, laid end to end, to T hidden states. Only attention mixes tokens, so who attends
 to whom is an argument, the *layout*: here `Packed`, groups of a prefix and the responses that share it, for
@@ -11,36 +11,55 @@ rotations and softmax in fp32. What differs from the paper: nothing; any decoder
 Legend: T tokens, E hidden size, F feed-forward size, H query heads, G key/value heads, D head size,
         V vocabulary, N rows, m queries, n keys; P tokens of a prefix, R of a response.
 
-    python model.py DIR        prints the configuration and the parameter count, once every weight has loaded
+    python -m pytest tests/test_model.py       compares it with transformers
 """
 
 import functools
-import json
 import math
-import shutil
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import huggingface_hub
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fast
 from fast import upcast
-from run import UserError, main, rank, read_json, write_json
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "chat_template.jinja", "vocab.json", "merges.txt")
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
-               "model.safetensors.index.json", *TOKENIZER_FILES)
+from run import UserError
+from schema import FLAG, OBJECT, TEXT, checked, listing, optional, real, whole
 
 
 # ------------------------------------------------------------------------- configuration
+
+# The limits are far beyond every model of these families, and keep a damaged file from taking all memory.
+SWITCHES = dict(
+    rope_parameters=optional(OBJECT),
+    rope_scaling=optional(OBJECT),
+    layer_types=optional(listing(TEXT)),
+    tie_word_embeddings=optional(FLAG),
+    attention_bias=optional(FLAG),
+    mlp_bias=optional(FLAG),
+    use_sliding_window=optional(FLAG),
+)
+SIZES = dict(
+    vocab_size=whole(1, 10**7),
+    hidden_size=whole(1, 10**6),
+    intermediate_size=whole(1, 10**7),
+    num_hidden_layers=whole(1, 1000),
+    num_attention_heads=whole(1, 10**4),
+    num_key_value_heads=optional(whole(1, 10**4)),
+    head_dim=optional(whole(2, 10**4)),
+    rms_norm_eps=real(0, 1),
+    rope_theta=optional(real(1, 1e15)),
+    max_position_embeddings=optional(whole(1, 10**9)),
+)
+LLAMA3 = dict(
+    factor=real(1e-3, 1e6),
+    low_freq_factor=real(0, 1e6),
+    high_freq_factor=real(0, 1e6),
+    original_max_position_embeddings=whole(1, 10**9),
+)
+
 
 @dataclass(frozen=True)
 class Config:
@@ -72,37 +91,39 @@ class Config:
         Raises UserError, naming the file `where`, for whatever this decoder does not support: another
         model_type, activation or rope type, quantised weights, a sliding window that is switched on.
         """
-        kind = raw.get("model_type")
+        checked(raw, SWITCHES, where)
         refuse_unsupported(raw, where)
+        checked(raw, SIZES, where)
         rope = rope_settings(raw)
-        llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        checked(rope, dict(rope_theta=SIZES["rope_theta"]), where)
         is_llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
-        attention_bias = raw.get("attention_bias", False)
-        try:
-            heads = raw["num_attention_heads"]
-            default_head_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads
-            return cls(
-                model_type=kind,
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or default_head_dim,
-                rms_norm_eps=raw["rms_norm_eps"],
-                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
-                rope_llama3={key: rope[key] for key in llama3} if is_llama3 else None,
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2 always has them and does not say so
-                o_bias=kind != "qwen2" and attention_bias,
-                mlp_bias=kind == "llama" and raw.get("mlp_bias", False),
-                qk_norm=kind == "qwen3",
-                max_position_embeddings=raw.get("max_position_embeddings", 2048),
-                raw=raw,
-            )
-        except KeyError as e:
-            raise UserError(f"{where}: {e.args[0]!r} is missing") from None
+        if is_llama3:
+            checked(rope, LLAMA3, where)
+        kind, heads = raw["model_type"], raw["num_attention_heads"]
+        default_head_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads
+        attention_bias = bool(raw.get("attention_bias"))
+        config = cls(
+            model_type=kind,
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size"],
+            num_hidden_layers=raw["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or default_head_dim,
+            rms_norm_eps=raw["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
+            rope_llama3={key: rope[key] for key in LLAMA3} if is_llama3 else None,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2 always has them and does not say so
+            o_bias=kind != "qwen2" and attention_bias,
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
+            qk_norm=kind == "qwen3",
+            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
+            raw=raw,
+        )
+        refuse_misfits(config, where)
+        return config
 
 
 def rope_settings(raw: dict) -> dict:
@@ -133,6 +154,18 @@ def refuse_unsupported(raw: dict, where: str) -> None:
         unsupported = "partial_rotary_factor"
     if unsupported:
         raise UserError(f"{where}: {unsupported} is not supported (see the docstring of model.py)")
+
+
+def refuse_misfits(config: Config, where: str) -> None:
+    """UserError where numbers that are each possible do not go together."""
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    scaling = config.rope_llama3
+    if heads % shared:
+        raise UserError(f"{where}: {heads} heads can't share {shared} key and value heads evenly")
+    if config.head_dim % 2 or not config.head_dim:
+        raise UserError(f"{where}: heads of {config.head_dim} channels can't be rotated in pairs")
+    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError(f"{where}: low_freq_factor must be below high_freq_factor")
 
 
 # ------------------------------------------------------------------------- rotary position embedding
@@ -334,6 +367,7 @@ class Decoder(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False  # keep only each block's input, and compute the rest again
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
             layers=nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers)),
@@ -364,141 +398,13 @@ class Decoder(nn.Module):
         cos, sin = rotary_tables(layout.positions, self.config)  # (T, 1, D) each
         x = self.model.embed_tokens(ids)  # (T, E)
         for block in self.model.layers:
-            x = block(x, cos, sin, layout)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # Nothing in a block is random, so there is no random state to bring back.
+                x = checkpoint(block, x, cos, sin, layout, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, layout)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, E) -> (N, V) in fp32: for sampling. Training never holds these (losses.token_logps)."""
         return upcast(F.linear(hidden, self.head))
-
-
-# ------------------------------------------------------------------------- folders
-
-def find(name: str | Path) -> Path:
-    """The folder of a model: a local one as it is, or a hub id ("owner/name"), downloaded.
-
-    "tiny" is the embedded model, assets/tiny.
-    """
-    path = Path(name).expanduser()
-    if str(name) and path.is_dir():
-        return path
-    if str(name) == "tiny":
-        return Path(__file__).parent / "assets" / "tiny"
-    parts = str(name).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.exists():
-        raise UserError(f"model {str(name)!r} is neither a folder nor a hub id (owner/name)")
-    return download(str(name), MODEL_FILES)
-
-
-def download(name: str, patterns: tuple[str, ...], kind: str = "model") -> Path:
-    """The folder of a hub repository's files that match the patterns; kind is model or dataset."""
-    try:
-        return Path(huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
-    except GatedRepoError:
-        raise UserError(f"{name} is gated: accept its licence on the hub and set HF_TOKEN") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{kind} {name!r} is neither a folder nor a repository on the hub: check the name, "
-                        "and set HF_TOKEN if it is private") from None
-    except (HTTPError, OSError) as e:
-        if isinstance(e, OSError) and e.errno is not None and not isinstance(e, ConnectionError):
-            raise  # the disk, not the hub
-        raise UserError(f"{name} is not a folder here, and the hub cannot be reached ({type(e).__name__}): "
-                        "name a folder, or try again on line") from None
-
-
-def load(name: str | Path, dtype: torch.dtype = torch.float32,
-         device: torch.device | str = "cpu") -> Decoder:
-    """A decoder from a Hugging Face folder or hub id, with its matrices and biases in `dtype`.
-
-    Weights of norms are kept in fp32 at least. Strict: a missing, superfluous or wrongly shaped tensor is a
-    UserError that names it.
-    """
-    folder = find(name)
-    config = Config.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    with torch.device("meta"):
-        model = Decoder(config)
-    shapes = {key: tuple(p.shape) for key, p in model.state_dict().items()}
-    weights: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        for key, tensor in read_tensors(file):
-            # Older files store the rotary table, and some store a tied head twice.
-            is_tied_head = config.tie_word_embeddings and key == "lm_head.weight"
-            if is_tied_head or key.endswith("rotary_emb.inv_freq"):
-                continue
-            if shapes.get(key, tensor.shape) != tensor.shape:
-                raise UserError(f"{file}: {key} is {tuple(tensor.shape)}, config.json asks for {shapes[key]}")
-            is_norm = key.endswith("norm.weight")
-            kept = torch.promote_types(dtype, torch.float32) if is_norm else dtype
-            weights[key] = tensor.to(device=device, dtype=kept)
-    if missing := shapes.keys() - weights.keys():
-        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors, for example {min(missing)}")
-    if unknown := weights.keys() - shapes.keys():
-        raise UserError(f"{folder} holds {len(unknown)} unknown tensors, for example {min(unknown)}")
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those that its index names, else the single one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-
-
-def read_tensors(file: Path):
-    """Name and tensor of everything in a safetensors file, one at a time."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield key, f.get_tensor(key)
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist (weights are read from safetensors only)") from None
-    except SafetensorError as e:
-        raise UserError(f"{file} is not a whole safetensors file: {e}") from None
-
-
-def save(weights: dict[str, Tensor], config: Config, folder: Path, source: Path,
-         dtype: torch.dtype = torch.bfloat16, max_file_size: str = "5GB") -> None:
-    """Write a folder that transformers opens: weights cast to `dtype`, config, `source`'s tokenizer files.
-
-    Weights above `max_file_size` go into several files and an index. The folder appears whole, in the place
-    of one that is there; process 0 alone writes.
-    """
-    if rank():
-        return
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    sizes = {key: torch.empty(w.shape, dtype=dtype, device="meta") for key, w in weights.items()}
-    plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=max_file_size)
-    for file, keys in plan.filename_to_tensors.items():
-        tensors = {key: weights[key].detach().to("cpu", dtype).contiguous() for key in keys}
-        try:
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
-        except SafetensorError as e:
-            raise UserError(f"{temporary / file} could not be written: {e}") from None
-    if plan.is_sharded:
-        index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
-        write_json(temporary / "model.safetensors.index.json", index)
-    spelling = "torch_dtype" if "torch_dtype" in config.raw else "dtype"
-    write_json(temporary / "config.json", {**config.raw, spelling: str(dtype).removeprefix("torch.")})
-    for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (source / name).exists():
-            shutil.copyfile(source / name, temporary / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-# ------------------------------------------------------------------------- command line
-
-def program() -> None:
-    if len(sys.argv) != 2:
-        raise UserError("usage: python model.py DIR")
-    model = load(sys.argv[1])
-    print(json.dumps({key: value for key, value in vars(model.config).items() if key != "raw"}, indent=1))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, every tensor of config.json found")
-
-
-if __name__ == "__main__":
-    main(program)

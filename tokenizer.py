@@ -1,6 +1,8 @@
 """tokenizer.py - text to token ids, and back, by the model's own tokenizer and chat template.
 
-`Tokenizer.chat` is the only way from what a user says to prompt ids. Whatever data or users write stays text:
+`Tokenizer.chat` is the only way from what a user says to prompt ids, `Tokenizer.response` from a response
+that is given as text to ids, and `Tokenizer.answer` from sampled ids to what people, checks and judges read.
+Files are read as transformers reads them, or refused. Whatever data or users write stays text:
 no special token of more than one character can be smuggled in. Of generation_config.json only the ids that
 stop a response are taken. What differs from the paper: nothing; it does not describe its templates.
 
@@ -8,84 +10,272 @@ stop a response are taken. What differs from the paper: nothing; it does not des
 """
 
 import datetime
+import difflib
 import functools
+import itertools
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 import tokenizers
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, decoders, pre_tokenizers
 
-from model import find
-from run import UserError, read_json
+from folder import find, read_object, refuse_pointer
+from replies import THOUGHTS_BEGIN, THOUGHTS_END
+from run import UserError
 
 TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
+TEMPLATE_HELP = ("variables of the chat template, key=value ...; enable_thinking is false unless given, and "
+                 "thoughts are no part of an answer")
 CUT = "\ufdd0"  # a Unicode noncharacter: cuts special tokens that appear in data into two harmless pieces
+ANSWER = "mipo-answer"  # stands for an answer where only what the template writes around it matters
+QUESTION = dict(role="user", content="question")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+OF_CLASSES = {  # special tokens that transformers' classes have where their files name none
+    "LlamaTokenizer": dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>"),
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
+}
+OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "*.tiktoken")  # which we do not read
 
+# What chat templates write around messages without its being a token, and the tokens of the common ones.
+MARKS = re.compile(r"<\|[^<>|\s]+\|>|\[/?[A-Z]{2,}\]|<</?[A-Z]+>>")
+KNOWN_MARKS = ("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+               "<|begin_of_text|>", "<|end_of_text|>", "<|endoftext|>", "<|system|>", "<|user|>",
+               "<|assistant|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>")
+
+
+# ------------------------------------------------------------------------- thoughts
+
+def without_thoughts(text: str, began: bool = False) -> str:
+    """The answer in a response: what follows its thoughts, <think> ... </think>, where it begins with any.
+
+    began: its prompt has opened them already. Thoughts that never end leave no answer, "".
+    """
+    while began or begins_with_thoughts(text):
+        end = THOUGHTS_END.search(text)
+        text = text[end.end() :].lstrip() if end else ""
+        began = False
+    return text
+
+
+def begins_with_thoughts(text: str) -> bool:
+    """Whether a response opens with a tag of thoughts. Sentences and headings, which people write too, open
+    none: "[Analysis]", say."""
+    tag = THOUGHTS_BEGIN.match(text.lstrip())
+    return tag is not None and tag[0].lower().startswith(("<", "\u25c1", "[think"))
+
+
+def is_thought_tag(token: str) -> bool:
+    """Whether a token begins or ends thoughts."""
+    return bool(THOUGHTS_BEGIN.fullmatch(token) or THOUGHTS_END.fullmatch(token))
+
+
+# ------------------------------------------------------------------------- reading a folder
+
+def read_tokenizer(folder: Path, config: dict, kind: str) -> tokenizers.Tokenizer:
+    """tokenizer.json, with the tokens that stand in other files, and as transformers' class `kind` uses it.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        others = sorted(path.name for pattern in OTHER_TOKENIZERS for path in folder.glob(pattern))
+        hint = f" (it has {others[0]}: save it with transformers' AutoTokenizer)" if others else ""
+        raise UserError(f"{folder} has no tokenizer.json{hint}")
+    refuse_pointer(file)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        tokenizer.encode("x")
+    except Exception as e:  # the library has no class of its own for what is wrong with a file
+        raise UserError(f"{file} is not a tokenizer: {e}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if kind == "LlamaTokenizer" and isinstance(tokenizer.model, tokenizers.models.BPE):
+        use_sentencepiece_spaces(tokenizer, config)
+    return tokenizer
+
+
+def use_sentencepiece_spaces(tokenizer: tokenizers.Tokenizer, config: dict) -> None:
+    """Mark spaces as transformers' LlamaTokenizer does, whatever tokenizer.json says of them: a mark before
+    the text ("legacy": before every part of it that follows a special token). Llama 3's bytes stay."""
+    if "ByteLevel" in str(tokenizer.pre_tokenizer):
+        return
+    scheme = "always" if config.get("legacy", False) else "first"
+    adds = config.get("add_prefix_space")
+    adds = True if adds is None else adds
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", scheme if adds else "never", split=False)
+    strip = [decoders.Strip(" ", 1, 0)] if adds else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+
+
+def content_of(token, where: Path) -> str | None:
+    """A token as files write it: a string, or an object with its "content"."""
+    value = token.get("content") if isinstance(token, dict) else token
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}: {token!r} is not a token")
+    return value
+
+
+def named_tokens(folder: Path, config: dict, kind: str) -> dict[str, str]:
+    """bos_token, eos_token and the like, as templates know them.
+
+    They stand in tokenizer_config.json or, in older folders, in special_tokens_map.json.
+    """
+    where, values = folder / "tokenizer_config.json", OF_CLASSES.get(kind, {}) | config
+    old = folder / "special_tokens_map.json"
+    if old.exists() and "added_tokens_decoder" not in config:
+        values |= read_object(old)
+    tokens = {name: content_of(values.get(name), where) for name in NAMED_TOKENS}
+    extra = values.get("extra_special_tokens")
+    if isinstance(extra, dict):  # names of a model's own
+        tokens |= {name: content_of(token, where) for name, token in extra.items()}
+    return {name: token for name, token in tokens.items() if token is not None}
+
+
+def add_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict, named: dict[str, str]) -> None:
+    """Add the tokens that other files than tokenizer.json name, in the order of their ids, then `named` ones.
+
+    A token that is there already keeps its id and takes over the flags; one that has a name is special.
+    """
+    flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+    old, listed = folder / "added_tokens.json", config.get("added_tokens_decoder")
+    where = folder / "tokenizer_config.json" if listed is not None else old
+    rows = listed or {}
+    if listed is None and old.exists():
+        rows = {str(id): dict(content=content) for content, id in read_object(old).items()}
+    known = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+    try:
+        ordered = [row for _, row in sorted((int(id), row) for id, row in rows.items())]
+        for row in ordered:
+            if listed is not None or row["content"] not in known:
+                given = {name: row[name] for name in flags if name in row}
+                known[row["content"]] = AddedToken(row["content"], **given)
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{where}: its added tokens are not readable ({type(e).__name__}: {e})") from None
+    for content in named.values():
+        known.setdefault(content, AddedToken(content, special=True, normalized=False))
+        known[content].special = True
+    tokenizer.add_tokens(list(known.values()))
+
+
+# ------------------------------------------------------------------------- chat templates
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}: trainers' templates mark so what the assistant says. What
+    stands between is written as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja has it
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(line)
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """The tojson of chat templates, which unlike jinja's leaves < and > as they are."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+
+def template_source(folder: Path, config: dict) -> str:
+    """chat_template.jinja, else the chat_template of tokenizer_config.json: one, or the one called default.
+    """
+    path, source = folder / "chat_template.jinja", config.get("chat_template")
+    if path.is_file():
+        refuse_pointer(path)
+        source = path.read_text(encoding="utf-8")
+    elif isinstance(source, list):  # several named templates
+        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0].get("template") if named else None
+    if not source or not isinstance(source, str):
+        raise UserError(f"{folder} has no chat template: MIPO needs an instruct model")
+    return source
+
+
+def template_variables(pairs: Sequence[str]) -> dict:
+    """key=value ... -> the variables of a chat template. true, false, null, numbers and other JSON are read
+    as such, anything else is a text."""
+    variables = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier() or key in ("messages", "add_generation_prompt"):
+            raise UserError(f"--template {pair}: not of the form key=value, such as enable_thinking=true")
+        if text in ("True", "False"):  # as Python writes them: as a text even False would be a yes
+            text = text.lower()
+        try:
+            variables[key] = json.loads(text)
+        except ValueError:
+            variables[key] = text
+    return variables
+
+
+# ------------------------------------------------------------------------- the tokenizer
 
 class Tokenizer:
     """A Hugging Face tokenizer.json with the model's chat template and stop ids."""
 
-    def __init__(self, folder: str | Path, date: str = TEMPLATE_DATE):
-        """folder: a model folder or hub id. date: ISO date that templates which print one are given."""
-        folder = find(folder)
-        file = folder / "tokenizer.json"
-        if not file.exists():
-            raise UserError(f"{folder} has no tokenizer.json")
-        self.folder = folder
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.special_ids = {str(t.content): i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
-        config = read_json(folder / "tokenizer_config.json")
-        self.template = self._template(folder, config)
+    def __init__(self, folder: str | Path, date: str = TEMPLATE_DATE, template: Sequence[str] = ()):
+        """folder: a model folder or hub id. date: ISO date that templates which print one are given.
+        template: further variables of the template, "key=value" each; enable_thinking is false unless given.
+        """
+        self.folder = folder = find(folder)
+        config = read_object(folder / "tokenizer_config.json")
+        kind = str(config.get("tokenizer_class")).removesuffix("Fast")  # transformers' class
+        named = named_tokens(folder, config, kind)
+        self.tokenizer = read_tokenizer(folder, config, kind)
+        add_tokens(self.tokenizer, folder, config, named)
+        self.added = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
+        self.vocab_size = self._vocab_size()
+        # Sentencepiece puts a space mark before what it is given, also before text that continues another.
+        self.marks_spaces = "".join(self.tokenizer.encode("x", add_special_tokens=False).tokens) != "x"
+
+        self.template, read = self._compile(template_source(folder, config))
         try:
             day = datetime.date.fromisoformat(date)
         except ValueError:
             raise UserError(f"date {date!r} is not of the form 2024-07-26") from None
-
-        def token(name: str) -> str | None:  # older files store {"content": ..., ...}
-            value = config.get(name)
-            return value["content"] if isinstance(value, dict) else value
-
+        given = template_variables(template)
+        for key in given.keys() - read:
+            nearest = difflib.get_close_matches(key, read, n=1)
+            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+            raise UserError(f"--template {key}: the chat template of {folder} has no such variable{hint}")
+        thinking = dict(enable_thinking=False) if "enable_thinking" in read else {}
+        # What a template is not given is undefined in it, and rendered as nothing.
         self.variables = dict(tools=None, documents=None, date_string=day.strftime("%d %b %Y"),
-                              strftime_now=day.strftime)
-        for name in ("bos_token", "eos_token"):
-            if token(name) is not None:  # undefined, a template renders it as nothing
-                self.variables[name] = token(name)
+                              strftime_now=day.strftime) | named | thinking | given
+
+        self.opening, self.ending = self._around_answer([QUESTION])
         self.end_token = self._end_of_turn()
         self.stop_ids = self._stop_ids()
+        prompt = self.render([QUESTION]).rstrip()
+        self.thoughts_began = any(tag.end() == len(prompt) for tag in THOUGHTS_BEGIN.finditer(prompt))
+        special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        special |= {self.added[token] for token in named.values()} | (self.stop_ids & {*self.added.values()})
+        # Thoughts are shown with their tags, and some folders name a mere word, "!", as the token that pads.
+        words = {i for token, i in self.added.items() if is_thought_tag(token) or len(token) == 1}
+        self.hidden = special - words  # what no text shows
+        # What data must not write: those, and what the template writes. Other added tokens are words like
+        # others, in transformers too.
+        protected = self.hidden | (self._written_ids() - words)
+        self.special_ids = {token: i for token, i in self.added.items() if i in protected}
 
-    @staticmethod
-    def _template(folder: Path, config: dict) -> jinja2.Template:
-        """chat_template.jinja, else the chat_template of tokenizer_config.json, compiled in jinja's sandbox.
-        """
-        path, source = folder / "chat_template.jinja", config.get("chat_template")
-        if path.exists():
-            source = path.read_text(encoding="utf-8")
-        elif isinstance(source, list):  # several named templates
-            source = next((t["template"] for t in source if t["name"] == "default"), None)
-        if not source:
-            raise UserError(f"{folder} has no chat template: MIPO needs an instruct model")
-
-        def raise_exception(message: str):  # templates call it
-            raise UserError(f"the chat template of {folder} refuses these messages: {message}")
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = raise_exception
-        try:
-            return environment.from_string(source)
-        except jinja2.TemplateError as e:
-            raise UserError(f"the chat template of {folder} is not valid jinja: {e}") from None
+    # --------------------------------------------------------------------- text to ids
 
     def render(self, messages: list[dict], prompt: bool = True) -> str:
         """Messages ({"role", "content"}) as the template writes them; prompt: open the assistant's turn."""
         try:
             return self.template.render(messages=messages, add_generation_prompt=prompt, **self.variables)
-        except jinja2.TemplateError as e:
-            raise UserError(f"the chat template of {self.folder} fails: {e}") from None
+        except UserError:
+            raise
+        except Exception as e:  # a template is a program of somebody else's: it may fail in any way
+            reason = f"{type(e).__name__}: {e}"
+            raise UserError(f"the chat template of {self.folder} fails: {reason}") from None
 
     def chat(self, user: str, system: str | None = None) -> list[int]:
         """One user turn (and system prompt) -> prompt ids, ready for the assistant's answer.
@@ -93,54 +283,202 @@ class Tokenizer:
         Special tokens come from the template alone: a literal "<|im_end|>" in the text is cut after its first
         character before rendering and the pieces are encoded apart, so that it stays text.
         """
-        messages = [dict(role="user", content=self._harmless(user))]
-        if system is not None:
-            messages.insert(0, dict(role="system", content=self._harmless(system)))
-        return self._encode_rendered(self.render(messages))
+        return self._encode_rendered(self.render(self._messages(user, system)))
 
-    def response(self, text: str) -> list[int]:
-        """A response given as text (not sampled) -> ids, the end token included."""
-        return [*self.encode(text), self.end_token]
+    def response(self, text: str, user: str = "question", system: str | None = None) -> list[int]:
+        """A response given as text (not sampled) -> ids, the end token included: those that the whole
+        conversation, as the template writes it, has after the prompt.
+
+        Where a token would reach across the end of the prompt, which sampling never does, the response is
+        encoded on its own. UserError where the template does not write the response after that prompt.
+        """
+        messages = self._messages(user, system)
+        answer = dict(role="assistant", content=self._harmless(text))
+        prompt, whole = self.render(messages), self.render([*messages, answer], prompt=False)
+        if whole.startswith(prompt):
+            rest = whole[len(prompt) :]
+        elif self.thoughts_began:  # templates leave the thoughts of answers out; sampled responses have them
+            if not without_thoughts(text, began=True):
+                raise UserError(f"the chat template of {self.folder} opens thoughts, and a given response "
+                                f"does not close them (thoughts</think> answer): {text[:60]!r}")
+            rest = self._harmless(text) + self.ending
+        else:  # the prompt has more than the conversation: an empty block of thoughts, say
+            opening, _ = self._around_answer(messages)
+            if not whole.startswith(opening):
+                raise UserError(f"the chat template of {self.folder} does not write this response after its "
+                                f"prompt (thoughts need --template enable_thinking=true): {text[:60]!r}")
+            rest = whole[len(opening) :]
+        prompt_ids, ids = self._encode_rendered(prompt), self._encode_rendered(prompt + rest)
+        start = len(prompt_ids)
+        ids = ids[start:] if ids[:start] == prompt_ids else self.encode_rest(rest)
+        return ids[: ids.index(self.end_token) + 1]
 
     def encode(self, text: str) -> list[int]:
-        """A text from data, as it stands, -> ids."""
-        return self._encode_rendered(self._harmless(text))
+        """A text from data, as it stands in the middle of a conversation, -> ids."""
+        return self.encode_rest(self._harmless(text))
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids -> text for people, special tokens left out."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def encode_rest(self, text: str) -> list[int]:
+        """The ids of a rendered text that continues another one."""
+        return [id for piece in text.split(CUT) for id in self._encode_piece(piece, continues=True)]
 
     def _encode_rendered(self, text: str) -> list[int]:
         """The ids of a text with its special tokens, in which CUT stands where no token may reach across."""
-        ids = []
-        for piece in text.split(CUT):
-            ids += self.tokenizer.encode(piece, add_special_tokens=False).ids
+        first, *others = text.split(CUT)
+        ids = self._encode_piece(first, continues=False)
+        return ids + [id for piece in others for id in self._encode_piece(piece, continues=True)]
+
+    def _encode_piece(self, text: str, continues: bool) -> list[int]:
+        """The ids of a text without CUT. continues: it is not the beginning, so no space mark is put before
+        it: it is encoded behind a line end, or a colon, whose ids are then taken off."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        for before in ("\n", ":") if continues and self.marks_spaces and text else ():
+            start = self.tokenizer.encode(before, add_special_tokens=False).ids
+            whole = self.tokenizer.encode(before + text, add_special_tokens=False).ids
+            if whole[: len(start)] == start:
+                ids = whole[len(start) :]
+                break
+        if self.vocab_size and max(ids, default=0) >= self.vocab_size:
+            token = self.tokenizer.id_to_token(max(ids))
+            raise UserError(f"{self.folder}: the token {token!r} has the id {max(ids)}, and the model's "
+                            f"vocabulary ends at {self.vocab_size - 1}")
         return ids
+
+    def _messages(self, user: str, system: str | None) -> list[dict]:
+        """The messages of a prompt, in which no text can be taken for a special token."""
+        messages = [dict(role="user", content=self._harmless(user))]
+        if system is None:
+            return messages
+        if system.strip() and not self.takes_system:
+            raise UserError(f"the chat template of {self.folder} writes no system prompt: put it into the "
+                            "users' messages, or leave it out")
+        return [dict(role="system", content=self._harmless(system)), *messages]
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether the template writes a system prompt; some pass over it in silence."""
+        return ANSWER in self.render([dict(role="system", content=ANSWER), QUESTION])
 
     def _harmless(self, text: str) -> str:
         """Text from data with every special token in it cut in two, and without lone surrogates."""
         text = text.replace(CUT, "").encode("utf-8", "replace").decode()
         for name in sorted(self.special_ids, key=len, reverse=True):
-            while len(name) > 1 and name in text:  # again: occurrences may overlap
+            while name in text:  # again: occurrences may overlap
                 text = text.replace(name, name[0] + CUT + name[1:])
+        if self.is_slippery:
+            found = set(self.encode_rest(text)) & set(self.special_ids.values())
+            if found:
+                token = self.tokenizer.id_to_token(min(found))
+                raise UserError(f"a text of the data would be read as the special token {token!r}, and can't "
+                                f"be told from it: {text[:60]!r}")
         return text
 
+    @functools.cached_property
+    def is_slippery(self) -> bool:
+        """Whether a text may become a special token that it does not spell, because it is normalised first.
+        """
+        protected = [self.tokenizer.get_added_tokens_decoder()[id] for id in self.special_ids.values()]
+        return self.tokenizer.normalizer is not None and any(token.normalized for token in protected)
+
+    # --------------------------------------------------------------------- ids to text
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids -> text for people: without special tokens, and without the one that ends a response, whatever
+        its flags."""
+        body = ids[:-1] if ids and ids[-1] in self.stop_ids else ids
+        shown = [id for id in body if id not in self.hidden]
+        return self.tokenizer.decode(shown, skip_special_tokens=False)
+
+    def answer(self, ids: list[int]) -> str:
+        """A response's ids -> what checks, judges and measures read: its text without its thoughts."""
+        return without_thoughts(self.decode(ids), self.thoughts_began)
+
+    def show(self, ids: list[int]) -> str:
+        r"""Ids as text with the special tokens in it. Letters that only look like one have a backslash before
+        them: <|end|> is the token, \<|end|> is text."""
+        names = {id: name for name, id in self.added.items()}
+        look_alike = re.compile("|".join(re.escape(name) for name in self.special_ids))
+        text = ""
+        for is_token, run in itertools.groupby(ids, names.__contains__):
+            if is_token:
+                text += "".join(names[id] for id in run)
+            else:
+                piece = self.tokenizer.decode(list(run), skip_special_tokens=False)
+                text += look_alike.sub(lambda found: "\\" + found[0], piece)
+        return text
+
+    def template_mark(self, text: str) -> str | None:
+        """What a text holds that a chat template writes, this one or another well-known one; None for
+        nothing. Such a text may carry a template already."""
+        return next((mark for mark in self.template_marks if mark in text), None)
+
+    @functools.cached_property
+    def template_marks(self) -> list[str]:
+        """This tokenizer's special tokens, what looks like one in its template, and those of other models."""
+        own = [*self.special_ids, *MARKS.findall(self.opening + self.ending)]
+        return [mark for mark in dict.fromkeys([*own, *KNOWN_MARKS]) if len(mark) > 1]
+
+    # --------------------------------------------------------------------- what a folder says
+
+    def _compile(self, source: str) -> tuple[jinja2.Template, set[str]]:
+        """The template in jinja's sandbox, set up as transformers sets it up, and the names that it reads."""
+        def raise_exception(message: str):  # templates call it
+            raise UserError(f"the chat template of {self.folder} refuses these messages: {message}")
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols", Generation])
+        environment.filters["tojson"] = to_json
+        environment.globals["raise_exception"] = raise_exception
+        try:
+            names = environment.parse(source).find_all(jinja2.nodes.Name)
+            return environment.from_string(source), {name.name for name in names if name.ctx == "load"}
+        except (jinja2.TemplateError, RecursionError) as e:
+            raise UserError(f"the chat template of {self.folder} is not valid jinja: {e}") from None
+
+    def _around_answer(self, messages: list[dict]) -> tuple[str, str]:
+        """What the template writes before and after the assistant's answer to these messages."""
+        answer = dict(role="assistant", content=ANSWER)
+        opening, found, ending = self.render([*messages, answer], prompt=False).rpartition(ANSWER)
+        if not found:
+            raise UserError(f"the chat template of {self.folder} does not write what the assistant says")
+        return opening, ending
+
     def _end_of_turn(self) -> int:
-        """The id that ends an assistant's turn: what the template writes straight after its content."""
-        mark = "mipo-answer"
-        messages = [dict(role="user", content="question"), dict(role="assistant", content=mark)]
-        rest = self.render(messages, prompt=False).split(mark)[-1]
-        ids = self._encode_rendered(rest)
-        if not ids or ids[0] not in self.special_ids.values():
-            raise UserError(f"the chat template of {self.folder} ends an answer without a special token")
-        return ids[0]
+        """The id that ends an assistant's turn: the first token after its content, past blanks."""
+        for id in self.encode_rest(self.ending):
+            if id in self.added.values():
+                return id
+            if self.tokenizer.decode([id], skip_special_tokens=False).strip("\u2581 \n\t\r"):
+                break
+        raise UserError(f"the chat template of {self.folder} ends an answer without a special token")
+
+    def _written_ids(self) -> set[int]:
+        """The ids that the template writes of itself around a system prompt, a question and an answer."""
+        system = [dict(role="system", content="system")] if self._renders_system() else []
+        text = self.render([*system, QUESTION]) + self.opening + self.ending
+        return set(self.encode_rest(text))
+
+    def _renders_system(self) -> bool:
+        """Whether the template lets a system prompt be."""
+        try:
+            return self.takes_system
+        except UserError:
+            return False
+
+    def _vocab_size(self) -> int | None:
+        """How many tokens the model knows, from config.json; None where that is not there or does not say."""
+        file = self.folder / "config.json"
+        size = read_object(file).get("vocab_size") if file.exists() else None
+        return size if isinstance(size, int) else None
 
     def _stop_ids(self) -> frozenset[int]:
         """All of generation_config.json's (else config.json's) eos ids and the end-of-turn token."""
-        stop = {self.end_token}
         for name in ("generation_config.json", "config.json"):
-            path = self.folder / name
-            eos = read_json(path).get("eos_token_id") if path.exists() else None
-            if eos is not None:
-                return frozenset(stop | set(eos if isinstance(eos, list) else [eos]))
-        return frozenset(stop)
+            file = self.folder / name
+            eos = read_object(file).get("eos_token_id") if file.exists() else None
+            if eos is None:
+                continue
+            ids = eos if isinstance(eos, list) else [eos]
+            if not all(type(id) is int and id >= 0 for id in ids):
+                raise UserError(f"{file}: eos_token_id {eos!r} is not a token's id, nor a list of such")
+            return frozenset([self.end_token, *ids])
+        return frozenset([self.end_token])

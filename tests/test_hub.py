@@ -22,8 +22,9 @@ from conftest import ROOT, FakeHub, random_model, run_process
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import model
-from model import Decoder, find, load
+from folder import find, load, save_file
+from folder import save as save_model
+from model import Decoder
 from run import UserError
 
 SHA = "0123456789" * 4
@@ -99,13 +100,13 @@ def test_a_hub_model_is_fetched_once_and_only_what_it_needs(ask, tiny):
     """Every tensor loads; pickles, cards and other stray files are never asked for; then it works offline."""
     count = sum(p.numel() for p in load_file(tiny / "model.safetensors").values())
     with hub(tiny) as (address, asked):
-        online = ask(address, "model.py", "owner/tiny")
+        online = ask(address, "folder.py", "owner/tiny")
         assert online.returncode == 0, online.stderr
         assert f"{count:,} parameters" in online.stdout and '"hidden_size": 64' in online.stdout
         fetched = [path.rsplit("/", 1)[1] for verb, path in asked if verb == "GET" and "/resolve/" in path]
         assert sorted(fetched) == sorted(p.name for p in tiny.iterdir())
         assert not [path for _, path in asked if any(path.endswith(name) for name in STRAY)]
-    offline = ask(address, "model.py", "owner/tiny", HF_HUB_OFFLINE="1")
+    offline = ask(address, "folder.py", "owner/tiny", HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout) == (0, online.stdout), offline.stderr
 
 
@@ -143,7 +144,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(ask):
     """Nobody listens: exit code 2, a line that names the model and says that it is the hub."""
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
-        done = ask(f"http://127.0.0.1:{deaf.getsockname()[1]}", "model.py", "owner/tiny")
+        done = ask(f"http://127.0.0.1:{deaf.getsockname()[1]}", "folder.py", "owner/tiny")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
     assert all(word in done.stderr for word in ["owner/tiny", "folder", "hub", "reach"])
 
@@ -158,8 +159,8 @@ def test_names_that_no_repository_can_have(name):
 # ------------------------------------------------------------------------- saving
 
 def save(start: Decoder, folder: Path, source: Path, *dtype: torch.dtype, shard: str = "5GB") -> None:
-    """model.save with the weights of a whole model."""
-    model.save(start.state_dict(), start.config, folder, source, *dtype, max_file_size=shard)
+    """folder.save with the weights of a whole model."""
+    save_model(start.state_dict(), start.config, folder, source, *dtype, max_file_size=shard)
 
 
 CASES = pytest.mark.parametrize(("dtype", "tied"), [(torch.bfloat16, True), (torch.float32, False)])
@@ -216,7 +217,7 @@ def test_saving_replaces_a_folder_whole(tiny, tmp_path):
 def test_an_error_while_saving_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
     """The disk is full at the second shard: not a byte changes, a new folder does not appear."""
     save(random_model(seed=3), tmp_path / "out", tiny)
-    before, write, files = content(tmp_path / "out"), model.save_file, []
+    before, write, files = content(tmp_path / "out"), save_file, []
 
     def full(tensors, file, *args, **kwargs):
         files.append(file)
@@ -224,11 +225,11 @@ def test_an_error_while_saving_leaves_the_old_folder(tiny, tmp_path, monkeypatch
             raise OSError(28, "No space left on device", str(file))
         write(tensors, file, *args, **kwargs)
 
-    monkeypatch.setattr(model, "save_file", full)
+    monkeypatch.setattr("folder.save_file", full)
     for name in ("out", "new"):
         with pytest.raises(OSError, match="No space"):
             save(random_model(seed=4), tmp_path / name, tiny, shard="100KB")
     assert len(files) == 4 and content(tmp_path / "out") == before and not (tmp_path / "new").exists()
-    monkeypatch.setattr(model, "save_file", write)
+    monkeypatch.setattr("folder.save_file", write)
     save(random_model(seed=4), tmp_path / "out", tiny, shard="100KB")
     assert torch.equal(load(tmp_path / "out").head, random_model(seed=4).head.bfloat16().float())

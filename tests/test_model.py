@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from model import Config, Decoder, Packed, causal_attention, causal_mask, load, rotary_tables, rotate, save
+from folder import load, save
+from model import Config, Decoder, Packed, causal_attention, causal_mask, rotary_tables, rotate
 from run import UserError
 
 IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))
@@ -216,6 +217,7 @@ def index_of_a_missing_shard(folder: Path) -> None:
     """An index that sends the reader to a file that is not there."""
     index = {"weight_map": {NORM: SHARD}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
 
 
 def weights_with(**tensors) -> Callable[[Path], None]:
