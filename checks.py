@@ -1,17 +1,64 @@
 """checks.py - whether a response is right, by rule: final answers, and the demo's checkers.
 
-    extract     the final answer of a response to a math or multiple-choice question (Table 2)
+    extract     the final answer of a response to a math or multiple-choice question (Table 2), or to a
+                question of a user's own file whose answer is a number, a letter or a few words
     honours     whether a response respects one of the demo's contexts, by a small program
     verify      either of the two, whichever an example asks for
+    words       the words of a text in any script
 
 What differs from the paper: it does not say how answers are read; strict and flexible reading are both
-reported. The demo and its checks are ours.
+reported, and of math the one that takes the last #### of the whole response. A small model goes on after its
+answer with an "Example 9" of its own, as the prompt's worked examples do; what follows is no answer to the
+question that was asked. Own answers, the demo and its checks are ours.
 
     python -m pytest tests/test_answers.py tests/test_checks.py
 """
 
+import functools
 import re
+import unicodedata
 from collections.abc import Callable
+
+# ------------------------------------------------------------------------- words in any script
+
+# Scripts that are written without spaces between words: Thai and Lao, Burmese, Khmer, kana and bopomofo, Han.
+UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31a0-\u31bf"
+                      "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+JOINERS = "\u200c\u200d"  # they hold letters of a word, or the parts of an emoji, together
+
+
+@functools.cache
+def kind_of(character: str) -> str:
+    """What a character is to `words`: space, mark, unspaced, letter (or digit, or _) or sign."""
+    if character.isspace():
+        return "space"
+    if unicodedata.category(character).startswith("M") or character in JOINERS:
+        return "mark"
+    if UNSPACED.match(character) and character.isalnum():
+        return "unspaced"
+    return "letter" if character.isalnum() or character == "_" else "sign"
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words and single punctuation marks: the tokens of distinct-2 and self-BLEU.
+
+    A script without spaces between its words gives a token a character. Marks, such as the vowel signs of
+    Hindi or Thai, stay with the letter before them.
+    """
+    if text.isascii():
+        return re.findall(r"\w+|[^\w\s]", text.lower())
+    tokens: list[str] = []
+    before = "space"
+    for character in text.lower():
+        kind = kind_of(character)
+        if (kind == "mark" and before != "space") or (kind == before == "letter"):
+            tokens[-1] += character
+            continue
+        if kind != "space":
+            tokens.append(character)
+        before = kind
+    return tokens
+
 
 # ------------------------------------------------------------------------- right answers by rule
 
@@ -31,6 +78,9 @@ NUMBER = re.compile(
 NUMBER_START = re.compile(
     r"(?<![\w.,])(?:(?:[-+\u2212$\u00a3\u20ac]+\s?)?\.?(?P<digit>\d)|[-+\u2212$\u00a3\u20ac]+)"
 )
+
+
+NUMBER_ALONE = re.compile(rf"\s*{NUMBER.pattern}\s*%?\s*")  # a text that is a number and nothing else
 
 
 def number(text: str, start: int = 0) -> str | None:
@@ -57,6 +107,29 @@ def last_number(text: str) -> str | None:
     return next((value for value in numbers if value is not None), None)
 
 
+# The head of another example, as in the worked ones of the prompt: in bold, as a heading, numbered or not.
+NEXT_EXAMPLE = re.compile(r"[\s*#]*(?:new |next )?(?:example|problem)\b[\s*]*(?:\d+[\s*]*)?(?:[:.]|$)", re.I)
+NEXT_QUESTION = re.compile(r"[\s*#]*(?:new |next )?question\b[\s*]*(?:\d+[\s*]*)?:", re.I)
+
+
+def before_next_question(text: str) -> str:
+    """A response up to the example or question that the model makes up after its answer.
+
+    "Example 9:" ends an answer once there is a number. "Question:" does so only after ####, for it may also
+    open a step of the reasoning. A question that is repeated at the beginning ends nothing.
+    """
+    position, has_number, has_marker = 0, False, False
+    for line in text.splitlines(keepends=True):
+        example, question = NEXT_EXAMPLE.match(line), NEXT_QUESTION.match(line)
+        if (example and has_number) or (question and has_marker):
+            return text[:position]
+        if not example and not question:
+            has_number = has_number or any(map(str.isdigit, line))
+            has_marker = has_marker or "####" in line
+        position += len(line)
+    return text
+
+
 def math_answer(text: str, flexible: bool) -> str | None:
     """The number after the last ####; flexible: where there is none, the last number."""
     _, marker, after = text.rpartition("####")
@@ -81,13 +154,67 @@ def choice_answer(text: str, choices: int, flexible: bool) -> str | None:
     return alone[-1] if alone else None
 
 
+# A user's own questions ask for no form of answer. So a number is the last one that is called the answer, or
+# the last one at all; a letter likewise, or one that stands alone; a few words count wherever they are said.
+STATED = re.compile(r"(?i:\banswer(?:\s+is)?)|\\boxed\{")
+SHORT = 60  # characters, and a tenth as many words, of an answer that is compared by rule
+OPPOSITES = ({"yes", "no"}, {"true", "false"})  # who explains one may say the other too: the first one counts
+
+
+def answer_style(answer: str) -> str | None:
+    """How a user's own answer is compared: as a "number", a "letter" or "words"; None: it is too long."""
+    answer = answer.strip()
+    if NUMBER_ALONE.fullmatch(answer):
+        return "number"
+    if len(answer) == 1 and answer.upper() in LETTERS:
+        return "letter"
+    is_short = len(answer) <= SHORT and len(answer.split()) <= SHORT // 10
+    return "words" if is_short and plain_words(answer) else None
+
+
+def own_number(text: str) -> str | None:
+    """The number after ####, else the last one that is called the answer, else the last one."""
+    stated = [number(text, match.end()) for match in STATED.finditer(text)]
+    called = [value for value in stated if value is not None]
+    return math_answer(text, flexible=False) or (called[-1] if called else last_number(text))
+
+
+def plain_words(text: str) -> list[str]:
+    """The words of a text in one spelling, without punctuation and articles."""
+    found = words(unicodedata.normalize("NFKC", text))
+    return [word for word in found if word[0].isalnum() and word not in ("a", "an", "the")]
+
+
+def says(text: str, answer: str) -> bool:
+    """Whether a response says the words of an answer one after another; of yes and no the one it says first.
+    """
+    said, wanted = plain_words(text), plain_words(answer)
+    for pair in OPPOSITES:
+        if set(wanted) < pair:
+            return next((word for word in said if word in pair), None) == wanted[0]
+    n = len(wanted)
+    return any(said[i : i + n] == wanted for i in range(len(said) - n + 1))
+
+
+def final_style(example) -> str | None:
+    """How an example's answer is compared: "math" or "choice" of the paper's data, "number", "letter" or
+    "words" of a user's own; None where there is no answer, or no rule for it."""
+    if example.answer is None or example.style in ("math", "choice"):
+        return example.style if example.answer is not None else None
+    return answer_style(example.answer)
+
+
 def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> str | None:
     """The final answer of a response, or None if it gives none.
 
-    style: "math" (a number in its shortest form) or "choice" (a letter). choices: how many a question has.
-    flexible: accept an answer that is not given in the form that the prompt asks for.
+    style: "math" or "number" (a number in its shortest form), "choice" or "letter". choices: how many a
+    question has. flexible: accept an answer that is not given in the form that the prompt asks for.
     """
-    return math_answer(text, flexible) if style == "math" else choice_answer(text, choices, flexible)
+    if style == "math":
+        return math_answer(before_next_question(text), flexible)
+    if style == "number":
+        return own_number(text)
+    return choice_answer(text, choices or len(LETTERS), flexible or style == "letter")
 
 
 def verify(example, text: str, flexible: bool = False) -> bool | None:
@@ -98,9 +225,13 @@ def verify(example, text: str, flexible: bool = False) -> bool | None:
     """
     if example.check:
         return honours(example.check, text)
-    if example.answer is None or example.style not in ("math", "choice"):
-        return None
-    return extract(example.style, text, len(example.choices or ()), flexible) == example.answer
+    style = final_style(example)
+    if style in (None, "words"):
+        return None if style is None else says(text, example.answer)
+    answer = example.answer
+    if style in ("number", "letter"):
+        answer = number(answer) if style == "number" else answer.strip().upper()
+    return extract(style, text, len(example.choices or ()), flexible) == answer
 
 
 # The demo's checks: each tells whether a response does what one context asks for. Contexts name them

@@ -21,12 +21,13 @@ import functools
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from checks import LETTERS, number
+from folder import download
+from formats import read_own_file
 from judge import PAPER, rubric_text
-from model import download
 from run import UserError, read_json, read_jsonl, seed_from
 from sample import Sampling
 
@@ -68,6 +69,22 @@ class Example:
     rubric: str | None = None  # by which a judge compares two responses
     choices: list[str] | None = None  # of a multiple-choice question
     preference: dict | None = None  # Multi-Bench: what --contexts infer puts in the user's words
+    system: str | None = None  # what the model is told before the user speaks
+    where: str = field(default="", compare=False)  # own data: file and line
+
+    @property
+    def name(self) -> str:
+        """What a message calls the row: its file and line, else its id."""
+        return self.where or repr(self.id)
+
+    def row(self) -> dict:
+        """All fields, as they are compared with those of another run. Where the row stands is none of them,
+        nor is what earlier versions did not have and the row has not."""
+        row = dataclasses.asdict(self)
+        del row["where"]
+        if self.system is None:
+            del row["system"]
+        return row
 
     def user_message(self, context: str | None) -> str:
         """What the user says with a context: this example's, another's, or none."""
@@ -98,6 +115,7 @@ def shots() -> str:
 # ------------------------------------------------------------------------- what the data sets are like
 
 SPLITS = ("train", "validation", "test")
+OWN_FILES = (".jsonl", ".json")  # how the name of a user's own file ends
 QWEN = "Qwen/Qwen2.5-1.5B-Instruct"
 
 
@@ -183,7 +201,7 @@ def load_all_splits(data: str, seed: int) -> list[Example]:
     name, folder = name_and_folder(data)
     if data == "demo":
         return load_demo(seed)
-    if data.endswith(".jsonl"):
+    if data.endswith(OWN_FILES):
         return load_jsonl(Path(data), seed)
     if name in DATA:
         examples, remarks = load_paper_data(name, folder)
@@ -238,28 +256,21 @@ def demo_example(prompt: dict, context: dict) -> Example:
 
 # ------------------------------------------------------------------------- own .jsonl files
 
-COLUMNS = dict(prompt=str, context=(str, list), reference=str, answer=str, user=str, id=str, split=str,
-               chosen=str, rejected=str)
-
-
 def load_jsonl(path: Path, seed: int) -> list[Example]:
-    """A user's own data, one JSON object a line.
+    """A user's own data: one JSON object a line, or an array of them.
 
     Columns: "prompt", and optionally "context" (a string or a list of them), "reference", "answer", "user",
-    "id" and "split"; for ready pairs also "chosen" and "rejected". "chosen" alone is for SFT, or for pairs
-    with noise or reshuffled responses. Other columns are named and not used. A mistake in the data is a
-    UserError with file and line.
+    "id", "split" and "system"; for ready pairs also "chosen" and "rejected". "chosen" alone is for SFT, or
+    for pairs with noise or reshuffled responses. Other columns are named and not used; other formats of
+    preference data are read by formats.py. A mistake in the data is a UserError with file and line.
 
     Where a row has no "split", a hash of its prompt and the seed puts it into train, validation or test
     (80, 10 and 10%), so that rows with the same prompt stay together.
     """
+    file = read_own_file(path)
     examples: list[Example] = []
-    unused: set[str] = set()
     line_of_id: dict[str, int] = {}
-    for line, row in read_jsonl(path):
-        where = f"{path}:{line}"
-        unused |= unused_columns(row, where)
-        fields = example_fields(row, where)
+    for line, where, fields in file.rows:
         for column in ("chosen", "rejected"):
             if examples and (column in fields) != (getattr(examples[0], column) is not None):
                 raise UserError(f"{where}: some rows have {column!r} and some have not")
@@ -271,40 +282,10 @@ def load_jsonl(path: Path, seed: int) -> list[Example]:
         line_of_id[id] = line
         tenth = seed_from("split", seed, fields["prompt"]) % 10
         fields.setdefault("split", {8: "validation", 9: "test"}.get(tenth, "train"))
-        examples.append(Example(**fields))
-    if unused:
-        print(f"{path}: columns not used: {', '.join(sorted(unused))}")
+        examples.append(Example(**fields, where=where))
+    for remark in file.remarks(path):
+        print_once(remark)
     return examples
-
-
-def unused_columns(row: dict, where: str) -> set[str]:
-    """Columns that an Example does not have; one that looks like a misspelt column is a UserError."""
-    unused = row.keys() - COLUMNS.keys()
-    for column in unused:
-        nearest = difflib.get_close_matches(column, COLUMNS, n=1, cutoff=0.75)
-        if nearest and nearest[0] not in row:
-            raise UserError(f"{where}: unknown column {column!r} (did you mean {nearest[0]!r}?)")
-    return unused
-
-
-def example_fields(row: dict, where: str) -> dict:
-    """The fields of an Example that a row gives, each of the right type; UserError if they are not."""
-    fields = {column: value for column, value in row.items() if column in COLUMNS and value is not None}
-    for column, value in fields.items():
-        if column in ("id", "answer", "user") and isinstance(value, int | float):
-            fields[column] = str(value)
-        elif not isinstance(value, COLUMNS[column]):
-            raise UserError(f"{where}: column {column!r} holds a {type(value).__name__}, not text")
-    if isinstance(fields.get("context"), list):
-        fields["items"] = fields["context"]
-        if not all(isinstance(item, str) for item in fields["items"]):
-            raise UserError(f"{where}: column 'context' is a list, but not of texts only")
-        fields["context"] = " ".join(fields["items"])
-    if not fields.get("prompt", "").strip():
-        raise UserError(f"{where}: no 'prompt'")
-    if "rejected" in fields and "chosen" not in fields:
-        raise UserError(f"{where}: ready pairs need 'chosen' too, not 'rejected' alone")
-    return fields
 
 
 # ------------------------------------------------------------------------- the paper's data sets

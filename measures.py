@@ -1,27 +1,22 @@
-"""measures.py - the numbers of an evaluation: statistics, text quality, and what they say of each system.
+"""measures.py - the numbers of an evaluation: statistics, and what they say of each system.
 
     statistics    intervals that know which rows belong together, McNemar, win rates at equal length
-    text          distinct-2 and self-BLEU-4 (Tables 3, 4)
     systems       win rates, quality columns and paired differences (Tables 1, 2)
 
-What differs from the paper: the intervals are ours (it gives standard deviations over seeds), and so are the
-smoothing of self-BLEU and its two kinds, within a prompt and across prompts, which it leaves open.
+What differs from the paper: the intervals are ours (it gives standard deviations over seeds).
 
     python -m pytest tests/test_measures.py
 """
 
-import functools
 import itertools
 import math
-import re
-from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from checks import extract, honours, verify
+from checks import extract, final_style, honours, math_answer, verify
 from data import Example
-from run import seed_from
+from diversity import distinct_2, self_bleu_across, self_bleu_within
 
 SYSTEMS = ("default", "prompted", "trained")
 
@@ -198,138 +193,6 @@ def length_controlled(outcomes: np.ndarray, longer: np.ndarray) -> float | None:
     return float(1 / (1 + np.exp(-w[0])))
 
 
-def words(text: str) -> list[str]:
-    """Lower-cased words and single punctuation marks: the tokens of distinct-2 and self-BLEU."""
-    return re.findall(r"\w+|[^\w\s]", text.lower())
-
-
-def ngrams(tokens: list[str], n: int) -> Counter:
-    """How often each n-gram occurs."""
-    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
-
-
-def distinct(texts: list[list[str]], n: int = 2) -> float:
-    """The share of different n-grams among all n-grams, of all texts together."""
-    counts: Counter = Counter()
-    for text in texts:
-        counts.update(ngrams(text, n))
-    return len(counts) / max(1, counts.total())
-
-
-def self_bleu(texts: list[list[str]]) -> float:
-    """Mean BLEU-4 of each text against all others as references (Zhu et al., 2018); higher is less diverse.
-
-    Precisions of n > 1 are smoothed by adding one to both counts (Lin and Och, 2004; "method 2" of Chen and
-    Cherry, 2014), so that a text without a common 4-gram is not 0 whatever else it shares. The brevity
-    penalty is taken against the reference closest in length.
-    """
-    return float(bleu_against_others(texts).diagonal().mean())
-
-
-def bleu_against_others(texts: list[list[str]]) -> np.ndarray:
-    """BLEU-4 of each text against all others: (texts, texts).
-
-    Row i, column j: of text i, where text j is no reference either. On the diagonal all others are.
-    """
-    closest = closest_lengths([len(text) for text in texts])  # (texts, texts)
-    lengths = np.array([[max(1, len(text))] for text in texts])  # (texts, 1)
-    penalty = np.minimum(1, np.exp(1 - closest / lengths))  # (texts, texts)
-    product = np.ones(penalty.shape)
-    for n in range(1, 5):
-        product *= clipped_precisions(texts, n)
-    return penalty * product ** (1 / 4)
-
-
-def closest_lengths(lengths: list[int]) -> np.ndarray:
-    """The length of the reference closest to each text's, the shorter of two: (texts, texts), as above."""
-    closest = np.empty((len(lengths), len(lengths)))
-    for i, own in enumerate(lengths):
-        others = [j for j in range(len(lengths)) if j != i]
-        others.sort(key=lambda j: (abs(lengths[j] - own), lengths[j]))
-        closest[i] = lengths[others[0]]
-        if len(others) > 1:
-            closest[i, others[0]] = lengths[others[1]]
-    return closest
-
-
-def clipped_precisions(texts: list[list[str]], n: int) -> np.ndarray:
-    """BLEU's n-gram precision of each text against all others: (texts, texts), as above.
-
-    An n-gram counts at most as often as the reference that has it most often holds it. That is neither the
-    text itself nor the one left out, so the three texts with the highest counts are kept for every n-gram.
-    """
-    counts = [ngrams(text, n) for text in texts]
-    holders: dict[tuple, list[tuple[int, int]]] = defaultdict(list)  # n-gram -> (its count, a text)
-    for i, count in enumerate(counts):
-        for gram, c in count.items():
-            holders[gram].append((c, i))
-    highest = {gram: sorted(found, reverse=True)[:3] for gram, found in holders.items()}
-    added = int(n > 1)
-    precisions = np.empty((len(texts), len(texts)))
-    for i, count in enumerate(counts):
-        matched, lost = 0, np.zeros(len(texts))  # with all references; without the one that has most
-        for gram, c in count.items():
-            others = [(c_other, j) for c_other, j in highest[gram] if j != i]
-            if not others:
-                continue
-            most, holder = others[0]
-            next_most = others[1][0] if len(others) > 1 else 0
-            matched += min(c, most)
-            lost[holder] += min(c, most) - min(c, next_most)
-        precisions[i] = (matched - lost + added) / max(1, count.total() + added)
-    return precisions
-
-
-def rows_of_prompts(prompts: tuple[str, ...]) -> list[list[int]]:
-    """The rows of each prompt, in the order in which prompts first come."""
-    rows: dict[str, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(i)
-    return list(rows.values())
-
-
-def one_response_a_prompt(prompts: tuple[str, ...]) -> list[list[int]]:
-    """Rows with one response to every prompt: five seeded choices, or the only one.
-
-    They are the same for every system, so that all systems compare.
-    """
-    rows = rows_of_prompts(prompts)
-    draws = 1 if len(rows) == len(prompts) else 5
-    generators = [np.random.default_rng(seed_from("diversity", draw)) for draw in range(draws)]
-    return [[int(generator.choice(of_prompt)) for of_prompt in rows] for generator in generators]
-
-
-@functools.lru_cache(maxsize=8)  # differences of systems ask for their values again
-def self_bleu_across(texts: tuple[str, ...], prompts: tuple[str, ...]) -> np.ndarray:
-    """Self-BLEU-4 of one response a prompt: of all prompts, then without each of them. (1 + prompts,)
-
-    This is what stands beside Tables 3 and 4: each response of a data set against all others. The paper does
-    not say how rows that share a prompt are treated; here none meets another, so that the value does not
-    depend on how many contexts a prompt has.
-    """
-    tokens = [words(text) for text in texts]
-    estimates = []
-    for chosen in one_response_a_prompt(prompts):
-        scores = bleu_against_others([tokens[i] for i in chosen])  # (prompts, prompts)
-        own = scores.diagonal()  # (prompts,)
-        without = (scores.sum(0) - own) / max(1, len(own) - 1)  # (prompts,) a text left out has no score
-        estimates.append([own.mean(), *without])
-    return np.mean(estimates, axis=0)
-
-
-@functools.lru_cache(maxsize=8)
-def self_bleu_within(texts: tuple[str, ...], prompts: tuple[str, ...]) -> np.ndarray:
-    """Self-BLEU-4 of all responses to one prompt, whose contexts differ: (prompts,), NaN for a single one.
-
-    This is what the paper's R2 speaks of: other contexts bring other responses to the same prompt. `default`
-    answers a prompt once, whatever the context: 1.
-    """
-    tokens = [words(text) for text in texts]
-    values = [self_bleu([tokens[i] for i in rows]) if len(rows) > 1 else math.nan
-              for rows in rows_of_prompts(prompts)]
-    return np.array(values)
-
-
 def jackknife_interval(estimates: np.ndarray) -> dict:
     """An estimate of all prompts and its interval, from those that leave out one prompt: (1 + prompts,)."""
     without, count = estimates[1:], len(estimates) - 1
@@ -353,15 +216,6 @@ def self_bleus(texts: list[str], prompts: list[str], baseline: list[str] | None 
                 self_bleu_4_within=interval(within, list(range(len(within)))))
 
 
-def distinct_2(texts: list[str], prompts: list[str]) -> float | None:
-    """distinct-2 of one response a prompt, mean over the choices that self-BLEU across prompts reads."""
-    if len(set(prompts)) < 2:
-        return None
-    tokens = [words(text) for text in texts]
-    values = [distinct([tokens[i] for i in chosen]) for chosen in one_response_a_prompt(tuple(prompts))]
-    return float(np.mean(values))
-
-
 # ------------------------------------------------------------------------- the numbers
 
 def or_nan(value):
@@ -380,9 +234,9 @@ def groups_of(examples: list[Example]) -> dict:
     return dict(clusters=[cluster_of(e) for e in examples], crossed=contexts if all(contexts) else None)
 
 
-def has_final_answer(e: Example) -> bool:
-    """Whether a response to the example has a final answer that is right or wrong."""
-    return e.answer is not None and e.style in ("math", "choice")
+def have_final_answers(examples: list[Example]) -> bool:
+    """Whether responses to some of the examples have a final answer that is right or wrong."""
+    return any(final_style(e) for e in examples)
 
 
 def nan_where(missing: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -443,7 +297,7 @@ def system_row(examples: list[Example], answers: list[Answer], judge: str = "") 
         distinct_2=distinct_2(texts, prompts),
         **self_bleus(texts, prompts),
     )
-    if has_final_answer(examples[0]):
+    if have_final_answers(examples):
         row |= final_answer_columns(examples, answers)
     if examples[0].choices:
         entropy = np.array([answer.entropy for answer in answers])
@@ -457,19 +311,33 @@ def system_row(examples: list[Example], answers: list[Answer], judge: str = "") 
 
 
 def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict:
-    """Accuracy where answers are read flexibly, and the shares that strict and flexible reading miss."""
+    """Accuracy by other readings than the win rate's, and the shares that strict and flexible reading miss.
+
+    flexible: answers in any form. last_marker: of math, what follows the last #### of the whole response,
+    where a model may have gone on to questions of its own. Answers of a user's own file are read in one way.
+    """
+    if final_style(examples[0]) not in ("math", "choice"):
+        return {}
+
     def read(flexible: bool) -> list[str | None]:
         return [extract(e.style, answer.text, len(e.choices or ()), flexible)
                 for e, answer in zip(examples, answers, strict=True)]
 
-    strict, flexible = read(flexible=False), read(flexible=True)
-    right = [float(final == e.answer) for e, final in zip(examples, flexible, strict=True)]
-    unparsed = np.array([float(final is None) for final in strict])
+    def share_right(finals: list[str | None]) -> dict:
+        right = [float(final == e.answer) for e, final in zip(examples, finals, strict=True)]
+        return interval(np.array(right), **groups, bounds=RATE)
+
     groups = groups_of(examples)
-    return dict(flexible=interval(np.array(right), **groups, bounds=RATE),
-                unparsed=float(unparsed.mean()),
-                unparsed_flexible=flexible.count(None) / len(flexible),
-                unparsed_interval=interval(unparsed, **groups, bounds=RATE))
+    strict, flexible = read(flexible=False), read(flexible=True)
+    unparsed = np.array([float(final is None) for final in strict])
+    columns = dict(flexible=share_right(flexible),
+                   unparsed=float(unparsed.mean()),
+                   unparsed_flexible=flexible.count(None) / len(flexible),
+                   unparsed_interval=interval(unparsed, **groups, bounds=RATE))
+    if examples[0].style == "math":
+        last = [math_answer(answer.text, flexible=False) for answer in answers]
+        columns["last_marker"] = share_right(last)
+    return columns
 
 
 def judged_columns(examples: list[Example], answers: list[Answer], judge: str) -> dict:
@@ -502,7 +370,7 @@ def paired_differences(examples: list[Example], answers: list[Answer], baseline:
     unmatched = shorter < 0.8 * longer  # lengths more than 20% apart
     scores = scores_of(answers, judge)[0] - scores_of(baseline, judge)[0]
     mcnemar_p = None
-    if has_final_answer(examples[0]):
+    if have_final_answers(examples):
         mcnemar_p = mcnemar(wins(examples, answers, judge), wins(examples, baseline, judge))
     texts, baseline_texts = [a.text for a in answers], [a.text for a in baseline]
     return dict(
@@ -544,3 +412,32 @@ def evaluate(examples: list[Example], answers: Answers, judge: str = "") -> dict
         result["contexts"].append(dict(context_id=context_id, group=first.group, check=first.check,
                                        n=len(subset), context=first.context, **rates))
     return result
+
+
+# ------------------------------------------------------------------------- what is not there
+
+MISSING = dict(  # why a number of a system or of a difference is not there
+    win_rate="no row has a check, a short `answer` (a number, a letter, a few words) or a judge's score",
+    win_rate_length_matched="no row has a win rate and two responses within 20% of each other's length",
+    context_gain="the system sees no context, or no row has one",
+    self_bleu_4="there is one prompt only",
+    self_bleu_4_within="no two rows have the same prompt",
+    distinct_2="there is one prompt only",
+    length_controlled="fewer than two rows were judged",
+    entropy_right="no right answer says 'The answer is:'",
+    entropy_wrong="no wrong answer says 'The answer is:'",
+    off_target="there is one context only",
+)
+
+
+def gaps(rows: dict[str, dict]) -> list[str]:
+    """A line for each number that some systems (or differences: name -> its numbers) do not have, and why."""
+    def is_missing(value) -> bool:
+        return value is None or (isinstance(value, dict) and value["mean"] is None)
+
+    lines = []
+    for key, reason in MISSING.items():
+        names = [name for name, row in rows.items() if key in row and is_missing(row[key])]
+        if names:
+            lines.append(f"no {key.replace('_', ' ')} of {', '.join(names)}: {reason}")
+    return lines

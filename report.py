@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from judge import PAPER
-from measures import SYSTEMS
+from measures import SYSTEMS, gaps
 from run import fingerprint, read_json, read_jsonl, write_atomic
 
 # ------------------------------------------------------------------------- formatting
@@ -55,7 +55,8 @@ def markdown_row(cells: list[str]) -> str:
 # ------------------------------------------------------------------------- the printed table
 
 QUALITY = (  # heading, key, format; shown where a system has it
-    ("flexible", "flexible", ".1%"), ("unparsed", "unparsed", ".1%"), ("by MI", "choice_mi", ".1%"),
+    ("flexible", "flexible", ".1%"), ("last ####", "last_marker", ".1%"), ("unparsed", "unparsed", ".1%"),
+    ("by MI", "choice_mi", ".1%"),
     ("score", "score", ".2f"), ("strict wins", "strict", ".1%"), ("ties", "ties", ".1%"),
     ("at equal len", "length_controlled", ".1%"), ("off target", "off_target", ".1%"),
     ("tokens", "tokens", ".1f"), ("unfinished", "unfinished", ".0%"), ("base nll", "nll_per_token", ".3f"),
@@ -75,6 +76,11 @@ def table(result: dict) -> str:
             if "entropy_right" in row:
                 right, wrong = (with_interval(row[key], ".2f") for key in ("entropy_right", "entropy_wrong"))
                 lines.append(f"{system}: entropy over the letters, nats: {right} if right, {wrong} if wrong")
+        lines += gaps(block["systems"] | block["differences"])
+    if result.get("pairs"):
+        rate = with_interval(result["pairs"], ".1f", 100)
+        lines += ["", f"pairs of the data: of {rate}% (n = {result['pairs']['n']}) training has made the "
+                  "chosen response likelier, against the rejected one"]
     for name, verdicts in result.get("judges", {}).items():
         lines += ["", *judge_lines(name, verdicts)]
     if result["contexts"]:
@@ -126,7 +132,9 @@ def judge_lines(name: str, verdicts: dict) -> list[str]:
         lines.append(f"  agrees with people: strictly {strict}%, ties allowed {tolerant}%")
     if "pairwise" in verdicts:
         p = verdicts["pairwise"]
-        level = "-" if p["length_controlled"] is None else f"{p['length_controlled']:.1%}"
+        level = "unknown (fewer than two read)"
+        if p["length_controlled"] is not None:
+            level = f"{p['length_controlled']:.1%}"
         counts = ", ".join(f"{p[key]} {key}" for key in ("wins", "ties", "losses", "unread"))
         lines.append(f"  trained against prompted: {with_interval(p['win_rate'], '.1f', 100)}% ({counts}; "
                      f"{p['flip_rate']:.0%} flip with the order), at equal length {level}")
@@ -140,6 +148,16 @@ BLUE, VERMILION, BLACK, GREY = "#0072B2", "#D55E00", "#333333", "#7F7F7F"
 ACCURACIES = dict(  # the paper's Fig. 2: key of metrics.jsonl -> the curve's name
     accuracy_chosen="chosen: reward > 0", accuracy="chosen > rejected",
     accuracy_rejected="rejected: reward < 0",
+)
+PANELS = (  # of the learning curve: a title, and key of metrics.jsonl -> the curve's name
+    ("prediction accuracy", ACCURACIES),
+    ("reward, nats", dict(reward_chosen="chosen", margin="margin", reward_rejected="rejected")),
+    ("reward", dict(reward="mean of a batch")),  # from here on: PPO
+    ("KL from the start model, nats", dict(kl="a response")),
+    ("tokens a response", dict(length="mean of a batch")),
+    ("share that is clipped", dict(reward_clipped="rewards", ratio_clipped="ratios")),
+    ("critic", dict(explained_variance="explained variance of returns")),
+    ("loss", dict(loss="loss")),  # of every method
 )
 
 
@@ -176,19 +194,18 @@ def running_mean(steps: list[dict], key: str, windows: int = 20) -> tuple[np.nda
 
 
 def learning_curve(folder: Path, candidate: int = 0) -> None:
-    """metrics.jsonl -> learning_curve.png: prediction accuracies (the paper's Fig. 2), rewards, margin, loss.
+    """metrics.jsonl -> learning_curve.png: prediction accuracies (the paper's Fig. 2), rewards, margin, loss;
+    of PPO its rewards, divergence, lengths and critic.
 
     Faint points are steps, lines their running mean over a twentieth of the run.
     """
     plt = pyplot()
     steps = training_steps(folder, candidate)
-    panels = [("prediction accuracy", ACCURACIES),
-              ("reward, nats", dict(reward_chosen="chosen", margin="margin", reward_rejected="rejected")),
-              ("loss", dict(loss="loss"))]
-    panels = [(title, curves) for title, curves in panels if set(curves) <= steps[0].keys()]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained",
+    panels = [(title, curves) for title, curves in PANELS if set(curves) <= steps[0].keys()]
+    rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained",
                                 squeeze=False)
-    for axis, (title, curves) in zip(axes[0], panels, strict=True):
+    for axis, (title, curves) in zip(axes.flat, panels, strict=False):
         for (key, label), colour in zip(curves.items(), ("tab:blue", "tab:gray", "tab:red"), strict=False):
             axis.plot([row["step"] for row in steps], [row[key] for row in steps], ".", color=colour,
                       alpha=0.2, markersize=3)
@@ -360,7 +377,8 @@ def report(folders: list[str], out: Path) -> str:
     published, (measured, copies) = read_json(PAPER), read_runs(folders)
     models = tables_of(measured)
     lines = ["Mean ± standard deviation over seeds, or of one seed the 95% interval; * is what validation "
-             "chose; in parentheses at the end the paper's figure, where it has one."]
+             "chose; in parentheses at the end the paper's figure, where it has one; -: no run here measures "
+             "that (eval.py says of each run why)."]
     for model, rows in models.items():
         for title, key, scale, form in (("win rate or accuracy, %", "win_rate", 100, ".1f"),
                                         ("self-BLEU-4 across prompts", "self_bleu_4", 1, ".3f"),

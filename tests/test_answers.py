@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from checks import extract, number, verify
+from checks import extract, math_answer, number, verify
 from data import Example
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -88,7 +88,62 @@ def test_answers_are_compared_as_exact_decimals():
     e = Example("1", "q", "test", answer=number("1,080.00"), style="math")
     assert verify(e, "#### 1080") and verify(e, "#### $1,080.0") and not verify(e, "#### 1080.01")
     assert verify(Example("1", "q", "test"), "#### 1") is None
-    assert verify(Example("1", "q", "test", answer="free text"), "free text") is None  # a column of own data
+
+
+OWN_ANSWERS = [  # the answer of a user's own file, a response, whether it is right
+    ("12", "6 + 6 = 12.", True), ("12", "It is 13.", False), ("12", "No idea.", False), ("7", "77", False),
+    ("1,000", "about 1000", True), ("50%", "It is 50 percent", True), ("-3", "x = -3", True),
+    ("12.50", "$12.5", True), ("12", "The answer is 12, since 2 times 6 is that of 2.", True),
+    ("12", "\\boxed{12} as 3 < 4", True), ("12", "#### 12\nas 3 < 4", True),
+    ("12", "Answer: 12 (of 40)", True), ("4", "the answer is clear: 2+2=4", True),
+    ("B", "The answer is: B", True), ("b", "I choose B.", True), ("B", "A or B? C.", False),
+    ("B", "Because", False), ("Paris", "The capital is Paris.", True), ("Paris", "Parisians", False),
+    ("paris", "PARIS!", True), ("the Eiffel Tower", "It is Eiffel tower!", True),
+    ("New York", "York, new", False), ("yes", "Yes, there is no doubt.", True),
+    ("yes", "No. Some say yes.", False), ("no", "No, yes is wrong", True), ("True", "It is true", True),
+    ("false", "That is true, not false", False), ("yes", "Perhaps", False), ("1/2", "It is 1/2.", True),
+    ("北京", "首都是北京。", True), ("北京", "首都是东京。", False), ("café", "cafe\u0301", True),
+    ("x", "", False),
+]
+
+
+@pytest.mark.parametrize(("gold", "text", "right"), OWN_ANSWERS)
+def test_an_answer_of_a_users_own_file_is_compared(gold, text, right):
+    """A number by the one that is called the answer, else the last; words wherever they are said."""
+    assert verify(Example("1", "q", "test", answer=gold), text) is right
+
+
+@pytest.mark.parametrize("gold", ["a b c d e f g", "x" * 61, "", " ", "!?", "word " * 40])
+def test_an_answer_that_is_long_or_empty_is_not_compared(gold):
+    """Rules would guess."""
+    assert verify(Example("1", "q", "test", answer=gold), gold) is None
+
+
+GOES_ON = [  # response, its own answer, the one after the last ####
+    ("#### 8\n\nExample 9:\nQuestion: ?\nAnswer: 3\n#### 3", "8", "3"),
+    ("5 + 3 = 8\n#### 8\n\nNew question: ?\n#### 3", "8", "3"),
+    ("#### 8\n\n**Example 9:**\n#### 3", "8", "3"), ("#### 8\n\n### Question 2:\n#### 3", "8", "3"),
+    ("#### 8\nQuestion: ?\nAnswer:\n#### 3", "8", "3"), ("#### 8\n\nExample 9\n#### 3", "8", "3"),
+    ("#### 8\n\nproblem 2: ?\n#### 3", "8", "3"),
+    ("The answer is 8.\n\nExample 9:\n#### 3", None, "3"),  # no answer in the form that was asked for
+    ("Question: he has 5\nAnswer: 8\n#### 8", "8", "8"),  # the question that was asked, repeated
+    ("Example 9:\nQuestion: he has 5\nAnswer: 8\n#### 8", "8", "8"),
+    ("Example 9:\nQuestion: 5?\n#### 8\n\nExample 10:\n#### 3", "8", "3"),
+    ("He has 5.\nQuestion: how many more?\n3 more.\n#### 8", "8", "8"),  # a step of the reasoning
+    ("#### 8\nThat is for example 3 more.", "8", "8"), ("#### 4\n#### 8", "8", "8"),
+    ("#### 8\nThe question was easy.", "8", "8"), ("#### 8", "8", "8"), ("", None, None),
+]
+
+
+@pytest.mark.parametrize(("text", "own", "last"), GOES_ON)
+def test_a_math_answer_stands_before_questions_of_the_models_own(text, own, last):
+    """What follows an invented "Example 9" answers nothing that was asked."""
+    assert (extract("math", text), math_answer(text, flexible=False)) == (own, last)
+
+
+def test_without_a_marker_the_last_number_before_an_invented_example_counts():
+    """In flexible reading."""
+    assert extract("math", "The answer is 8.\n\nExample 9:\n#### 3", flexible=True) == "8"
 
 
 def gsm8k_solutions() -> list[tuple[str, str]]:

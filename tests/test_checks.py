@@ -131,12 +131,15 @@ def test_a_context_about_a_content_mentions_it_itself():
 
 # 100 kB of text that makes a reader try everything: what is repeated, and what stands around it.
 PIECES = [" ", "1", "1,000,", "1/2 ", "-", "#### ", "a", "a. ", ".", "?", "_", '"a', "the answer is",
+          "Example", "\nQuestion: ", "\u0e01",
           "Good luck ", "arr", "<", "_of", "{", '{"a":', "user "]
-AROUND = [('"', ""), ("a", "?b"), ("#### 1", "/2"), ("<a", "b")]
+AROUND = [('"', ""), ("a", "?b"), ("#### 1", "/2"), ("<a", "b"), ("#### 1\nExample", "x"),
+          ("#### 1\nQuestion", "x")]
 READERS = {read.__name__: read for read in (checks.number, judge.read_score, judge.read_choice,
                                             judge.read_object, judge.quote)}
 READERS |= {f"{style}, flexible": lambda text, style=style: extract(style, text, 4, flexible=True)
-            for style in ("math", "choice")}
+            for style in ("math", "choice", "number", "letter")}
+READERS |= {"words": checks.words, "says": lambda text: checks.says(text, "no a b")}
 READERS |= {name: lambda text, name=name, args=args: CHECKS[name](text, *args) for name, args, *_ in TABLE}
 READERS["mentions"] = lambda text: CHECKS["mentions"](text, "arr+", "nurses?")
 

@@ -1,4 +1,5 @@
-"""measures.py against scipy, nltk, loops and rows made by hand: statistics, text quality, the numbers."""
+"""measures.py and diversity.py against scipy, nltk, loops and rows made by hand: statistics, text quality,
+the numbers."""
 
 import dataclasses
 import math
@@ -11,9 +12,11 @@ import scipy.stats
 from conftest import LOWER, SHOUT, answer, held_out
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from measures import (DIFFERENCE, RATE, distinct, distinct_2, evaluate, interval, length_controlled,
-                      mcnemar, off_target, paired_differences, self_bleu, self_bleus, system_row, t_quantile,
-                      wins, words)
+from checks import words
+from data import Example
+from diversity import distinct, distinct_2, self_bleu
+from measures import (DIFFERENCE, MISSING, NO_INTERVAL, RATE, evaluate, gaps, interval, length_controlled,
+                      mcnemar, off_target, paired_differences, self_bleus, system_row, t_quantile, wins)
 
 # ------------------------------------------------------------------------------------------- statistics
 
@@ -296,6 +299,44 @@ def test_words_are_lower_case_runs_and_single_marks():
         "it", "'", "s", "3", ".", "5", "naïve", "cats", "…", "!", "«", "oui", "»"]
 
 
+SCRIPTS = {  # a text without spaces between its words, or with marks, and its tokens
+    "Chinese": ("我喜欢苹果。", list("我喜欢苹果。")),
+    "Japanese": ("パンを食べる", list("パンを食べる")),
+    "halfwidth kana": ("ﾊﾟﾝ", ["ﾊ", "ﾟ", "ﾝ"]),
+    "a rare Chinese character": ("𠮷野", ["𠮷", "野"]),
+    "Chinese and Latin": ("用iPhone 15拍", ["用", "iphone", "15", "拍"]),
+    "Thai": ("กินข้าว",
+             ["กิ", "น", "ข้", "า", "ว"]),
+    "Lao": ("ກິນ", ["ກິ", "ນ"]),
+    "Khmer": ("នំប៉ុង", ["នំ", "ប៉ុ", "ង"]),
+    "Burmese": ("မုန်", ["မု", "န်"]),
+    "Hindi": ("पसंद है।", ["पसंद", "है", "।"]),
+    "Tamil": ("நான்", ["நான்"]),
+    "Persian with a joiner": ("می\u200cخورم", ["می\u200cخورم"]),
+    "Arabic with vowels": ("كَتَبَ", ["كَتَبَ"]),
+    "Korean": ("나는 밥을", ["나는", "밥을"]),
+    "Cyrillic": ("Я ем.", ["я", "ем", "."]),
+    "accents apart": ("nai\u0308ve", ["nai\u0308ve"]),
+    "an emoji's variant": ("a ❤\ufe0f!", ["a", "❤\ufe0f", "!"]),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_words_in_other_scripts(script):
+    """A character where a script has no spaces between words; marks and joiners stay with their letters."""
+    text, tokens = SCRIPTS[script]
+    assert words(text) == tokens
+
+
+@pytest.mark.parametrize("one", ["我喜欢苹果", "ฉันชอบกิน", "パンを食べる"])
+def test_near_equal_texts_without_spaces_have_a_high_self_bleu(one):
+    """As in English; different ones have a low one."""
+    alike = [words(one * 5 + end) for end in "一二三四五"]
+    different = [words(text) for text in ("面包放在布袋", "晚上做豆子汤", "睡前关灯")]
+    assert self_bleu(alike) > 0.9 and self_bleu(different) < 0.3
+    assert distinct(alike) < 0.2
+
+
 @pytest.mark.parametrize(("texts", "value"), [
     (["a b c"], 1.0), (["a b a b a b"], 2 / 5), (["a b c", "a b d"], 3 / 4), (["a b c", "a b c"], 1 / 2),
     (["a b", "c d"], 1.0),  # no bigram across texts
@@ -444,3 +485,32 @@ def test_evaluate_without_a_trained_system():
     block = evaluate(ROWS, dict(default=BASELINE, prompted=BETTER))["parts"]["all"]
     assert set(block["systems"]) == {"default", "prompted"}
     assert set(block["differences"]) == {"prompted - default"}
+
+
+# ------------------------------------------------------------------------------------------- what is missing
+
+@pytest.mark.parametrize("key", MISSING)
+@pytest.mark.parametrize("nothing", [None, NO_INTERVAL], ids=["null", "interval"])
+def test_a_number_that_is_not_there_has_its_reason(key, nothing):
+    """Of which systems, and why; what is there, or is of other data, has none."""
+    there = dict(mean=0.0, low=None, high=None, n=3)
+    rows = dict(default={key: nothing}, prompted={key: there}, trained={key: nothing}, other={})
+    assert gaps(rows) == [f"no {key.replace('_', ' ')} of default, trained: {MISSING[key]}"]
+
+
+def test_own_answers_decide_the_win_rate():
+    """A number, a letter or a few words; a row with a long answer, or none, is left out."""
+    rows = [Example(str(text), "p", "test", answer=text) for text in ("12", "B", "Paris", "word " * 40, None)]
+    texts = ["6 + 6 = 12.", "The answer is: C", "It is Paris.", "word " * 40, "x"]
+    won = wins(rows, [answer(text, 3) for text in texts])
+    assert won[:3].tolist() == [1, 0, 1] and np.isnan(won[3:]).all()
+
+
+def test_math_answers_are_read_before_and_after_questions_of_the_models_own():
+    """win_rate reads the answer that belongs to the question, last_marker the last #### there is."""
+    rows = [Example(prompt, prompt, "test", answer="8", style="math") for prompt in "pqr"]
+    texts = ["#### 8\n\nExample 9:\nQuestion: ?\nAnswer: 3\n#### 3", "#### 8", "#### 3\n\nExample 9:\n#### 8"]
+    row = system_row(rows, [answer(text, 3) for text in texts])
+    assert (row["win_rate"]["mean"], row["last_marker"]["mean"]) == pytest.approx((2 / 3, 2 / 3))
+    row = system_row(rows[:1], [answer(texts[0], 3)])
+    assert (row["win_rate"]["mean"], row["last_marker"]["mean"], row["flexible"]["mean"]) == (1, 0, 1)

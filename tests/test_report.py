@@ -134,6 +134,27 @@ def test_the_paired_difference_leads_and_every_system_has_its_n():
     assert "3 of trained; systems are compared on the 17 of 20 items read for all" in lines[-1]
 
 
+def test_a_dash_in_the_table_has_its_reason():
+    """Of a system and of a difference; pairs of the data are named where they were scored."""
+    difference = dict.fromkeys(("win_rate", "win_rate_length_matched", "context_gain", "score", "self_bleu_4",
+                                "context_gain_per_token_macro", "self_bleu_4_within"), NO_INTERVAL)
+    systems = {name: dict(win_rate=NO_INTERVAL, context_gain=NO_INTERVAL) for name in ("default", "trained")}
+    block = dict(systems=systems, differences={"trained - default": difference | dict(mcnemar_p=None)})
+    text = table(dict(parts=dict(all=block), contexts=[], pairs=interval(0.6)))
+    for reason in ("no win rate of default, trained, trained - default: no row has a check",
+                   "no context gain of default, trained, trained - default: ",
+                   "no self bleu 4 of trained - default: ", "no self bleu 4 within of trained - default: "):
+        assert reason in text
+    assert "pairs of the data: of 60.0 [55.0, 65.0]% (n = 9)" in text
+
+
+def test_math_shows_both_readings():
+    """The answer before questions of the model's own, and the last ####."""
+    row = dict(win_rate=interval(0.5), context_gain=NO_INTERVAL, last_marker=interval(0.2))
+    lines = table(dict(parts=dict(all=dict(systems=dict(default=row), differences={})), contexts=[]))
+    assert "last ####" in lines and "20.0%" in lines
+
+
 # ------------------------------------------------------------------------------------------- report
 
 def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: float | None = None,
