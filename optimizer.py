@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lora import ADAPTER, adapted_layers
 from run import seed_from, world
 
 WATCHED = 2**20  # of how many weights `share_changed` looks at
@@ -69,6 +70,7 @@ class MasterAdamW:
         for master in self.masters:
             zeros = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
             self.adamw.state[master] = dict(step=torch.zeros((), device=master.device), **zeros)
+        self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
         # About WATCHED weights, evenly spread, whose bf16 values are compared with those at the start.
         stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
         self.watched = [weight.detach().view(-1)[::stride] for weight in self.weights]
@@ -94,28 +96,50 @@ class MasterAdamW:
         return torch.cat([values.bfloat16() for values in self.watched])  # (about WATCHED,)
 
     def share_changed(self) -> float:
-        """The share of the model's weights whose bf16 value is no longer that of the start."""
+        """The share of the trained weights whose bf16 value is no longer that of the start."""
         return (self.watched_values() != self.start).float().mean().item()
 
     def zero_grad(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.grad = master.grad = None
 
+    def master_of(self, weight: Tensor) -> Tensor:
+        """The master of one of the model's parameters; a frozen one is its own."""
+        return self.masters_by_weight.get(weight, weight).detach()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a run needs to go on from here, bit for bit: masters, moments, the working copy."""
+        tensors = dict(start=self.start)
+        for i, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
+            tensors |= {f"{i}.weight": weight, f"{i}.master": master} if weight is not master else {
+                f"{i}.master": master}
+            tensors |= {f"{i}.{name}": value for name, value in self.adamw.state[master].items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what `tensors` gave. KeyError where they are another model's."""
+        own = self.tensors()
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
     def weights_to_save(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The model's weights in `dtype`: in its own type the copy that validation has scored, else the
-        masters, rounded stochastically where they have to be."""
-        masters = {id(weight): master for weight, master in zip(self.weights, self.masters, strict=True)}
+        """The weights of the plain model in `dtype`: in its own type the copy that validation has scored,
+        else the masters, rounded stochastically where they have to be. Adapters are merged into the weights
+        that they belong to, from their masters."""
         generator = torch.Generator(self.masters[0].device)
         generator.manual_seed(seed_from("saving", self.seed))
+        adapted = adapted_layers(self.model)
         state = {}
         for name, weight in self.model.named_parameters():
-            master = masters.get(id(weight), weight).detach()
-            if weight.dtype == dtype:
-                state[name] = weight.detach()
-            elif dtype == torch.bfloat16:
-                state[name] = round_stochastically(master, generator)
-            else:
-                state[name] = master.to(dtype)
+            if name.endswith(ADAPTER):
+                continue
+            value = weight.detach() if weight.dtype == dtype else self.master_of(weight)
+            if layer := adapted.get(name.removesuffix(".weight")):
+                value = layer.merged(self.master_of)
+            if dtype == torch.bfloat16 and value.dtype != dtype:
+                value = round_stochastically(value, generator)
+            state[name] = value.to(dtype)
         return state
 
 
@@ -124,6 +148,8 @@ def all_reduce_gradients(model: nn.Module) -> None:
     if world() == 1:
         return
     for p in model.parameters():
+        if not p.requires_grad:  # frozen: it has no gradient, and is to have none
+            continue
         if p.grad is None:  # a last batch may leave a process without pairs
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         dist.all_reduce(p.grad)

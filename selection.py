@@ -7,19 +7,22 @@ moments of training are chosen on the validation part alone.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 
 import torch
 
-from batches import all_logps, group_of, training_rows
+from batches import all_logps, groups_of, training_rows
 from checks import verify
 from contexts import examples_for, sampling_for
-from data import load_all_splits
+from data import OWN_FILES, load_all_splits
+from folder import load, save
+from lora import adapted_layers, save_adapter
 from losses import OBJECTIVES, dpo, sequence_logps
-from model import Decoder, load, save
+from model import Decoder
 from optimizer import MasterAdamW
-from pairs import Pair, pairs_for
+from negatives import Pair
+from pairs import pairs_for
+from rows import fitting_rows
 from run import UserError, barrier, default_device, gather, progress, shard
 from sample import generate
 from tokenizer import Tokenizer
@@ -30,7 +33,7 @@ MARGIN_PAIRS = 64  # of the training pairs, the first ones, on which saving meas
 
 def refuse_leaks(pairs: list[Pair], args) -> None:
     """UserError where pairs to train on are rows of the validation or the test part."""
-    if args.data.endswith(".jsonl") and not Path(args.data).exists():
+    if args.data.endswith(OWN_FILES) and not Path(args.data).exists():
         print(f"{args.data} is not here: whether pairs are validation or test examples could not be checked")
         return
     mine = {(pair.id, pair.prompt) for pair in pairs}
@@ -51,14 +54,16 @@ class Selection:
     Equal scores leave the earlier model.
     """
 
-    def __init__(self, args, folder: Path, source: Path):
+    def __init__(self, args, folder: Path, source: Path, best: dict | None = None):
+        """best: what was chosen before the run was interrupted."""
         self.args = dataclasses.replace(args, limit=args.val_limit, method=VALIDATION_METHOD,
                                         n_neg=max(1, args.n_neg))
         self.folder, self.source = folder, source
         self.examples = examples_for(self.args, "validation")
-        self.best = dict(score=-math.inf)
-        self.tokenizer = Tokenizer(source, args.date)
-        self.name = "win_rate" if verify(self.examples[0], "") is not None else "margin_accuracy"
+        self.best = best
+        self.tokenizer = Tokenizer(source, args.date, args.template)
+        has_checks = any(verify(example, "") is not None for example in self.examples)
+        self.name = "win_rate" if has_checks else "margin_accuracy"
         if self.name == "margin_accuracy":
             pairs = pairs_for(self.args, "validation", folder / "validation")
             self.pairs = training_rows(pairs, self.args)
@@ -77,21 +82,25 @@ class Selection:
         # As evaluation will sample: --temperature and --top-p are for pairs.
         own_settings = dataclasses.replace(self.args, temperature=None, top_p=None)
         sampling = sampling_for(own_settings, evaluation=True)
-        mine = shard(list(enumerate(self.examples)))
-        prompts = [self.tokenizer.chat(example.user_message(example.context)) for _, example in mine]
+        places, new_tokens = model.config.max_position_embeddings, sampling.max_new_tokens
+        examples = fitting_rows(self.examples, lambda e: [e.user_message(e.context)], self.tokenizer, places,
+                                new_tokens)
+        mine = shard(list(enumerate(examples)))
+        prompts = [self.tokenizer.chat(e.user_message(e.context), e.system) for _, e in mine]
         keys = [(i, 0) for i, _ in mine]
         bar = progress(len(prompts), "responses", "validation")
         samples = generate(model, prompts, sampling, self.tokenizer.stop_ids, self.args.seed, keys,
                            self.args.slots, bar)
         bar.close()
-        texts = [self.tokenizer.decode(sample.ids) for sample in samples]
+        texts = [self.tokenizer.answer(sample.ids) for sample in samples]
         wins = gather([verify(example, text) for (_, example), text in zip(mine, texts, strict=True)])
+        wins = [won for won in wins if won is not None]  # rows that have something to be checked by
         return sum(wins) / len(wins)
 
     def offer(self, optimizer: MasterAdamW, pairs: list[Pair], args, candidate: int, step: int) -> float:
         """The score of the optimizer's model, which is saved if no earlier one has reached it."""
         score = self.measure(optimizer.model)
-        is_better = score > self.best["score"]
+        is_better = self.best is None or score > self.best["score"]
         print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
         if is_better:
             kept = save_model(optimizer, pairs, args, self.folder, self.source)
@@ -102,18 +111,22 @@ class Selection:
 def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, source: Path) -> dict:
     """Write the run folder's model/ in the type of --save-dtype, and say what the rounding costs.
 
+    Adapters are merged into it, and written to adapter/ beside it, in fp32 and in PEFT's format.
+
     Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
     the folder, and the share of it that the folder keeps; of methods without rejected responses nothing.
     """
     dtype = getattr(torch, args.save_dtype)
     config = optimizer.model.config
     save(optimizer.weights_to_save(dtype), config, folder / "model", source, dtype)
+    if adapted_layers(optimizer.model):
+        save_adapter(optimizer.model, optimizer.master_of, folder / "adapter", base=args.model)
     barrier()  # every process reads the folder
     if not OBJECTIVES[args.method].uses_rejected:
         return {}
     if dtype == torch.float32:
         return dict(share=1.0)  # the folder holds the masters themselves
-    groups = [group_of(pair, args) for pair in pairs[:MARGIN_PAIRS]]
+    groups = [groups_of(pair, args)[0] for pair in pairs[:MARGIN_PAIRS]]
     device = default_device()
     start = sequence_logps(load(source, getattr(torch, args.dtype), device).float(), groups)
     model = load(folder / "model", torch.float32, device)

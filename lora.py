@@ -1,0 +1,133 @@
+"""lora.py - LoRA: the model's matrices stay as they are, and each learns an update of low rank.
+
+    y = x W^T + (alpha / r) (x A^T) B^T          Hu et al., 2021 (arXiv 2106.09685), Eq. 3
+
+on all linear layers of the blocks (what PEFT calls "all-linear"): neither the embedding nor the output layer.
+A starts as PEFT's does, Kaiming-uniform, and B at 0, so training starts from the very model. Only A and B
+have gradients and optimizer state, and with these adapters off the model is its own reference.
+What differs from the paper: it trains all weights; LoRA is ours, for models that would not fit otherwise.
+
+Legend: T tokens, I inputs and O outputs of a layer, r rank.
+
+    python train.py --lora-rank 32
+"""
+
+import contextlib
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import run
+from fast import upcast
+from run import UserError, seed_from, write_json
+
+ADAPTER = ("lora_A", "lora_B")  # what the two matrices are called, here and in PEFT's files
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with an adapter, in the place and under the names of the plain layer."""
+
+    def __init__(self, layer: nn.Linear, r: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.alpha, self.scale = alpha, alpha / r
+        self.enabled = True
+        a, b = torch.empty(r, layer.in_features), torch.zeros(layer.out_features, r)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)  # between -1/sqrt(I) and 1/sqrt(I)
+        self.lora_A = nn.Parameter(a.to(layer.weight))  # (r, I)
+        self.lora_B = nn.Parameter(b.to(layer.weight))  # (O, r)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)  # (T, O)
+        if self.enabled:
+            down = F.linear(x, self.lora_A)  # (T, r)
+            # y + scale * down B^T, added in place: more tensors of y's size would break up memory.
+            y.addmm_(down, self.lora_B.T, alpha=self.scale)
+        return y
+
+    def merged(self, master_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """W + (alpha / r) B A, in fp32 at least: the matrix of a plain layer that computes the same (O, I).
+
+        master_of: parameter -> its master, see optimizer.MasterAdamW.
+        """
+        a, b = upcast(master_of(self.lora_A)), upcast(master_of(self.lora_B))
+        return torch.addmm(upcast(self.weight.detach()), b, a, alpha=self.scale)
+
+
+def add_adapters(model: nn.Module, r: int, alpha: float, seed: int) -> None:
+    """Freeze a model.Decoder, and give every linear layer of its blocks an adapter of rank r.
+
+    The adapters are in the type of the matrices; their masters are the optimizer's business.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed_from("lora", seed))
+    blocks = model.model.layers
+    for name, layer in list(blocks.named_modules()):
+        if isinstance(layer, nn.Linear):
+            blocks.set_submodule(name, LoRALinear(layer, r, alpha, generator))
+
+
+def adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that have an adapter, by name; none of a plain model."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within it the model is the one that training started from, to the last bit."""
+    layers = adapted_layers(model).values()
+    if not layers:
+        raise ValueError("adapters_off: the model has no adapters, so it is not its own reference")
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def save_adapter(model: nn.Module, master_of: Callable[[Tensor], Tensor], folder: Path, base: str) -> None:
+    """Write a folder that PEFT opens: the masters of all adapters, and what they are.
+
+    base: the model that the adapters belong to, a folder or a hub id. The folder appears whole, in the place
+    of one that is there; process 0 alone writes.
+    """
+    if run.rank():
+        return
+    layers = adapted_layers(model)
+    tensors = {}
+    for name, layer in layers.items():
+        for part in ADAPTER:
+            master = master_of(getattr(layer, part)).detach()
+            tensors[f"base_model.model.{name}.{part}.weight"] = master.to("cpu", torch.float32).contiguous()
+    first = next(iter(layers.values()))
+    config = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=len(first.lora_A),
+        lora_alpha=first.alpha,
+        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    file = temporary / "adapter_model.safetensors"
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise UserError(f"{file} could not be written: {e}") from None
+    write_json(temporary / "adapter_config.json", config)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
