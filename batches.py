@@ -14,49 +14,95 @@ import dataclasses
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from losses import OBJECTIVES, Group, response_logps, split_by_tokens
 from model import Decoder
-from pairs import Pair
-from run import progress, seed_from, shard, world
+from negatives import Pair
+from run import UserError, progress, seed_from, shard, world
 
 
 def training_rows(pairs: list[Pair], args) -> list[Pair]:
     """The pairs as training counts them: one for each rejected response (section 4.2), which share their
-    chosen one; with --softmax one that holds all rejected responses (Eq. 8)."""
-    if args.softmax or not OBJECTIVES[args.method].uses_rejected:
+    chosen one; with --softmax one that holds all rejected responses (Eq. 8). InfoNCE and SAMI take a pair as
+    a set of K responses, each with a context of its own."""
+    objective = OBJECTIVES[args.method]
+    if objective.every_prompt:
+        return distinct_sets(pairs, args)
+    if args.softmax or not objective.uses_rejected:
         return pairs
     return [dataclasses.replace(pair, rejected=[response]) for pair in pairs for response in pair.rejected]
 
 
-def group_of(pair: Pair, args) -> Group:
-    """The responses of a pair, all under the right prompt (x, c), also those sampled under another one: this
-    is the heart of the method (section 4.2)."""
-    responses = pair.responses if OBJECTIVES[args.method].uses_rejected else [pair.chosen]
-    return pair.prompt_ids, [response.ids for response in responses]
+def distinct_sets(pairs: list[Pair], args) -> list[Pair]:
+    """The pairs whose K responses come from K different prompts; how many others are left out is printed."""
+    for pair in pairs:
+        if pair.context is None or not all(response.prompt_ids for response in pair.responses):
+            raise UserError(f"--method {args.method} needs responses to one prompt with different contexts, "
+                            f"each with the prompt it was sampled from: example {pair.id!r} has none")
+    sets = [pair for pair in pairs if len({tuple(r.prompt_ids) for r in pair.responses}) == 1 + args.n_neg]
+    if len(sets) < len(pairs):
+        print(f"{len(pairs) - len(sets)} of {len(pairs)} sets repeat a context and are left out")
+    if not sets:
+        raise UserError(f"--method {args.method}: no set has {1 + args.n_neg} different contexts: give a "
+                        "smaller --n-neg")
+    return sets
+
+
+def groups_of(pair: Pair, args) -> list[Group]:
+    """The prompts and responses of a pair that are scored together.
+
+    All responses under the right prompt (x, c), also those sampled under another one: this is the heart of
+    the method (section 4.2). InfoNCE and SAMI score all of them under each other's prompts too.
+    """
+    objective = OBJECTIVES[args.method]
+    responses = pair.responses if objective.uses_rejected else [pair.chosen]
+    prompts = [pair.prompt_ids]  # (x, c)
+    if objective.every_prompt:
+        prompts = [response.prompt_ids for response in responses]  # (x, c_1), ..., (x, c_K)
+    ids = [response.ids for response in responses]
+    return [(prompt, ids) for prompt in prompts]
 
 
 def pair_logps(model: Decoder, pairs: list[Pair], args) -> tuple[Tensor, Tensor]:
     """log pi(y|x,c) of the chosen and the rejected responses, summed over tokens, and their token counts.
 
-    (B, 1 + N) each, the chosen response first; (B, 1) where rejected responses are not used.
+    (B, 1 + N) each, the chosen response first; (B, 1) where rejected responses are not used; log-probs
+    (B, K, K) where every response is scored under every prompt: [:, i, j] = log pi(y_j | x, c_i).
     """
-    groups = [group_of(pair, args) for pair in pairs]
-    scored = response_logps(model, groups)
-    logps = [torch.stack([tokens.sum() for tokens in responses]) for responses in scored]  # (1 + N,) each
-    lengths = [[len(ids) for ids in responses] for _, responses in groups]
-    return torch.stack(logps), torch.tensor(lengths, device=model.device)
+    sets = [groups_of(pair, args) for pair in pairs]
+    groups = [group for groups in sets for group in groups]
+    chunks = list(split_by_tokens([[group] for group in groups], args.pass_tokens))
+    scored: list[list[Tensor]] = []  # of each group, the token log-probs of each response
+
+    # A set of K prompts may be more than one pass. Its passes are then computed twice: now, keeping nothing
+    # but the log-probs, and once more, a pass at a time, when their gradients are known.
+    for chunk in chunks:
+        part = [groups[i] for i in chunk]
+        if len(chunks) == 1:
+            scored += response_logps(model, part)
+        else:
+            scored += checkpoint(response_logps, model, part, use_reentrant=False)
+
+    sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])  # (B * prompts * R,)
+    lengths = [[len(ids) for ids in groups[0][1]] for groups in sets]
+    lengths = torch.tensor(lengths, device=model.device)  # (B, R)
+    logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, R)
+    return logps if OBJECTIVES[args.method].every_prompt else logps[:, 0], lengths
 
 
 @torch.no_grad()
 def all_logps(model: Decoder, pairs: list[Pair], args, label: str = "reference") -> Tensor:
-    """log pi(y|x,c) of every pair's responses, (pairs, 1 + N), without gradient.
+    """log pi(y|x,c) of every pair's responses, (pairs, 1 + N), without gradient; for an objective that uses
+    no reference nothing is computed, and (pairs, 1) zeros stand in.
 
     The micro-batches are those of the first epoch, so sums round as they will in training, and the first
     step's margins are exactly 0 in any arithmetic. label: of the progress bar.
     """
+    if not OBJECTIVES[args.method].uses_reference:
+        return torch.zeros(len(pairs), 1, device=model.device)
     dtype = torch.promote_types(model.compute, torch.float32)
-    responses = len(group_of(pairs[0], args)[1])
+    responses = len(groups_of(pairs[0], args)[0][1])
     table = torch.zeros(len(pairs), responses, dtype=dtype, device=model.device)  # (pairs, 1 + N)
     bar = progress(len(pairs), "pairs", label)
     for batch in epoch_batches(len(pairs), args, epoch=0):
@@ -84,11 +130,5 @@ def epoch_batches(count: int, args, epoch: int) -> list[list[int]]:
 def micro_batches(pairs: list[Pair], batch: list[int], args) -> list[list[int]]:
     """This process's share of a batch, cut into passes of --pass-tokens tokens (see split_by_tokens)."""
     mine = shard(batch)
-    groups = [group_of(pairs[i], args) for i in mine]
-    return [[mine[k] for k in chunk] for chunk in split_by_tokens(groups, args.pass_tokens)]
-
-
-def token_count(group: Group) -> int:
-    """All tokens of a prefix and its responses."""
-    prefix, responses = group
-    return len(prefix) + sum(map(len, responses))
+    sets = [groups_of(pairs[i], args) for i in mine]
+    return [[mine[k] for k in chunk] for chunk in split_by_tokens(sets, args.pass_tokens)]

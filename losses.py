@@ -1,15 +1,19 @@
 """losses.py - the objectives, and the log-probabilities of responses that they are made of.
 
-    dpo     Eqs. 5, 8 and 10: with MIPO's pairs its optimum is pointwise mutual information (Eqs. 9, 14)
-    sft     token cross-entropy on the chosen responses
+    dpo      Eqs. 5, 8 and 10: with MIPO's pairs its optimum is pointwise mutual information (Eqs. 9, 14)
+    sft      token cross-entropy on the chosen responses
+    infonce  Eq. 6: which of K contexts a response was sampled with
+    sami     Eq. 7: that, and which of K responses was sampled with a context
 
 Each is a pure function of small tensors, one row a pair. Below them stand the functions that produce these
 tensors: `token_logps`, hidden states -> the log-prob of each target token, and `response_logps`, which scores
 all responses of a prompt with the prompt computed once. What differs from the paper: nothing in the
-mathematics; the partition term of Eq. 11 cancels in the difference.
+mathematics. The partition term of Eq. 11 cancels in the difference; Eq. 6 and Eq. 7 are written as
+cross-entropies, which are larger by the constant log K; and any K >= 2 is taken, where the authors' code
+takes 2.
 
-Legend: B pairs, N rejected responses of a pair, T tokens, R tokens of one response, E hidden size,
-        V vocabulary.
+Legend: B pairs, N rejected responses of a pair, K = 1 + N its contexts and responses, T tokens,
+        R tokens of one response, E hidden size, V vocabulary.
 
     python losses.py           DPO at the reference: loss ln 2, margin 0
 """
@@ -26,12 +30,12 @@ from model import Decoder, Packed
 from run import main
 
 Group = tuple[list[int], list[list[int]]]  # (ids of a prefix, ids of each response that continues it)
+Loss = tuple[Tensor, dict[str, Tensor]]  # a loss of each pair (B,), and metrics by name, (B,) each
 
 
 # ------------------------------------------------------------------------- objectives
 
-def dpo(logps: Tensor, reference: Tensor, beta: float,
-        label_smoothing: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+def dpo(logps: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> Loss:
     """Direct preference optimisation of one chosen against N rejected responses (Eq. 5; N > 1: Eq. 8).
 
     logps, reference (B, 1 + N): log pi(y|x,c) and log pi_ref(y|x,c), summed over the response's tokens with
@@ -67,7 +71,7 @@ def dpo(logps: Tensor, reference: Tensor, beta: float,
     return loss, {name: value.detach().float() for name, value in metrics.items()}
 
 
-def sft(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def sft(logps: Tensor) -> Loss:
     """Supervised fine-tuning on the chosen response: its negative log-likelihood, summed over tokens.
 
     logps (B, 1). Returns (B,), which the trainer divides by all tokens of the batch, and metrics (B,).
@@ -77,22 +81,77 @@ def sft(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, dict(loss=detached, logp_chosen=-detached)
 
 
+def over_contexts(scores: Tensor) -> Tensor:
+    """Cross-entropy of a response's own context among all K, mean over the K responses: (B, K, K) -> (B,)."""
+    log_share = scores.log_softmax(-2)  # of every context i, for a fixed response j
+    return -log_share.diagonal(dim1=-2, dim2=-1).mean(-1)  # (B,)
+
+
+def over_responses(scores: Tensor) -> Tensor:
+    """Cross-entropy of a context's own response among all K, mean over the K contexts: (B, K, K) -> (B,)."""
+    return over_contexts(scores.mT)
+
+
+def infonce(logps: Tensor, temperature: float = 100.0) -> Loss:
+    """Information noise-contrastive estimation over the contexts of one prompt (Eq. 6, plus log K).
+
+    logps (B, K, K): logps[:, i, j] = log pi(y_j | x, c_i), where y_j was sampled with c_j. No reference: the
+    temperature does what 1 / beta does in DPO, and must not be 1, where the gradient at the start model is
+    zero in the mean (the softmax is then the true posterior of the context). The authors divide sums over
+    tokens by 100.
+
+    Returns the loss of each set (B,) and metrics (B,), detached.
+    """
+    loss = over_contexts(logps / temperature)  # (B,)
+    return loss, set_metrics(loss, logps)
+
+
+def sami(logps: Tensor, temperature: float = 1.0) -> Loss:
+    """Self-supervised alignment with mutual information (Eq. 7, plus log K): InfoNCE over contexts and over
+    responses, in equal parts. logps and results as in `infonce`.
+
+    At temperature 1 learning starts in the second part, which the lengths of responses dominate where logps
+    are sums over tokens, as the authors' are.
+    """
+    scores = logps / temperature
+    loss = (over_contexts(scores) + over_responses(scores)) / 2  # (B,)
+    return loss, set_metrics(loss, logps)
+
+
+def set_metrics(loss: Tensor, logps: Tensor) -> dict[str, Tensor]:
+    """Of each set (B,): the loss, how far a response's own context stands out, and I(c; y | x), in nats."""
+    logps = logps.detach().float()
+    count = logps.shape[-1]
+    own = logps.diagonal(dim1=-2, dim2=-1)  # (B, K)
+    others = (logps.sum(-2) - own) / (count - 1)  # (B, K): the mean over a response's other contexts
+    return dict(
+        loss=loss.detach().float(),
+        margin=(own - others).mean(-1),
+        accuracy=(own == logps.amax(-2)).float().mean(-1),
+        information=math.log(count) - over_contexts(logps),  # a lower bound on it, at most log K
+        logp_chosen=own.mean(-1),
+        logp_rejected=others.mean(-1),
+    )
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a method trains on. A new one is a function of log-probs and a row of OBJECTIVES.
 
     loss(logps, reference, lengths, args) -> the loss of each pair (B,), and metrics, name -> (B,), detached,
     with "loss" among them. logps, reference and lengths (in tokens) are (B, 1 + N), the chosen response
-    first, or (B, 1) where rejected responses are not used. args: the run's arguments, train.Args.
+    first, or (B, 1) where rejected responses are not used; with `every_prompt` logps are (B, K, K), as in
+    `infonce`. args: the run's arguments, train.Args.
     """
 
-    loss: Callable[[Tensor, Tensor, Tensor, object], tuple[Tensor, dict[str, Tensor]]]
+    loss: Callable[[Tensor, Tensor, Tensor, object], Loss]
     uses_rejected: bool  # whether rejected responses are scored beside the chosen one
     uses_reference: bool  # whether the start model's log-probs are needed
     mean_over: str  # a step's loss is the mean over its "pairs" or over their chosen "tokens"
+    every_prompt: bool = False  # whether responses are scored under each other's prompts too
 
 
-def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> tuple[Tensor, dict[str, Tensor]]:
+def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
     """dpo, and where --nll asks for it the chosen response's negative log-likelihood a token beside it."""
     loss, metrics = dpo(logps, reference, args.beta, args.label_smoothing)
     if args.nll:
@@ -101,15 +160,35 @@ def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> tuple[T
     return loss, metrics
 
 
-def sft_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> tuple[Tensor, dict[str, Tensor]]:
+def sft_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
     """sft, which needs nothing but log-probs."""
     return sft(logps)
 
 
-OBJECTIVES = dict(
-    dpo=Objective(dpo_loss, uses_rejected=True, uses_reference=True, mean_over="pairs"),
-    sft=Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="tokens"),
-)
+def infonce_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
+    """infonce, on log-probs summed or averaged over tokens as --reduce says."""
+    return infonce(reduced(logps, lengths, args.reduce), args.temperature_loss)
+
+
+def sami_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
+    """sami, on log-probs summed or averaged over tokens as --reduce says."""
+    return sami(reduced(logps, lengths, args.reduce), args.temperature_loss)
+
+
+def reduced(logps: Tensor, lengths: Tensor, reduce: str) -> Tensor:
+    """Sums over tokens as they are, or as means. logps (B, K, K), lengths (B, K) of the K responses."""
+    return logps / lengths[:, None, :] if reduce == "mean" else logps
+
+
+OBJECTIVES = {
+    "dpo": Objective(dpo_loss, uses_rejected=True, uses_reference=True, mean_over="pairs"),
+    "sft": Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="tokens"),
+    "sft-revise": Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="tokens"),
+    "infonce": Objective(infonce_loss, uses_rejected=True, uses_reference=False, mean_over="pairs",
+                         every_prompt=True),
+    "sami": Objective(sami_loss, uses_rejected=True, uses_reference=False, mean_over="pairs",
+                      every_prompt=True),
+}
 
 
 # ------------------------------------------------------------------------- log-probs
@@ -173,22 +252,29 @@ def common_prefix_length(sequences: list[list[int]]) -> int:
     return 0
 
 
-def split_by_tokens(groups: list[Group], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of the groups, in order, as many at a time as hold at most `max_tokens` tokens; at least one.
+def token_count(groups: list[Group]) -> int:
+    """All tokens of the groups' prefixes and responses."""
+    return sum(len(prefix) + sum(map(len, responses)) for prefix, responses in groups)
+
+
+def split_by_tokens(sets: list[list[Group]], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of sets of groups, in order, as many at a time as hold at most `max_tokens` tokens; at least
+    one.
 
     What all prefixes of a chunk begin with is computed once for all of them, and is not counted.
     """
     chunk: list[int] = []
-    used = 0
-    for i, (prefix, responses) in enumerate(groups):
-        size = len(prefix) + sum(map(len, responses))
-        prefixes = [groups[j][0] for j in [*chunk, i]]
-        root = common_prefix_length(prefixes)
-        if chunk and used + size - (len(chunk) + 1) * root > max_tokens:
+    used, prefixes = 0, []
+    for i, groups in enumerate(sets):
+        own_prefixes = [prefix for prefix, _ in groups]
+        size = token_count(groups)
+        root = common_prefix_length(prefixes + own_prefixes)
+        if chunk and used + size - (len(prefixes) + len(groups)) * root > max_tokens:
             yield chunk
-            chunk, used = [], 0
+            chunk, used, prefixes = [], 0, []
         chunk.append(i)
         used += size
+        prefixes += own_prefixes
     if chunk:
         yield chunk
 
@@ -202,7 +288,7 @@ def sequence_logps(model: Decoder, groups: list[Group], max_tokens: int = 4096,
     activations for, the default fits everywhere. bar: a progress bar that counts groups.
     """
     sums: list[list[float]] = []
-    for chunk in split_by_tokens(groups, max_tokens):
+    for chunk in split_by_tokens([[group] for group in groups], max_tokens):
         for responses in response_logps(model, [groups[i] for i in chunk]):
             sums.append([logps.sum().item() for logps in responses])
         if bar is not None:

@@ -1,18 +1,11 @@
-"""pairs.py - the contrastive pairs that MIPO trains on (sections 4.1 and 4.2 of the paper).
+"""pairs.py - making the contrastive pairs that MIPO trains on (sections 4.1 and 4.2 of the paper).
 
-    chosen    y_c ~ pi_ref(.|x, c)      x the prompt, c the user's context
-    rejected  y_r ~ pi_ref(.|x)         --neg missing
-              y_r ~ pi_ref(.|x, c')     --neg random: c' of another row
-              y_r ~ pi_ref(.|x')        --neg random in data without contexts: another prompt
-              y_r = another row's y_c   --neg reshuffle
-              y_r = letters and digits  --neg noise (Table 6's control)
-
-Both are then trained under the same right prompt (x, c). --n-neg N draws N rejected responses for every
-chosen one. Every response keeps the prompt that it really came from, and its *context gain*
-log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises (Eq. 14).
+Responses are sampled from the reference model itself: a chosen one with the right prompt, and --n-neg
+rejected ones as negatives.py says. Every response keeps the prompt that it really came from, and its *context
+gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises (Eq. 14).
 What differs from the paper: it does not give sampling settings; ours are the data sets' (data.py), from the
 authors' scripts where there are any. A rejected response that is empty or equals the chosen one is drawn
-again. Noise is as long as the chosen response (Table 6's caption; the paper's text says the rejected one).
+again.
 
     python pairs.py --data demo --neg missing --model DIR --out FOLDER
 
@@ -24,7 +17,6 @@ import itertools
 import json
 import os
 import random
-import string
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,166 +27,21 @@ import contexts
 from checks import check_rates
 from contexts import DataArgs, contexts_of, examples_for, sampling_for
 from data import SPLITS, Example
+from folder import find, load
 from losses import sequence_logps
-from model import Decoder, find, load
+from model import Decoder
+from negatives import (NEGATIVES, SAMPLED, Pair, Response, add_noise, add_reshuffled,
+                       negative_messages)
+from rows import fitting_pairs, fitting_rows, rows_with_contexts
 from run import (UserError, broadcast, default_device, environment, fingerprint, gather, main, option, parse,
                  progress, rank, read_appended, read_json, read_jsonl, seed_from, shard, write_json,
                  write_jsonl)
 from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
 
-NEGATIVES = ("missing", "random", "reshuffle", "noise")
-SAMPLED = ("missing", "random")  # those whose rejected responses are sampled from a prompt
 GAINS = ("chosen", "chosen_per_token_micro", "rejected", "rejected_per_token_micro")
 DRAWS = 10  # rejected responses drawn at most, before an example is given up
 SHARDS = "pairs.jsonl.process-*"  # what processes other than the first have sampled
-
-
-# ------------------------------------------------------------------------- pairs
-
-@dataclass
-class Response:
-    """One response: the ids that were sampled, their text, and where they came from."""
-
-    text: str
-    ids: list[int]
-    finished: bool  # whether the model ended it
-    prompt_ids: list[int]  # what it was sampled from; empty for noise, and where a file does not say
-    gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair
-
-
-@dataclass
-class Pair:
-    """A chosen and N rejected responses, all trained under the chosen one's prompt."""
-
-    id: str
-    prompt: str
-    context: str | None
-    chosen: Response
-    rejected: list[Response]
-    style: str = "plain"  # of the user's message, as in Example
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The right prompt (x, c), under which all of the pair's responses are trained."""
-        return self.chosen.prompt_ids
-
-    @property
-    def responses(self) -> list[Response]:
-        """The chosen response, then the rejected ones."""
-        return [self.chosen, *self.rejected]
-
-    @classmethod
-    def from_row(cls, row: dict) -> "Pair":
-        """A line of pairs.jsonl. Files of earlier versions hold parallel lists in the place of responses."""
-        if "chosen_ids" not in row:
-            fields = row | dict(chosen=Response(**row["chosen"]),
-                                rejected=[Response(**response) for response in row["rejected"]])
-            return cls(**fields)
-        finished = row["finished"]
-        gains = [row["gain_chosen"], *(row["gain_rejected"] or [None] * len(row["rejected"]))]
-        texts = [row["chosen"], *row["rejected"]]
-        ids = [row["chosen_ids"], *row["rejected_ids"]]
-        prompts = [row["prompt_ids"], *row["source_ids"]]
-        columns = zip(texts, ids, finished, prompts, gains, strict=True)
-        chosen, *rejected = (Response(*values) for values in columns)
-        return cls(row["id"], row["prompt"], row["context"], chosen, rejected, row.get("style", "plain"))
-
-
-# ------------------------------------------------------------------------- where rejected responses come from
-
-def negative_messages(examples: list[Example], neg: str, seed: int, n_neg: int = 1) -> list[list[str]]:
-    """The user messages that each row's `n_neg` rejected responses are sampled from (section 4.2, (i), (ii));
-    none for `reshuffle` and `noise`, which sample no rejected responses."""
-    if neg not in SAMPLED or not n_neg:
-        return [[] for _ in examples]
-    require_contexts(examples, neg)
-    messages = []
-    for i, example in enumerate(examples):
-        if neg == "missing":
-            messages.append([example.user_message(None)] * n_neg)  # (i) y_r ~ pi_ref(.|x)
-            continue
-        others = other_rows(examples, i, seed, n_neg)
-        if example.context:
-            messages.append([example.user_message(other.context) for other in others])  # (ii) pi_ref(.|x, c')
-        else:
-            messages.append([other.user_message(None) for other in others])  # pi_ref(.|x')
-    return messages
-
-
-def require_contexts(examples: list[Example], neg: str) -> None:
-    """UserError where contexts are to be left out that some rows do not have."""
-    without = [example.id for example in examples if not example.context]
-    if neg == "missing" and without:
-        raise UserError(f"--neg missing needs a context in every row; {len(without)} have none (first: "
-                        f"{without[0]!r}). random, reshuffle and noise do not")
-
-
-def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[Example]:
-    """`count` rows by seed, drawn with replacement, that differ from row i: in the context or, where it has
-    none, in the prompt; and in the user, where there are users.
-
-    A larger count begins with the rows of a smaller one, so that --n-neg 3 extends --n-neg 1.
-    """
-    rng = random.Random(seed_from("random", seed, i))
-    others: list[Example] = []
-    for _ in range(count + 100 * len(examples)):  # by rejection: nearly every row will do
-        other = rng.choice(examples)
-        if is_other(examples[i], other):
-            others.append(other)
-        if len(others) == count:
-            return others
-    raise UserError("--neg random needs two different contexts, of two users where there are users (without "
-                    f"contexts: two different prompts): there is no other for example {examples[i].id!r}")
-
-
-def is_other(example: Example, other: Example) -> bool:
-    """Whether `other` can stand in for a random user, as seen from `example`."""
-    if example.user is not None and example.user == other.user:
-        return False
-    if example.context:
-        return bool(other.context) and other.context != example.context
-    return other.prompt != example.prompt
-
-
-def add_reshuffled(pairs: list[Pair], seed: int, n_neg: int) -> None:
-    """Fill in rejected responses: the chosen ones of other rows, `n_neg` times in another order (section 4.2,
-    (iii)).
-
-    Each order is a derangement: no row keeps its own response or gets one of equal text, and every response
-    is used once. Rows of equal text stand side by side in runs of at most m rows, so that rotating the list
-    by anything from m to n - m moves every row off its run: aabc rotated by 2 is bcaa.
-    """
-    rng = random.Random(seed_from("reshuffle", seed))
-    runs: dict[str, list[int]] = {}
-    for i in rng.sample(range(len(pairs)), len(pairs)):
-        runs.setdefault(pairs[i].chosen.text, []).append(i)
-    order = [i for run in runs.values() for i in run]
-    n, m = len(order), max(map(len, runs.values()))
-    if n - 2 * m + 1 < n_neg:
-        raise UserError(f"--neg reshuffle: {m} of {n} chosen responses are the same text: too many to give "
-                        f"every row {n_neg} of another text")
-    for shift in rng.sample(range(m, n - m + 1), n_neg):
-        rotated = order[shift:] + order[:shift]
-        for i, j in zip(order, rotated, strict=True):
-            pairs[i].rejected.append(dataclasses.replace(pairs[j].chosen, gain=None))
-
-
-def add_noise(pairs: list[Pair], tokenizer: Tokenizer, seed: int, n_neg: int) -> None:
-    """Fill in rejected responses of random letters and digits, as many tokens as the chosen one, then the end
-    token (Table 6's control)."""
-    characters = string.ascii_letters + string.digits
-    for i, pair in enumerate(pairs):
-        length = len(pair.chosen.ids) - pair.chosen.finished  # without the end token
-        for k in range(n_neg):
-            rng = random.Random(seed_from("noise", seed, i, k))
-            text, ids = "", []
-            while len(ids) < length:
-                text += "".join(rng.choices(characters, k=4 * length))
-                ids = tokenizer.encode(text)
-            ids = ids[:length]
-            noise = Response(tokenizer.decode(ids), [*ids, tokenizer.end_token], True, prompt_ids=[])
-            pair.rejected.append(noise)
 
 
 # ------------------------------------------------------------------------- making pairs
@@ -209,11 +56,13 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
     are honoured.
     """
     start = time.perf_counter()
-    redrawn = 0
+    contexts.warn_of_templates(examples, tokenizer)
+    redrawn, given, places = 0, len(examples), model.config.max_position_embeddings
     if examples[0].chosen is not None:
         pairs = ready_pairs(tokenizer, examples)
     else:
-        messages = negative_messages(examples, neg, seed, max(n_neg, DRAWS) if n_neg else 0)
+        new_tokens = sampling.max_new_tokens
+        examples, messages = usable_rows(tokenizer, examples, neg, seed, n_neg, places, new_tokens)
         first = [row[:n_neg] for row in messages]
         pairs = sample_pairs(model, tokenizer, examples, first, sampling, seed, slots, folder)
         if n_neg and neg in SAMPLED:
@@ -225,17 +74,21 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
     is_filled_in = n_neg > 0 and neg not in SAMPLED and examples[0].rejected is None
     pairs, dropped = drop_useless(pairs, needs_rejected=n_neg > 0 and not is_filled_in)
     if not pairs:
-        raise UserError(f"no pair is left of {len(examples)} examples: {dropped}")
+        raise UserError(f"no pair is left of {given} examples: {dropped}")
     if is_filled_in and neg == "reshuffle":
         add_reshuffled(pairs, seed, n_neg)
     elif is_filled_in:
         add_noise(pairs, tokenizer, seed, n_neg)
+    pairs = fitting_pairs(pairs, examples, places)
+    unusable = given - len(pairs) - sum(dropped.values())
+    if unusable:
+        dropped["unusable"] = unusable  # no context, or too long
     kept_ids = {pair.id for pair in pairs}
     kept = [example for example in examples if example.id in kept_ids]
     gain = context_gain(model, tokenizer, kept, pairs, seed) if n_neg else dict.fromkeys(GAINS)
 
     statistics = dict(
-        examples=len(examples),
+        examples=given,
         pairs=len(pairs),
         dropped=dropped,
         redrawn=redrawn,
@@ -248,6 +101,23 @@ def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], ne
     if any(example.check for example in examples):
         statistics["checks"] = check_rates(kept, pairs, neg)
     return pairs, statistics
+
+
+def usable_rows(tokenizer: Tokenizer, examples: list[Example], neg: str, seed: int, n_neg: int, places: int,
+                new_tokens: int) -> tuple[list[Example], list[list[str]]]:
+    """The rows that can be sampled, and the messages that each one's rejected responses may be drawn from.
+
+    Rows are dropped by their own prompts first, so that no other row borrows a context that is too long.
+    """
+    if n_neg:
+        examples = rows_with_contexts(examples, neg)
+    examples = fitting_rows(examples, lambda e: [e.user_message(e.context)], tokenizer, places, new_tokens)
+    messages = negative_messages(examples, neg, seed, max(n_neg, DRAWS) if n_neg else 0)
+    if not messages[0]:
+        return examples, messages
+    of_row = {example.id: row for example, row in zip(examples, messages, strict=True)}
+    examples = fitting_rows(examples, lambda e: of_row[e.id], tokenizer, places, new_tokens)
+    return examples, [of_row[example.id] for example in examples]
 
 
 def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], negatives: list[list[str]],
@@ -269,7 +139,7 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     prompts: dict[int, list[list[int]]] = {}
     for i in todo:
         right = examples[i].user_message(examples[i].context)
-        prompts[i] = [tokenizer.chat(message) for message in (right, *negatives[i])]
+        prompts[i] = [tokenizer.chat(message, examples[i].system) for message in (right, *negatives[i])]
     jobs = [(i, k) for i in todo for k in range(len(prompts[i]))]
     responses: dict[int, dict[int, Response]] = {i: {} for i in todo}
     pairs: dict[int, Pair] = {}
@@ -279,12 +149,13 @@ def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
 
         def on_finished(job: int, sample: Sample) -> None:
             i, k = jobs[job]
-            text = tokenizer.decode(sample.ids)
+            text = tokenizer.answer(sample.ids)
             responses[i][k] = Response(text, sample.ids, sample.finished, prompts[i][k])
             if len(responses[i]) == len(prompts[i]):
                 example = examples[i]
                 chosen, *rejected = (responses[i][n] for n in range(len(prompts[i])))
-                pair = Pair(example.id, example.prompt, example.context, chosen, rejected, example.style)
+                pair = Pair(example.id, example.prompt, example.context, chosen, rejected, example.style,
+                            example.system)
                 file.write(json.dumps(dataclasses.asdict(pair), ensure_ascii=False) + "\n")
                 file.flush()
                 pairs[i] = pair
@@ -313,12 +184,12 @@ def redraw(model: Decoder, tokenizer: Tokenizer, pairs: list[Pair], messages: li
         pair.rejected = [response for response in pair.rejected if is_useful(response, pair)]
     for k in range(n_neg, len(messages[0])):
         short = [i for i, pair in enumerate(pairs) if len(pair.rejected) < n_neg]
-        prompts = [tokenizer.chat(messages[i][k]) for i in shard(short)]
+        prompts = [tokenizer.chat(messages[i][k], pairs[i].system) for i in shard(short)]
         keys = [(i, k + 1) for i in shard(short)]  # sample 0 is the chosen response
         samples = generate(model, prompts, sampling, tokenizer.stop_ids, seed, keys, slots)
         draws = gather(list(zip(prompts, samples, strict=True)))
         for i, (prompt, sample) in zip(short, draws, strict=True):
-            response = Response(tokenizer.decode(sample.ids), sample.ids, sample.finished, prompt)
+            response = Response(tokenizer.answer(sample.ids), sample.ids, sample.finished, prompt)
             if is_useful(response, pairs[i]):
                 pairs[i].rejected.append(response)
         drawn += len(short)
@@ -350,12 +221,14 @@ def ready_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[Pair]:
     """The pairs of a file that brings the chosen responses as text, and maybe the rejected ones."""
     pairs = []
     for example in examples:
-        right = tokenizer.chat(example.user_message(example.context))
-        chosen = Response(example.chosen, tokenizer.response(example.chosen), True, right)
+        turns = example.user_message(example.context), example.system
+        chosen = Response(example.chosen, tokenizer.response(example.chosen, *turns), True,
+                          tokenizer.chat(*turns))
         rejected = []
         if example.rejected is not None:
-            rejected = [Response(example.rejected, tokenizer.response(example.rejected), True, [])]
-        pairs.append(Pair(example.id, example.prompt, example.context, chosen, rejected, example.style))
+            rejected = [Response(example.rejected, tokenizer.response(example.rejected, *turns), True, [])]
+        pairs.append(Pair(example.id, example.prompt, example.context, chosen, rejected, example.style,
+                          example.system))
     return pairs
 
 
@@ -399,7 +272,7 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     for pair, message in zip(pairs, bare_messages, strict=True):
         ids = [response.ids for response in pair.responses]
         with_context_groups.append((pair.prompt_ids, ids))
-        without_groups.append((tokenizer.chat(message), ids))
+        without_groups.append((tokenizer.chat(message, pair.system), ids))
     bar = progress(2 * len(shard(pairs)), "passes", "context gain")
     with_context = gather(sequence_logps(model, shard(with_context_groups), bar=bar))
     without_context = gather(sequence_logps(model, shard(without_groups), bar=bar))
@@ -422,7 +295,8 @@ def print_statistics(statistics: dict) -> None:
     """Print what a user should know before an hour of training."""
     dropped, gain = statistics["dropped"], statistics["gain"]
     print(f"{statistics['pairs']} pairs of {statistics['examples']} examples (dropped: {dropped['empty']} "
-          f"empty, {dropped['identical']} without a useful rejected response; {statistics.get('redrawn', 0)} "
+          f"empty, {dropped['identical']} without a useful rejected response, "
+          f"{dropped.get('unusable', 0)} without a context or too long; {statistics.get('redrawn', 0)} "
           f"drawn again), {statistics['unfinished']:.0%} of responses "
           f"unfinished, {statistics['response_tokens']} tokens in {statistics['seconds_sampling']:.0f} s")
     for side in ("chosen", "rejected"):
@@ -468,10 +342,11 @@ def load_pairs(folder: Path) -> list[Pair]:
 
 def pair_settings(args: "PairArgs", examples: list[Example], split: str) -> dict:
     """All that decides what the pairs are: stored beside them, and compared before they are used again."""
-    rows = [dataclasses.asdict(example) for example in examples]
+    rows = [example.row() for example in examples]
     sampling = dataclasses.asdict(sampling_for(args))
     names = ("data", "model", "neg", "n_neg", "seed", "date", "dtype")
-    return {name: getattr(args, name) for name in names} | dict(
+    told = dict(system=args.system, template=list(args.template) or None)  # None: as in earlier versions
+    return {name: getattr(args, name) for name in names} | told | dict(
         split=split, contexts=contexts_of(args), examples=len(examples), data_fingerprint=fingerprint(rows),
         sampling=sampling)
 
@@ -484,14 +359,23 @@ def refuse_other_settings(folder: Path, made_with: dict, settings: dict) -> None
                             f"not {value!r}: give the same arguments or another folder")
 
 
-def pairs_for(args: "PairArgs", split: str, folder: Path) -> list[Pair]:
+def round_seed(seed: int, round: int) -> int:
+    """The seed of a round's draws; the first round's is the run's own. The data are split by that one."""
+    return seed_from("round", seed, round) if round else seed
+
+
+def pairs_for(args: "PairArgs", split: str, folder: Path, model: Decoder | None = None,
+              round: int = 0) -> list[Pair]:
     """The pairs of a split: those in `folder` if the same settings made them, else sampled into it.
 
     Sampling that was interrupted continues: pairs.json is written first with the settings, which say whether
-    it may, and again at the end with the statistics, which say that it is whole.
+    it may, and again at the end with the statistics, which say that it is whole. model: what is sampled from,
+    if not the one that args name; round: of self-training, which every draw depends on.
     """
     examples = examples_for(args, split)
     settings = pair_settings(args, examples, split)
+    if round:
+        settings |= dict(round=round)
     file = folder / "pairs.json"
     if file.exists():
         meta = read_json(file)
@@ -503,12 +387,14 @@ def pairs_for(args: "PairArgs", split: str, folder: Path) -> list[Pair]:
 
     check_negatives(examples, args)  # before anything is loaded
     sampling = sampling_for(args)
-    tokenizer = Tokenizer(args.model, args.date)
-    model = load(args.model, getattr(torch, args.dtype), default_device())
+    tokenizer = Tokenizer(args.model, args.date, args.template)
+    if model is None:
+        model = load(args.model, getattr(torch, args.dtype), default_device())
     print(f"sampling with {sampling}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(settings=settings, statistics=None))
-    pairs, statistics = make_pairs(model, tokenizer, examples, args.neg, sampling, args.seed, args.slots,
+    seed = round_seed(args.seed, round)
+    pairs, statistics = make_pairs(model, tokenizer, examples, args.neg, sampling, seed, args.slots,
                                    args.n_neg, folder)
     save_pairs(folder, pairs, dict(settings=settings, statistics=statistics, environment=environment()))
     print_statistics(statistics)
@@ -542,7 +428,8 @@ def check_negatives(examples: list[Example], args: PairArgs) -> None:
     """UserError where these data can't have these negatives."""
     first = examples[0]
     if first.chosen is None:
-        negative_messages(examples, args.neg, args.seed, args.n_neg)  # only for what it refuses
+        usable = rows_with_contexts(examples, args.neg)
+        negative_messages(usable, args.neg, args.seed, args.n_neg)  # only for what it refuses
     elif first.rejected is not None and args.n_neg > 1:
         raise UserError(f"--n-neg {args.n_neg}: {args.data} brings one rejected response for each chosen one")
     elif first.rejected is None and args.n_neg and args.neg in SAMPLED:

@@ -10,6 +10,7 @@ whole or not at all.
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import datetime
 import difflib
@@ -19,6 +20,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import resource
@@ -33,13 +35,25 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import fast
+from console import Output, one_line
 
 
 class UserError(Exception):
     """A mistake the user can mend: `main` prints its one line and leaves with exit code 2."""
 
 
+class Stopped(Exception):
+    """A signal has ended the program where it can go on again: its line says how. number: the signal's."""
+
+    def __init__(self, line: str, number: int):
+        super().__init__(line)
+        self.number = number
+
+
 # ------------------------------------------------------------------------- arguments
+
+LARGEST_WHOLE = 2**31 - 1  # of the numbers on a command line
+
 
 def option(default, help: str, group: str = "options", choices: tuple | None = None, sweep: bool = False,
            positional: bool = False):
@@ -87,10 +101,20 @@ def parse_all(cls: type, argv: list[str] | None = None, usage: str = "") -> list
     values = {}  # field -> its values: several only where a sweep was asked for
     for field in dataclasses.fields(cls):
         value = getattr(args, field.name)
+        refuse_wild_numbers(flag_of(field), value if isinstance(value, tuple) else (value,))
         is_list = field.metadata["sweep"] and isinstance(value, tuple)  # a sweep's default is a single value
         values[field.name] = value if is_list else (value,)
     combinations = itertools.product(*values.values())
     return [cls(**dict(zip(values, combination, strict=True))) for combination in combinations]
+
+
+def refuse_wild_numbers(flag: str, values: tuple) -> None:
+    """UserError where a number is nan, infinite, or so large that it can only be a slip."""
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} {value}: not a finite number")
+        if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
+            raise UserError(f"{flag} {value}: larger than {LARGEST_WHOLE}, the largest number that is taken")
 
 
 def parser_of(cls: type, usage: str) -> argparse.ArgumentParser:
@@ -145,36 +169,75 @@ def list_of(kind: type):
 
 
 def main(program) -> typing.NoReturn:
-    """Run `program()` as a script: a user's mistake, an interrupt or a full disk ends in one clear line."""
-    fast.tune_allocator()
-    start_processes()
-    name = Path(sys.argv[0]).name + (f" (process {rank()})" if rank() else "")
+    """Run `program()` as a script: a user's mistake, an interrupt, a full disk or too little memory ends in
+    one clear line."""
+    with contextlib.redirect_stdout(Output(sys.stdout)), contextlib.redirect_stderr(Output(sys.stderr)):
+        code, line = outcome(program)
+        if line:
+            name = Path(sys.argv[0]).name + (f" (process {rank()})" if rank() else "")
+            print(f"{name}: {one_line(line)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def outcome(program) -> tuple[int, str]:
+    """Run `program()`: the exit code that it ends with, and the line that it ends in, "" for none."""
     try:
+        fast.tune_allocator()
+        start_processes()
         program()
+        sys.stdout.flush()
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(0)
+        return 0, ""
     except UserError as e:
-        print(f"{name}: error: {e}", file=sys.stderr)
-        sys.exit(2)
+        return 2, f"error: {e}"
+    except Stopped as e:
+        return 128 + e.number, str(e)  # as shells say it
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; what was sampled is kept", file=sys.stderr)
-        sys.exit(130)
+        print(file=sys.stderr)  # the terminal has written ^C
+        return 130, "interrupted; what was sampled is kept"
     except OSError as e:
         if e.errno is None:
             raise
         message = f"{e.strerror}: {e.filename}" if e.filename else e.strerror
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            message += "; what was written is kept: make room and give the same command again"
-        print(f"{name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+            message += ("; what was written is kept: make room and give the same command again (train.py: "
+                        "with --resume)")
+        return 2, f"error: {message}"
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        return 2, f"error: out of memory: lower --slots, or --pass-tokens in training ({e})"
+
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory has run out. On a CPU torch has no class for it."""
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or any(words in str(error) for words in OUT_OF_MEMORY))
 
 
 # ------------------------------------------------------------------------- processes
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each process, with WORLD_SIZE
+
+
+def started_by_torchrun() -> bool:
+    """Whether this is one of several processes. Clusters set WORLD_SIZE without the rest: that is told, and
+    nobody is waited for."""
+    size = os.environ.get("WORLD_SIZE") or "1"
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if size != "1" and missing:
+        print(f"WORLD_SIZE={size} is ignored, because {', '.join(missing)} are not set: this is one process; "
+              "torchrun starts several", file=sys.stderr)
+    return size != "1" and not missing
+
+
 def start_processes() -> None:
     """Join torchrun's processes, where there are several: NCCL on GPUs, gloo on CPUs. Only rank 0 prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if started_by_torchrun():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # a process that samples longer than the others keeps them waiting
@@ -278,22 +341,28 @@ def parse_lines(data: bytes, path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; UserError where there is none. Whoever opens a pipe waits for somebody to write.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    return path.read_bytes()
+
+
 def read_json(path: Path):
     """The JSON value in a file; a missing or broken file is a UserError that names it."""
+    data = read_bytes(path)
     try:
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        return parse_json(data)
     except ValueError as e:
         raise UserError(f"{path} is not JSON: {e}") from None
 
 
 def read_jsonl(path: Path) -> list[tuple[int, dict]]:
     """(line number, object) of every non-blank line; anything but an object is a UserError with file:line."""
-    try:
-        return parse_lines(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+    return parse_lines(read_bytes(path), path)
 
 
 def read_appended(path: Path) -> list[dict]:
@@ -303,7 +372,7 @@ def read_appended(path: Path) -> list[dict]:
     of this kind: its other lines are objects, or its only line begins as an object does. Any other file is a
     UserError and stays as it is.
     """
-    data = path.read_bytes() if path.exists() else b""
+    data = read_bytes(path) if path.exists() else b""
     end = data.rfind(b"\n") + 1
     rows = [row for _, row in parse_lines(data[:end], path)]
     unfinished = data[end:]
@@ -401,15 +470,23 @@ def peak_memory() -> float:
 class Metrics:
     """metrics.jsonl: one JSON object a step, appended and flushed, so that a killed run keeps what it logged.
 
-    Process 0 alone writes.
+    Process 0 alone writes. rows: how many lines to keep of what is there; those after them are of steps that
+    will be taken again.
     """
 
-    def __init__(self, path: Path):
-        self.file = open(os.devnull if rank() else path, "a", encoding="utf-8")  # noqa: SIM115
+    def __init__(self, path: Path, rows: int = 0):
+        self.rows = rows
+        self.file = open(os.devnull, "w")  # noqa: SIM115
+        if rank() or str(path) == os.devnull:
+            return
+        lines = path.read_bytes().splitlines(keepends=True)[:rows] if rows else []
+        path.write_bytes(b"".join(lines))
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def log(self, **values) -> None:
         self.file.write(json.dumps(values) + "\n")
         self.file.flush()
+        self.rows += 1
 
 
 def progress(total: int, unit: str, label: str) -> tqdm:

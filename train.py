@@ -1,8 +1,11 @@
 """train.py - MIPO end to end: model -> contrastive pairs -> reference log-probs -> DPO -> model folder.
 
-    dpo   -log sigmoid(beta * ((log pi - log pi_ref)(y_c|x,c) - (log pi - log pi_ref)(y_r|x,c)))       Eq. 5
-          --n-neg N: N such rows for every chosen response, or with --softmax one (N+1)-way row        Eq. 8
-    sft   -log pi(y_c|x,c) a token, mean over the batch's tokens
+    dpo         -log sigmoid(beta * ((log pi - log pi_ref)(y_c|x,c) - (log pi - log pi_ref)(y_r|x,c)))  Eq. 5
+                --n-neg N: N such rows for every chosen response, or with --softmax one (N+1)-way row   Eq. 8
+    sft         -log pi(y_c|x,c) a token, mean over the batch's tokens
+    sft-revise  the same, of responses that the model has first rewritten (revise.py)                   D.2
+    infonce     -log softmax over contexts c_i of log pi(y_j|x,c_i) / T, at i = j                       Eq. 6
+    sami        that with T = 1 and the same over responses y_j, in equal parts                         Eq. 7
 
 Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
 master weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1.
@@ -20,13 +23,10 @@ Legend: B pairs of a micro-batch, N rejected responses of a pair.
 """
 
 import dataclasses
-import heapq
 import math
-import random
-import shutil
-import tempfile
+import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,22 +35,30 @@ from torch.nn.utils import clip_grad_norm_
 
 import contexts
 import pairs as pairing
-from batches import all_logps, epoch_batches, group_of, micro_batches, pair_logps, token_count, training_rows
-from contexts import examples_for, sampling_for
-from data import user_message
+from batches import all_logps, epoch_batches, groups_of, micro_batches, pair_logps, training_rows
+from checkpoint import Checkpoints, StopSignal, lock
+from contexts import examples_for
+from dry_run import dry_run
 from eval import Args as EvalArgs
 from eval import evaluation
-from losses import OBJECTIVES
-from model import Config, Decoder, find, load
+from folder import find, load, read_config
+from lora import add_adapters
+from losses import OBJECTIVES, token_count
+from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
-from pairs import SAMPLED, Pair, PairArgs, check_negatives, load_pairs, make_pairs, pairs_for
+from negatives import SAMPLED, Pair
+from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from report import learning_curve
-from run import (Metrics, UserError, barrier, default_device, environment, fingerprint, gather, main, option,
-                 parse_all, peak_memory, progress, rank, read_json, read_jsonl, world, write_json)
-from selection import Selection, refuse_leaks, save_model
-from tokenizer import Tokenizer
+from revise import check_revisable, revise
+from rows import missing_part
+from run import (Metrics, Stopped, UserError, barrier, default_device, fingerprint, gather, main, option,
+                 parse_all, peak_memory, progress, rank, write_json)
+from run_folder import (begin_or_resume, check_space, given_pairs, run_folder, swept, with_settings_of_pairs,
+                        write_arguments)
+from selection import Selection, save_model
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
+TEMPERATURES = dict(infonce=100.0, sami=1.0)  # the authors', on log-probs summed over tokens
 TEST_ROWS = 640  # of the test part that --test evaluates, by seed: eval.py evaluates all
 
 
@@ -67,11 +75,22 @@ class Args(PairArgs):
     lr: float | None = option(None, f"peak learning rate (default: {LR}; tiny: {TINY_LR})", "training",
                               sweep=True)
     epochs: int = option(1, "passes over the pairs", "training", sweep=True)
+    rounds: int = option(1, "of self-training: each samples new pairs from the last one's model", "training")
     batch: int = option(4, "pairs a step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood a token", "training")
-    pass_tokens: int | None = option(None, "most tokens in one forward and backward pass (default: 768 on a "
-                                     "CPU, 8192 on a GPU), a shared beginning not counted", "training")
+    temperature_loss: float | None = option(None, "that log-probs are divided by (default: infonce 100, "
+                                            "sami 1)", "training")
+    reduce: str = option("sum", "of log-probs over a response's tokens, infonce and sami", "training",
+                         ("sum", "mean"))
+    pass_tokens: int | None = option(None, "most tokens of a forward and backward pass, a shared beginning "
+                                     "not counted (default: 768 on a CPU, 8192 on a GPU)", "training")
+    lora_rank: int = option(0, "train adapters of this rank on all linear layers, 32 is usual; 0: all weights",
+                            "training")
+    lora_alpha: float = option(16.0, "an adapter's update is scaled by this over its rank", "training")
+    checkpoint_activations: bool = option(False, "keep only each block's input for the backward pass, and "
+                                          "compute the rest again", "training")
+    shard: bool = option(False, "divide weights, gradients and moments among the processes", "training")
     save_dtype: str | None = option(None, "type of the saved weights (default: that of --dtype)", "training",
                                     ("bfloat16", "float32"))
     rounding: str = option("stochastic", "of the fp32 masters to bfloat16; nearest only to see what it loses",
@@ -80,6 +99,11 @@ class Args(PairArgs):
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
     test: bool = option(False, f"evaluate on {TEST_ROWS} test rows at the end (tiny: always)", "choosing")
     val_limit: int = option(192, "validation examples, 0 for all", "choosing")
+    save_every: int = option(200, "steps between checkpoints; 0: only when a signal stops it", "resuming")
+    keep: int = option(1, "checkpoints to keep, the newest ones", "resuming")
+    resume: bool = option(False, "go on with the run in --out from its last checkpoint", "resuming")
+    resume_elsewhere: bool = option(False, "also with another torch, device, number of threads or processes, "
+                                    "which changes last bits", "resuming")
 
 
 def resolve(args: Args) -> Args:
@@ -87,15 +111,26 @@ def resolve(args: Args) -> Args:
     args = contexts.resolve(args)
     is_tiny = args.model == "tiny"
     lr, pass_tokens = args.lr, args.pass_tokens
+    neg, n_neg = args.neg, args.n_neg
+    # torchrun --max-restarts starts all processes anew when one has died.
+    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if lr is None:
         lr = TINY_LR if is_tiny else LR
+    if args.method == "sft-revise":
+        neg = "random"  # what the model compares its response with, section 5.1
+    elif not OBJECTIVES[args.method].uses_rejected and not args.pairs and n_neg == 1:
+        n_neg = 0  # nothing to be sampled
     if pass_tokens is None:
         pass_tokens = 8192 if default_device().type == "cuda" else 768
     return dataclasses.replace(
         args,
+        neg=neg,
+        n_neg=n_neg,
         lr=lr,
+        temperature_loss=args.temperature_loss or TEMPERATURES.get(args.method),
         pass_tokens=pass_tokens,
         save_dtype=args.save_dtype or args.dtype,
+        resume=args.resume or args.resume_elsewhere or was_restarted,
         test=args.test or is_tiny,
     )
 
@@ -107,35 +142,77 @@ def check(args: Args) -> None:
         raise UserError("--batch, --epochs, --lr, --beta and --pass-tokens must be positive")
     if not 0 <= args.label_smoothing < 0.5 or min(args.nll, args.eval_every, args.patience) < 0:
         raise UserError("--label-smoothing must be in [0, 0.5); --nll, --eval-every, --patience at least 0")
+    if args.lora_rank < 0 or args.lora_alpha <= 0:
+        raise UserError("--lora-rank must be at least 0, --lora-alpha positive")
+    if args.save_every < 0 or args.keep < 1:
+        raise UserError("--save-every must be at least 0, --keep at least 1")
     if args.patience and not args.eval_every:
         raise UserError("--patience counts validations during training: give --eval-every too")
-    has_rejected = OBJECTIVES[args.method].uses_rejected
-    if has_rejected and not args.n_neg:
+    if args.rounds < 1 or (args.rounds > 1 and args.pairs):
+        raise UserError("--rounds must be at least 1, and 1 with --pairs: later rounds sample anew")
+    check_method(args)
+
+
+def check_method(args: Args) -> None:
+    """UserError where options contradict the method."""
+    objective = OBJECTIVES[args.method]
+    if args.method != "dpo" and (args.softmax or args.label_smoothing or args.nll):
+        raise UserError(f"--softmax, --label-smoothing and --nll go with --method dpo, not {args.method}")
+    if objective.uses_rejected and not args.n_neg:
         raise UserError("--n-neg 0 leaves nothing to prefer: only --method sft trains without")
-    asks_for_more = args.n_neg > 1 and not args.pairs  # given pairs may have more than are used
-    if not has_rejected and (args.softmax or args.label_smoothing or args.nll or asks_for_more):
-        raise UserError("--softmax, --label-smoothing, --nll and --n-neg go with rejected responses: "
-                        f"--method {args.method} has none")
+    if not objective.uses_rejected and args.n_neg > 1 and not args.pairs:
+        raise UserError(f"--n-neg {args.n_neg}: --method {args.method} uses no rejected responses")
+    if args.method not in TEMPERATURES:
+        if args.temperature_loss is not None or args.reduce != "sum":
+            raise UserError(f"--temperature-loss and --reduce go with {' and '.join(TEMPERATURES)}, not with "
+                            f"--method {args.method}")
+        return
+    if args.temperature_loss <= 0:
+        raise UserError("--temperature-loss must be positive")
+    if args.neg not in SAMPLED:
+        raise UserError(f"--method {args.method} scores every response under each other's prompts, which "
+                        f"--neg {args.neg} does not have: use --neg random or missing")
+    if args.neg == "missing" and args.n_neg > 1:
+        raise UserError(f"--method {args.method} needs different contexts, and --neg missing has one beside "
+                        "the right one: use --n-neg 1, or --neg random")
 
 
 # ------------------------------------------------------------------------- training
 
-def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Args, metrics: Metrics,
-          selection: Selection | None = None, candidate: int = 0) -> dict:
-    """Train the optimizer's model on the pairs, and return a summary; every step is a line of metrics.jsonl.
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint says beside its tensors."""
 
-    reference (pairs, 1 + N), of objectives that use one. candidate: the number of this combination of listed
-    values. With a selection the model is validated on the way, and training may stop early.
+    candidate: int = 0  # of the combinations of listed values
+    round: int = 0  # of self-training
+    batch: int = 0  # batches of this round that are done
+    step: int = 0  # steps done of this candidate, in all its rounds
+    tokens: int = 0  # trained on in these steps
+    seconds: float = 0.0  # spent in these steps
+    skipped: int = 0  # of these steps
+    skipped_in_a_row: int = 0
+    scores: list[float] = field(default_factory=list)  # of this candidate's validations
+    rows: int = 0  # lines of metrics.jsonl
+    finished: list[dict] = field(default_factory=list)  # summaries of the candidates before this one
+    best: dict | None = None  # the best validation of all, see Selection
+    pairs: str = ""  # fingerprint of this round's training rows
+
+
+def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Args, metrics: Metrics,
+          state: State, selection: Selection | None = None, checkpoints: Checkpoints | None = None) -> None:
+    """Train the optimizer's model on the pairs, for one round; every step is a line of metrics.jsonl.
+
+    reference (pairs, 1 + N), of objectives that use one. state goes on from where it stands. With a selection
+    the model is validated on the way, and training may stop early. With checkpoints SIGTERM and SIGINT let
+    the step end, save, and raise Stopped.
     """
     model, objective = optimizer.model, OBJECTIVES[args.method]
     batches = [batch for epoch in range(args.epochs) for batch in epoch_batches(len(pairs), args, epoch)]
     steps_per_epoch = len(batches) // args.epochs
     bar = progress(len(pairs) * args.epochs, "pairs", "training")
-    start = time.perf_counter()
-    seconds, tokens, skipped, skipped_in_a_row = 0.0, 0, 0, 0  # of all steps so far
-    scores: list[float] = []  # of the validations so far
+    bar.update(sum(map(len, batches[: state.batch])))
 
-    for step, batch in enumerate(batches):
+    for number, batch in enumerate(batches[state.batch :], state.batch):
         started = time.perf_counter()
 
         # The loss is one mean over the whole batch, however it is cut into micro-batches and wherever those
@@ -156,58 +233,72 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         means["loss"] *= len(batch) / divisor
 
         # A step that is not finite is skipped; many in a row mean that the run is lost.
-        norm = clip_grad_norm_(model.parameters(), 1.0).item()
-        lr = learning_rate(step, len(batches), args.lr)
+        norm = clip_grad_norm_(optimizer.weights, 1.0).item()
+        lr = learning_rate(number, len(batches), args.lr)
         if math.isfinite(norm) and math.isfinite(means["loss"]):
-            optimizer.step(step, lr)
-            skipped_in_a_row = 0
+            optimizer.step(state.step, lr)
+            state.skipped_in_a_row = 0
         else:
-            skipped += 1
-            skipped_in_a_row += 1
+            state.skipped += 1
+            state.skipped_in_a_row += 1
             ids = ", ".join(pairs[i].id for i in batch)
-            print(f"step {step + 1} skipped: loss {means['loss']}, gradient norm {norm} (pairs {ids})")
-            if skipped_in_a_row == 5:
+            print(f"step {state.step + 1} skipped: loss {means['loss']}, gradient norm {norm} (pairs {ids})")
+            if state.skipped_in_a_row == 5:
                 raise UserError("five steps in a row were not finite: lower --lr, or use --dtype float32")
         optimizer.zero_grad()
 
-        step_seconds = time.perf_counter() - started
-        step_tokens = sum(token_count(group_of(pairs[i], args)) for i in batch)
-        seconds += step_seconds
-        tokens += step_tokens
+        state.step += 1
+        state.batch = number + 1
+        seconds = time.perf_counter() - started
+        tokens = sum(token_count(groups_of(pairs[i], args)) for i in batch)
+        state.seconds += seconds
+        state.tokens += tokens
         metrics.log(
-            candidate=candidate,
-            step=step + 1,
-            epoch=step // steps_per_epoch,
+            candidate=state.candidate,
+            round=state.round,
+            step=state.step,
+            epoch=number // steps_per_epoch,
             **means,
             grad_norm=norm,
             lr=lr,
             pairs=len(batch),
-            tokens=step_tokens,
-            tokens_per_second=step_tokens / step_seconds,
-            skipped=skipped,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            skipped=state.skipped,
             weights_changed=optimizer.share_changed(),
         )
         margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
-        bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {tokens / seconds:.0f} tokens/s")
+        bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {state.tokens / state.seconds:.0f} tokens/s")
         bar.update(len(batch))
 
-        is_last = step + 1 == len(batches)
-        is_due = args.eval_every and (step + 1) % args.eval_every == 0
+        is_last = number + 1 == len(batches)
+        is_due = args.eval_every and (number + 1) % args.eval_every == 0
         if selection and (is_last or is_due):
-            scores.append(selection.offer(optimizer, pairs, args, candidate, step + 1))
-            metrics.log(candidate=candidate, step=step + 1, **{"validation_" + selection.name: scores[-1]})
-            since_best = len(scores) - 1 - scores.index(max(scores))
+            score = selection.offer(optimizer, pairs, args, state.candidate, state.step)
+            state.best = selection.best
+            state.scores.append(score)
+            metrics.log(candidate=state.candidate, step=state.step, **{"validation_" + selection.name: score})
+            since_best = len(state.scores) - 1 - state.scores.index(max(state.scores))
             if args.patience and since_best >= args.patience and not is_last:
-                print(f"stopped at step {step + 1} of {len(batches)}: {args.patience} validations no better")
+                print(f"stopped at step {number + 1} of {len(batches)}: {args.patience} validations were no "
+                      "better")
                 break
+
+        if checkpoints:
+            state.rows = metrics.rows
+            signal_number = checkpoints.stop.came()
+            if signal_number or (args.save_every and state.step % args.save_every == 0):
+                checkpoints.save(optimizer.tensors() | dict(reference=reference), asdict(state))
+            if signal_number:
+                raise Stopped(f"stopped after step {state.step}, which is saved: the same command with "
+                              "--resume goes on from there", signal_number)
     bar.close()
-    return dict(
-        steps=step + 1,
-        pairs=len(pairs),
-        skipped=skipped,
-        tokens=tokens,
-        seconds_training=time.perf_counter() - start,
-    )
+
+
+def time_steps(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, file: Path) -> None:
+    """Train one epoch on a few pairs, for the dry run, which reads the metrics in `file`."""
+    optimizer = MasterAdamW(model, args.lr, args.seed, args.rounding)
+    train(optimizer, pairs, reference, dataclasses.replace(args, epochs=1), Metrics(file), State())
 
 
 def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
@@ -216,242 +307,165 @@ def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
     return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
 
 
-# ------------------------------------------------------------------------- dry run
-
-def dry_run(grid: list[Args], folder: Path, source: Path) -> None:
-    """Run a small part of everything, show an example, and say what the whole will take."""
-    args = grid[0]
-    dtype, device = getattr(torch, args.dtype), default_device()
-    tokenizer = Tokenizer(source, args.date)
-    start = time.perf_counter()
-    model = load(source, dtype, device)
-    seconds_loading = time.perf_counter() - start
-    pairs_file = folder / "pairs.json"
-    if args.pairs or (pairs_file.exists() and read_json(pairs_file)["statistics"] is not None):
-        pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)
-        count, seconds = len(pairs), {}
-    else:
-        pairs, count, seconds = estimate_sampling(args, model, tokenizer)
-    show_pair(pairs[0], tokenizer)
-
-    # Training is timed on the first four batches. The very first step also sets up memory, so it is left out
-    # where there are others.
-    rows = training_rows(pairs, args)
-    count = count * len(rows) // len(pairs)
-    few = rows[: 4 * args.batch]
-    once = dataclasses.replace(args, epochs=1)
-    start = time.perf_counter()
-    reference = all_logps(model, few, once)
-    if OBJECTIVES[args.method].uses_reference:
-        seconds["reference"] = (time.perf_counter() - start) * count / len(few)
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "metrics.jsonl"
-        train(MasterAdamW(model, once.lr, once.seed, once.rounding), few, reference, once, Metrics(file))
-        steps = [row for _, row in read_jsonl(file)] if not rank() else []
-    if steps:
-        steps = steps[1:] or steps
-        spent = sum(step["tokens"] / step["tokens_per_second"] for step in steps)
-        per_pair = spent / sum(step["pairs"] for step in steps)
-        seconds["training"] = sum(count * candidate.epochs * per_pair for candidate in grid)
-
-    tokens = sum(token_count(group_of(pair, args)) for pair in rows) / len(rows)
-    total = sum(seconds.values()) + (1 + len(grid)) * seconds_loading
-    parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
-    each = " in each process" if world() > 1 else ""
-    uncounted = "; validation not counted" if len(grid) > 1 or args.eval_every else ""
-    print(f"\n{count} pairs of about {tokens:.0f} tokens, {math.ceil(count / args.batch)} steps an epoch, "
-          f"{sum(candidate.epochs for candidate in grid)} epochs in all")
-    print(f"estimate: {total:.0f} s ({parts}), {peak_memory() / 1e9:.1f} GB at most{each}{uncounted}")
-
-
-def show_pair(pair: Pair, tokenizer: Tokenizer) -> None:
-    """A pair as the model sees it: special tokens and all, and which tokens the loss counts."""
-    def block(title: str, ids: list[int], mask: int) -> None:
-        text = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
-        print(f"\n{title}: {len(ids)} tokens, mask {mask}\n    " + text.replace("\n", "\n    "))
-
-    print(f"example {pair.id}; mask 1: in the loss, mask 0: not")
-    block("prompt, of all responses below", pair.prompt_ids, 0)
-    for k, response in enumerate(pair.responses):
-        end = "" if response.finished else ", unfinished: no end token"
-        block((f"rejected {k}" if k else "chosen") + end, response.ids, 1)
-        if response.prompt_ids and response.prompt_ids != pair.prompt_ids:
-            block(f"rejected {k} was sampled from", response.prompt_ids, 0)
-
-
-def estimate_sampling(args: Args, model: Decoder, tokenizer: Tokenizer) -> tuple[list[Pair], int, dict]:
-    """Sample a few pairs: these, how many there will be in all, and the seconds that all will take."""
-    examples = examples_for(args, "train")
-    check_negatives(examples, args)
-    per_example = 1 + args.n_neg * (args.neg in SAMPLED)  # responses that are sampled
-    size = min(len(examples), max(8, args.slots * world() // per_example))
-    few = random.Random(0).sample(examples, size)
-    pairs, statistics = make_pairs(model, tokenizer, few, args.neg, sampling_for(args), args.seed, args.slots,
-                                   args.n_neg)
-    lengths = [len(response.ids) for pair in pairs for response in pair.responses]
-    depth = decoding_depth(lengths, len(examples) * per_example // world(), args.slots)
-    share = len(few) / len(examples)
-    seconds = dict(
-        sampling=statistics["seconds_sampling"] * depth / max(lengths),
-        gain=statistics["seconds_gain"] / share,
-    )
-    return pairs, round(len(pairs) / share), seconds
-
-
-def decoding_depth(lengths: list[int], count: int, slots: int) -> int:
-    """How many steps the sampler takes for `count` responses of such lengths, refilling its slots."""
-    rng = random.Random(0)
-    ends = [0] * min(slots, count)  # the step at which each slot becomes free
-    for _ in range(count):
-        heapq.heappush(ends, heapq.heappop(ends) + rng.choice(lengths))
-    return max(ends)
-
-
 # ------------------------------------------------------------------------- command line
-
-def run_folder(grid: list[Args]) -> Path:
-    """--out, or runs/ and a name made of the arguments. A folder that already holds a run is refused."""
-    args = grid[0]
-    given = [dataclasses.asdict(candidate) | dict(dry_run=False) for candidate in grid]
-    parts = Path(args.data.partition(":")[0]).stem, args.neg, Path(args.model).name, fingerprint(given)[:6]
-    folder = Path(args.out) if args.out else Path("runs") / "-".join(parts)
-    if (folder / "metrics.jsonl").exists():
-        raise UserError(f"{folder} already holds a run: name another --out, or remove it")
-    return folder
-
-
-def check_space(folder: Path, source: Path) -> None:
-    """UserError where the disk has no room for another model of source's size."""
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
-        raise UserError(f"{folder}: a trained model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are "
-                        "free")
-
-
-def with_settings_of_pairs(grid: list[Args]) -> list[Args]:
-    """With --pairs, the arguments that made them: eval.py goes by args.json, and another seed, say, would
-    give it another split."""
-    if not grid[0].pairs:
-        return grid
-    settings = read_json(Path(grid[0].pairs) / "pairs.json").get("settings", {})
-    if settings.get("split", "train") != "train":
-        raise UserError(f"--pairs {grid[0].pairs} were made of the {settings['split']} part, which a model "
-                        "must not be trained on: make pairs with --split train")
-    names = ("data", "contexts", "neg", "n_neg", "seed", "date")
-    known = {name: settings[name] for name in names if name in settings} | settings.get("sampling", {})
-    return [dataclasses.replace(args, **known) for args in grid]
-
-
-def given_pairs(args: Args, source: Path) -> list[Pair]:
-    """The pairs of --pairs, after a check that this model's tokenizer made them."""
-    pairs = load_pairs(Path(args.pairs))
-    first = pairs[0]
-    message = user_message(first.prompt, first.context, first.style)
-    if Tokenizer(source, args.date).chat(message) != first.prompt_ids:
-        raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
-                        "its tokenizer, chat template or --date is another one")
-    if OBJECTIVES[args.method].uses_rejected and not first.rejected:
-        raise UserError(f"--pairs {args.pairs}: no rejected responses; only --method sft trains without")
-    refuse_leaks(pairs, args)
-    return pairs
-
 
 def program() -> None:
     grid = [resolve(args) for args in with_settings_of_pairs(parse_all(Args, usage=__doc__))]
     for args in grid:
         check(args)
     args, objective = grid[0], OBJECTIVES[grid[0].method]
-    if not objective.uses_rejected and not args.pairs:
-        grid = [dataclasses.replace(candidate, n_neg=0) for candidate in grid]  # nothing to be sampled
     if not objective.uses_reference and len({candidate.beta for candidate in grid}) > 1:
         raise UserError(f"--beta is of no use to --method {args.method}: give it one value")
+    if len(grid) > 1 and args.rounds > 1:
+        raise UserError("--rounds goes with one value of every option: choose these in a first round")
 
     # What can be wrong with data and names is found before the run folder exists, and where contexts are not
     # to be inferred before a model is fetched.
     folder = run_folder(grid)
     if not args.pairs:
-        examples_for(args, "train")
+        check_examples(args)
+    missing = missing_part(args.data, "test", args.seed) if args.test else ""
+    if missing:
+        print(f"{missing}: the run will not be evaluated")
     source = find(args.model)
-    Config.from_dict(read_json(source / "config.json"), str(source / "config.json"))
+    read_config(source)
     barrier()  # all processes have looked at the folder before one of them writes there
+    given = given_pairs(args, source) if args.pairs else None
     if args.dry_run:
-        dry_run(grid, folder, source)
+        dry_run(grid, folder, source, given, load_trainable, time_steps)
         return
-    check_space(folder, source)
-    run_training(grid, folder, source)
-    if grid[0].test:
+    if (folder / "summary.json").exists():
+        print(f"{folder}: training is done")  # and --resume was given, else the folder was refused
+    else:
+        check_space(folder, source)
+        with lock(folder):
+            run_training(grid, folder, source, given)
+    if args.test and not missing:
         evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots))
         print(f"learning curve: {folder / 'learning_curve.png'}")
     else:
         print(f"evaluate it with: python eval.py --model {folder}")
 
 
-def run_training(grid: list[Args], folder: Path, source: Path) -> None:
-    """Pairs, reference log-probs, training of every candidate, and the run folder's files."""
+def check_examples(args: Args) -> None:
+    """UserError where the data can't be what the method needs."""
+    examples = examples_for(args, "train")
+    check_negatives(examples, args)
+    without = [example.id for example in examples if not example.context]
+    if OBJECTIVES[args.method].every_prompt and without:
+        raise UserError(f"--method {args.method} contrasts the contexts of a prompt; {len(without)} of "
+                        f"{len(examples)} examples have none (first: {without[0]!r}): use --method dpo")
+    if args.method == "sft-revise":
+        check_revisable(examples, args)
+
+
+def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair] | None) -> None:
+    """Pairs, reference log-probs, training of every candidate, and the run folder's files.
+
+    given: the pairs of --pairs.
+    """
     args = grid[0]
-    dtype, device = getattr(torch, args.dtype), default_device()
     start = time.perf_counter()
-    selection = Selection(args, folder, source) if len(grid) > 1 or args.eval_every else None
-    pairs = given_pairs(args, source) if args.pairs else pairs_for(args, "train", folder)
-    pairs = training_rows(pairs, args)
-    swept = [field.name for field in dataclasses.fields(args) if field.metadata["sweep"]]
-    candidates = [{name: getattr(candidate, name) for name in swept} for candidate in grid]
-    folder.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(folder, args.keep)
+    saved, tensors = begin_or_resume(grid, folder, checkpoints)
+    state = State(**saved)
+    selection = None
+    if len(grid) > 1 or args.eval_every:
+        selection = Selection(args, folder, source, state.best)
+    metrics = Metrics(folder / "metrics.jsonl", state.rows)
+    seconds = dict(pairs=0.0, reference=0.0)
+    pairs = None
 
-    def write_arguments(arguments: Args) -> None:
-        write_json(folder / "args.json", dict(
-            arguments=dataclasses.asdict(arguments),
-            candidates=candidates,
-            processes=world(),
-            environment=environment(),
-        ))
-
-    write_arguments(args)
-    seconds_pairs = time.perf_counter() - start
-    print(f"{folder}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
-
-    # The reference is the model as training finds it; an objective that uses none does not read these zeros.
-    model = load(source, dtype, device)
-    reference = torch.zeros(len(pairs), 1, device=device)
-    if OBJECTIVES[args.method].uses_reference:
-        reference = all_logps(model, pairs, args)
-    seconds_reference = time.perf_counter() - start - seconds_pairs
-
-    metrics, summaries = Metrics(folder / "metrics.jsonl"), []
-    for k, candidate in enumerate(grid):
+    for candidate in grid[state.candidate :]:
         if len(grid) > 1:
-            print(f"candidate {k + 1} of {len(grid)}: {candidates[k]}")
-        if k:
-            model = optimizer = None  # before the next one takes their memory
-            model = load(source, dtype, device)
+            print(f"candidate {state.candidate + 1} of {len(grid)}: {swept(candidate)}")
+        model = optimizer = None  # before the next one takes their memory
+        model = load_trainable(source, args)
         optimizer = MasterAdamW(model, candidate.lr, candidate.seed, candidate.rounding)
-        summaries.append(train(optimizer, pairs, reference, candidate, metrics, selection, k))
+        if tensors:
+            optimizer.load_tensors(tensors)
+
+        # Rounds of self-training, ours: each takes its pairs and its reference from the model as it finds it,
+        # whose fp32 masters the optimizer keeps, and draws with a seed of its own.
+        for round in range(state.round, args.rounds):
+            state.round = round
+            if pairs is None or round:
+                pairs, reference = prepare(model, args, folder, given, state, seconds, tensors)
+            round_args = dataclasses.replace(candidate, seed=round_seed(args.seed, round))
+            tensors = {}
+            with StopSignal() as checkpoints.stop:
+                train(optimizer, pairs, reference, round_args, metrics, state, selection, checkpoints)
+            if round + 1 < args.rounds:
+                state.batch, state.rows = 0, metrics.rows
+                checkpoints.save(optimizer.tensors(), asdict(state) | dict(round=round + 1))
+        summary = dict(steps=state.step, pairs=len(pairs), skipped=state.skipped, tokens=state.tokens,
+                       seconds_training=state.seconds)
+        state = State(state.candidate + 1, finished=[*state.finished, summary], best=state.best,
+                      pairs=state.pairs)
+
     best = selection.best["candidate"] if selection else 0
     if selection:
-        write_arguments(grid[best])
-        print(f"chosen: {candidates[best]} after step {selection.best['step']}, "
+        write_arguments(grid[best], grid, folder)
+        print(f"chosen: {swept(grid[best])} after step {selection.best['step']}, "
               f"{selection.name} {selection.best['score']:.3f}")
     else:
         kept = save_model(optimizer, pairs, args, folder, source)
     barrier()
 
-    summary = summaries[best] | dict(
+    summary = state.finished[best] | dict(
         kept=selection.best["kept"] if selection else kept,
-        seconds_pairs=seconds_pairs,
-        seconds_reference=seconds_reference,
+        seconds_pairs=seconds["pairs"],
+        seconds_reference=seconds["reference"],
         seconds=time.perf_counter() - start,
         peak_memory_gb=peak_memory() / 1e9,
     )
     if selection:
-        summary |= dict(chosen=selection.best, runs=summaries)
+        summary |= dict(chosen=selection.best, runs=state.finished)
     write_json(folder / "summary.json", summary)
+    checkpoints.remove()
     if not rank():
         learning_curve(folder, best)
-    print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all: pairs {seconds_pairs:.0f}, "
-          f"reference {seconds_reference:.0f}, training {summary['seconds_training']:.0f}; "
+    print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all: pairs {seconds['pairs']:.0f}, "
+          f"reference {seconds['reference']:.0f}, training {summary['seconds_training']:.0f}; "
           f"{summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
+
+
+def load_trainable(source: Path, args: Args) -> Decoder:
+    """The start model in --dtype, with adapters where --lora-rank asks for them."""
+    model = load(source, getattr(torch, args.dtype), default_device())
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.lora_rank:
+        add_adapters(model, args.lora_rank, args.lora_alpha, args.seed)
+    return model
+
+
+def prepare(model: Decoder, args: Args, folder: Path, given: list[Pair] | None, state: State, seconds: dict,
+            tensors: dict[str, Tensor]) -> tuple[list[Pair], Tensor]:
+    """What a round trains on: its training rows, and the model's log-probs of them, (rows, 1 + N).
+
+    seconds: what was spent on pairs and reference so far, added to. tensors: of a checkpoint, whose reference
+    is taken, as the model has moved on since it was computed.
+    """
+    started = time.perf_counter()
+    place = folder / f"round-{state.round + 1}" if state.round else folder
+    pairs = given or pairs_for(args, "train", place, model, state.round)
+    if args.method == "sft-revise":
+        pairs = revise(model, pairs, args, place, round_seed(args.seed, state.round))
+    pairs = training_rows(pairs, args)
+    print(f"{place}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
+    seconds["pairs"] += time.perf_counter() - started
+
+    mark = fingerprint([asdict(pair) for pair in pairs])
+    if "reference" in tensors and state.pairs != mark:
+        raise UserError(f"--resume: the pairs in {place} are not those that the run was trained on")
+    state.pairs = mark
+    started = time.perf_counter()
+    if "reference" in tensors:
+        reference = tensors["reference"].to(model.device)
+    else:
+        reference = all_logps(model, pairs, args)
+    seconds["reference"] += time.perf_counter() - started
+    return pairs, reference
 
 
 if __name__ == "__main__":

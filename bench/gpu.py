@@ -23,10 +23,10 @@ from side_by_side import clock, copy_speed, flops, matmul_ceiling
 from fast import slice_backward, slice_forward
 from model import Config, Decoder
 from optimizer import MasterAdamW
-from pairs import Pair, Response
+from negatives import Pair, Response
 from run import Metrics, default_device, environment, write_json
 from sample import Sampling, generate
-from train import Args, group_of, resolve, train
+from train import Args, State, groups_of, resolve, train
 
 COMMON = dict(rms_norm_eps=1e-6, max_position_embeddings=8192, hidden_act="silu")
 LLAMA_1B = dict(COMMON, model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,
@@ -110,10 +110,10 @@ def step(raw: dict, pairs: int, prompt: int, response: int, device: torch.device
     rows, reference = [random_pair(i) for i in range(pairs)], torch.zeros(pairs, 2, device=device)
     for epochs in (2, 5):  # the first two steps warm up
         args = resolve(Args(model="random", neg="random", batch=pairs, lr=1e-6, epochs=epochs))
-        optimizer = MasterAdamW(model, args.lr, args.seed)
-        summary = train(model, optimizer, rows, reference, args, Metrics(Path(os.devnull)))
-    seconds = summary["seconds_training"] / summary["steps"]
-    work = flops(model.config, [group_of(pair, args) for pair in rows])
+        optimizer, state = MasterAdamW(model, args.lr, args.seed), State()
+        train(optimizer, rows, reference, args, Metrics(Path(os.devnull)), state)
+    seconds = state.seconds / state.step
+    work = flops(model.config, [groups_of(pair, args)[0] for pair in rows])
     return dict(model=raw["model_type"], hidden=raw["hidden_size"], layers=raw["num_hidden_layers"],
                 pairs=pairs, prompt=prompt, response=response, seconds=seconds, pairs_per_s=pairs / seconds,
                 matmul_share=work / seconds / ceiling, tflops=work / seconds / 1e12)

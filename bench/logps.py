@@ -16,8 +16,9 @@ import torch
 from side_by_side import clock, flops, measure, parser, ratios, report
 
 from fast import tune_allocator
+from folder import load
 from losses import Group, response_logps, split_by_tokens
-from model import Decoder, load
+from model import Decoder
 from run import default_device
 
 
@@ -44,7 +45,8 @@ def ours(args) -> None:
     if args.child == "alone":
         # neighbours have different contexts, so that a pass of several shares nothing
         groups = [(context, [responses[k]]) for k in range(args.contexts) for context, responses in groups]
-        passes = [[groups[i] for i in batch] for batch in split_by_tokens(groups, 1024)]
+        chunks = split_by_tokens([[group] for group in groups], 1024)
+        passes = [[groups[i] for i in chunk] for chunk in chunks]
     backward(model, passes[0])  # sets up memory and gradients
     start = clock()
     logps = sum(backward(model, some) for some in passes)

@@ -10,7 +10,7 @@ import transformers
 from side_by_side import clock, read_rows, report
 
 from data import user_message
-from model import find
+from folder import find
 from run import default_device
 
 

@@ -16,12 +16,12 @@ from train_step import make_pair
 import fast
 from batches import all_logps
 from fast import upcast
-from model import load
+from folder import load
 from optimizer import MasterAdamW
 from run import Metrics, default_device
 from sample import Sampling, generate
 from tokenizer import Tokenizer
-from train import Args, resolve, train
+from train import Args, State, resolve, train
 
 PLAIN = dict(
     linear_logps=lambda hidden, weight, targets:
@@ -51,7 +51,7 @@ def ours(args) -> None:
         sampled = clock()
         reference = all_logps(model, pairs, settings)
         optimizer = MasterAdamW(model, settings.lr, settings.seed)
-        train(optimizer, pairs, reference, settings, Metrics(os.devnull))
+        train(optimizer, pairs, reference, settings, Metrics(os.devnull), State())
         report(seconds_sampling=sampled - start, seconds_training=clock() - sampled,
                new_tokens=sum(len(sample.ids) for sample in samples))
 

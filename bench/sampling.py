@@ -18,7 +18,7 @@ from side_by_side import clock, measure, parser, profiled, ratios, read_rows, re
 
 from data import user_message
 from fast import tune_allocator
-from model import load
+from folder import load
 from run import default_device
 from sample import Sampling, generate
 from tokenizer import Tokenizer

@@ -19,12 +19,12 @@ from side_by_side import clock, measure, parser, profiled, ratios, read_rows, re
 
 from data import user_message
 from fast import tune_allocator
-from model import load
+from folder import load
 from optimizer import MasterAdamW
-from pairs import Pair, Response
+from negatives import Pair, Response
 from run import Metrics, default_device
 from tokenizer import Tokenizer
-from train import Args, all_logps, resolve, train
+from train import Args, State, all_logps, resolve, train
 
 COPIES = dict(ours=1, ours_4x=4, ours_16x=16)  # child -> how often it takes the rows
 
@@ -49,18 +49,19 @@ def ours(args, copies: int) -> None:
     reference = all_logps(load(args.model, dtype, device), pairs, settings)
     referred = clock() - start
 
-    def train_once() -> dict:
-        optimizer = MasterAdamW(model, settings.lr, settings.seed)
-        return train(optimizer, pairs, reference, settings, Metrics(Path(os.devnull)))
+    def train_once() -> State:
+        optimizer, state = MasterAdamW(model, settings.lr, settings.seed), State()
+        train(optimizer, pairs, reference, settings, Metrics(Path(os.devnull)), state)
+        return state
 
-    summary = train_once()
+    state = train_once()
     seconds = clock() - start
     if args.profile:  # the second time around, when memory is there
         report(**profiled(train_once))
         return
     report(pairs=len(pairs), seconds=seconds, pairs_per_s=len(pairs) / seconds,
            seconds_per_pair=seconds / len(pairs), seconds_reference=referred,
-           **{key: summary[key] for key in ("steps", "skipped", "tokens")})
+           steps=state.step, skipped=state.skipped, tokens=state.tokens)
 
 
 def speed(reports: dict[str, list[dict]]) -> dict:

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contexts import DataArgs, examples_for
-from model import load
+from folder import load
 from run import default_device, default_dtype, environment, main, progress, write_json
 from sample import Sampling, generate
 from tokenizer import Tokenizer

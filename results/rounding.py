@@ -19,16 +19,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from batches import all_logps, group_of, training_rows
+from batches import all_logps, groups_of, training_rows
+from folder import find, load, save
 from losses import sequence_logps
-from model import Decoder, find, load, save
+from model import Decoder
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
 from report import pyplot, save_figure
 from run import (Metrics, default_dtype, environment, main, peak_memory, read_json, read_jsonl, seed_from,
                  write_json)
 from selection import mean_margin
-from train import Args, resolve, train
+from train import Args, State, resolve, train
 
 WAYS = ("fp32", "stochastic", "nearest")
 BLUE, GREY, VERMILION = "#0072b2", "#555555", "#d55e00"
@@ -74,10 +75,10 @@ def measure(name: str, rows: list, lr: float, seed: int, way: str, epochs: int) 
     emulated = way != "fp32" and compute == torch.float32
     make = EmulatedAdamW if emulated else MasterAdamW
     optimizer = make(model, lr, seed, "nearest" if way == "nearest" else "stochastic")
-    groups = [group_of(row, args) for row in rows]
+    groups = [groups_of(row, args)[0] for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         file, began = Path(folder) / "metrics.jsonl", time.perf_counter()
-        train(optimizer, rows, reference, args, Metrics(file))
+        train(optimizer, rows, reference, args, Metrics(file), State())
         seconds = time.perf_counter() - began
         steps = [row for _, row in read_jsonl(file)]
         masters = load(source, torch.float32)

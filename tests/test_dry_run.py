@@ -6,9 +6,9 @@ import re
 import pytest
 from conftest import write_data
 
-import train
+import dry_run
 from run import read_json
-from train import decoding_depth
+from dry_run import decoding_depth
 
 
 @pytest.mark.parametrize(("flags", "rejected", "epochs"), [
@@ -32,7 +32,7 @@ def test_a_dry_run_leaves_nothing_and_counts_right(flags, rejected, epochs, call
 
 def test_a_dry_run_on_given_pairs_samples_none(call_train, dpo_run, work, monkeypatch, capsys):
     """Nor does it estimate how long sampling takes."""
-    monkeypatch.setattr(train, "make_pairs", None)
+    monkeypatch.setattr(dry_run, "make_pairs", None)
     call_train("--dry-run", "--pairs", dpo_run)
     out = capsys.readouterr().out
     assert "estimate" in out and "sampling" not in out.split("estimate")[1]

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from folder import load
 from losses import (common_prefix_length, dpo, response_logps, sequence_logps, sft, split_by_tokens,
                     token_logps)
-from model import Decoder, load
+from model import Decoder
 
 METRICS = {"loss", "margin", "accuracy", "reward_chosen", "reward_rejected", "accuracy_chosen",
            "accuracy_rejected", "logp_chosen", "logp_rejected"}
@@ -125,7 +126,7 @@ def test_a_shared_root_makes_room_in_a_chunk():
     a, b, c = (([1, 2, *rest], [[7, 8]]) for rest in ([3, 4, 5, 5], [3, 4, 5, 6], [9, 9, 9, 9]))
     for tokens, expected in ((5, [[0], [1], [2]]), (6, [[0, 1], [2]]), (17, [[0, 1], [2]]),
                              (18, [[0, 1, 2]])):
-        assert list(split_by_tokens([a, b, c], tokens)) == expected
+        assert list(split_by_tokens([[a], [b], [c]], tokens)) == expected
 
 
 def test_the_end_token_counts(oracle_folder, oracle):
@@ -162,7 +163,8 @@ def test_sequence_logps_are_sums_of_response_logps(models, max_tokens):
     model, graphs, bar = models[0], [], CountingBar()
     with model.register_forward_hook(lambda _, args, hidden: graphs.append(hidden.requires_grad)):
         sums = sequence_logps(model, GROUPS, max_tokens, bar)
-    assert not any(graphs) and len(graphs) == len(list(split_by_tokens(GROUPS, max_tokens)))
+    passes = list(split_by_tokens([[group] for group in GROUPS], max_tokens))
+    assert not any(graphs) and len(graphs) == len(passes)
     assert bar.count == len(GROUPS)
     for found, group in zip(sums, response_logps(model, GROUPS), strict=True):
         assert found == pytest.approx([logps.sum().item() for logps in group], rel=1e-12)
@@ -173,7 +175,7 @@ def test_sequence_logps_are_sums_of_response_logps(models, max_tokens):
 ])  # fmt: skip
 def test_chunks_hold_at_most_their_tokens(tokens, expected):
     """Groups of 11, 9 and 4 tokens, in order; one larger than the budget goes alone."""
-    assert list(split_by_tokens(GROUPS, tokens)) == expected
+    assert list(split_by_tokens([[group] for group in GROUPS], tokens)) == expected
 
 
 # ------------------------------------------------------------------------- dpo

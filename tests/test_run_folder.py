@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pairs as pairing
 import train
-from model import load
+from folder import load
 from pairs import load_pairs
 from run import UserError, read_json, read_jsonl, write_json, write_jsonl
 from train import Args
 
-COMMON = {"candidate", "step", "epoch", "loss", "logp_chosen", "grad_norm", "lr", "pairs", "tokens",
+COMMON = {"candidate", "round", "step", "epoch", "loss", "logp_chosen", "grad_norm", "lr", "pairs", "tokens",
           "skipped", "weights_changed"}
 REWARDS = {"margin", "accuracy", "reward_chosen", "reward_rejected", "accuracy_chosen", "accuracy_rejected",
            "logp_rejected"}
@@ -48,7 +48,8 @@ def test_a_run_folder_is_complete(whole_run, own_data, tiny):
     assert sorted(os.listdir(folder)) == files and os.listdir(folder.parent) == ["mine"]
     given = Args(data=str(own_data), model=str(tiny), out="mine", max_new_tokens=6, batch=2, lr=1e-4,
                  dtype="float32")
-    assert read_json(folder / "args.json")["arguments"] == dataclasses.asdict(train.resolve(given))
+    arguments = dataclasses.asdict(train.resolve(given))
+    assert read_json(folder / "args.json")["arguments"] == json.loads(json.dumps(arguments))
     pairs, steps = load_pairs(folder), metrics_of(folder)
     assert {pair.id for pair in pairs} <= {f"r{i}" for i in range(8)} and len(pairs) >= 6
     assert all(step.keys() == COMMON | REWARDS for step in steps)

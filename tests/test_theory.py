@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from losses import dpo
+from losses import dpo, infonce, sami
 
 
 def distribution(*shape: int, seed: int = 0) -> Tensor:
@@ -178,30 +178,35 @@ def test_the_number_of_negatives_does_not_move_the_optimum(count, softmax, beta)
     torch.testing.assert_close(centred(h), centred((p / q).log()), rtol=0, atol=1e-6)
 
 
-def infonce(logps: Tensor, joint: Tensor, temperature: float) -> Tensor:
-    """Eq. 6: cross-entropy over contexts for a fixed response: losses.dpo without a reference, beta 1/T.
+def expected_over_sets(loss_of, logps: Tensor, contexts: Tensor, temperature: float) -> Tensor:
+    """The expectation of losses.infonce or losses.sami over all sets y_1, ..., y_K with y_j ~ contexts[j].
 
-    logps (C, Y): log pi(y|x, c); joint (C, Y): how often context and response occur together.
+    logps (K, Y): log pi(y|x, c); contexts (K, Y): the distribution that responses are sampled from.
     """
-    contexts, total = len(logps), torch.zeros((), dtype=torch.float64)
-    for own in range(contexts):
-        order = [own, *(c for c in range(contexts) if c != own)]
-        rows = logps[order].T  # (Y, C), the right context first
-        loss, _ = dpo(rows, torch.zeros_like(rows), 1 / temperature)
-        total = total + (joint[own] * loss).sum()
-    return total
+    count, responses = contexts.shape
+    sets = torch.tensor(list(itertools.product(range(responses), repeat=count)))  # (sets, K)
+    weights = contexts[torch.arange(count), sets].prod(-1)  # (sets,)
+    matrices = logps[:, sets].transpose(0, 1)  # (sets, K, K): [:, i, j] = log pi(y_j | x, c_i)
+    loss, _ = loss_of(matrices, temperature)
+    return (weights * loss).sum()
 
 
-def test_infonce_is_stationary_at_the_reference_and_measures_information():
-    """All contexts, uniform: at T = 1 and pi = pi_ref the gradient is zero and log K - loss is I(Y; C | X);
-    at another temperature the gradient is not zero, which is what the authors' T = 100 lives from."""
+@pytest.mark.parametrize(("loss_of", "temperature", "still"), [
+    (infonce, 1.0, True), (infonce, 100.0, False), (sami, 1.0, False),
+])  # fmt: skip
+def test_infonce_is_stationary_at_the_reference_only_at_temperature_1(loss_of, temperature, still):
+    """With pi = pi_ref the gradient is zero at T = 1, where the softmax is the true posterior; the authors'
+    T = 100 lives from its not being zero there, SAMI from its second part."""
+    logits = CONTEXTS.log().requires_grad_()
+    loss = expected_over_sets(loss_of, logits.log_softmax(-1), CONTEXTS, temperature)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient.abs().max() < 1e-12) == still
+
+
+def test_log_k_minus_infonce_is_the_mutual_information():
+    """All contexts, uniform, T = 1, pi = pi_ref: I(c; y | x), worked out from the joint distribution."""
     prior = torch.full((3,), 1 / 3, dtype=torch.float64)
     joint = prior[:, None] * CONTEXTS  # (C, Y)
     information = (joint * (CONTEXTS / (prior @ CONTEXTS)).log()).sum()
-    for temperature, still in ((1.0, True), (100.0, False)):
-        logits = CONTEXTS.log().requires_grad_()
-        loss = infonce(logits.log_softmax(-1), joint, temperature)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        assert (gradient.abs().max() < 1e-12) == still
-        if still:
-            assert math.log(3) - loss.item() == pytest.approx(information.item(), abs=1e-12)
+    loss = expected_over_sets(infonce, CONTEXTS.log(), CONTEXTS, 1.0)
+    assert math.log(3) - loss.item() == pytest.approx(information.item(), abs=1e-12)

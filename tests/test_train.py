@@ -22,10 +22,11 @@ import batches
 import losses
 import train
 from batches import epoch_batches, epoch_order, training_rows
+from folder import load
 from losses import OBJECTIVES, Objective
-from model import Decoder, load
+from model import Decoder
 from optimizer import MasterAdamW, learning_rate
-from pairs import Pair, Response
+from negatives import Pair, Response
 from run import UserError
 from train import Args
 
@@ -95,13 +96,13 @@ def record(tiny, tmp_path):
 
 @pytest.fixture
 def fit(tiny, tmp_path):
-    """(pairs, arguments) -> (model, summary, rows of metrics.jsonl) of one run of MasterAdamW."""
+    """(pairs, arguments) -> (model, state, rows of metrics.jsonl) of one run of MasterAdamW."""
     def get(pairs: list[Pair], dtype: torch.dtype = torch.float32, folder: Path = tiny, **arguments):
         model = load(folder, dtype)
         args = train.resolve(Args(**arguments))
         optimizer = MasterAdamW(model, args.lr, args.seed)
-        summary, rows = train_in_place(optimizer, pairs, tmp_path / "metrics.jsonl", **arguments)
-        return model, summary, rows
+        state, rows = train_in_place(optimizer, pairs, tmp_path / "metrics.jsonl", **arguments)
+        return model, state, rows
 
     return get
 
@@ -252,12 +253,12 @@ def test_the_first_step_is_exact_for_any_norm_weights(fit, tiny, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eight_pairs_are_learnt(dtype, fit):
     """Several epochs at lr 1e-3: accuracy 1, margins grow, chosen over rejected; matrices keep their type."""
-    model, summary, rows = fit(random_pairs(8), dtype, lr=1e-3, batch=4, epochs=8)
+    model, state, rows = fit(random_pairs(8), dtype, lr=1e-3, batch=4, epochs=8)
     margins = [(a["margin"] + b["margin"]) / 2 for a, b in zip(rows[::2], rows[1::2], strict=True)]
     assert len(margins) == 8 and margins[-1] > 1 and margins == sorted(margins)
     assert rows[-1]["accuracy"] == rows[-2]["accuracy"] == 1.0
     assert rows[-1]["loss"] < 0.3 and rows[-1]["reward_chosen"] > rows[-1]["reward_rejected"]
-    assert summary["steps"] == 16 and summary["pairs"] == 8 and summary["skipped"] == 0
+    assert state.step == 16 and state.skipped == 0
     assert {p.dtype for p in model.parameters() if p.dim() > 1} == {dtype}
 
 
@@ -281,15 +282,15 @@ def test_a_new_objective_is_a_row_of_the_table(record, monkeypatch):
 
 # ------------------------------------------------------------------------- metrics
 
-KEYS = {"candidate", "step", "epoch", "loss", "margin", "accuracy", "reward_chosen", "reward_rejected",
-        "accuracy_chosen", "accuracy_rejected", "logp_chosen", "logp_rejected", "grad_norm", "lr", "pairs",
-        "tokens", "tokens_per_second", "skipped", "weights_changed"}
+KEYS = {"candidate", "round", "step", "epoch", "loss", "margin", "accuracy", "reward_chosen",
+        "reward_rejected", "accuracy_chosen", "accuracy_rejected", "logp_chosen", "logp_rejected",
+        "grad_norm", "lr", "pairs", "tokens", "tokens_per_second", "skipped", "weights_changed"}
 
 
 def test_metrics_have_a_line_a_step(fit):
     """All keys, the schedule's rates, every pair once an epoch, its prompt once a step."""
     pairs = random_pairs(7)
-    _, summary, rows = fit(pairs, batch=3, epochs=2, lr=1e-4)
+    _, state, rows = fit(pairs, batch=3, epochs=2, lr=1e-4)
     assert all(row.keys() == KEYS for row in rows)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]
@@ -300,7 +301,7 @@ def test_metrics_have_a_line_a_step(fit):
     for epoch in range(2):
         order = epoch_order(7, 0, epoch)
         expected += [sum(sizes[i] for i in batch) for batch in (order[:3], order[3:6], order[6:])]
-    assert [row["tokens"] for row in rows] == expected and summary["tokens"] == sum(expected)
+    assert [row["tokens"] for row in rows] == expected and state.tokens == sum(expected)
     assert all(row["tokens_per_second"] > 0 and row["skipped"] == 0 for row in rows)
     changed = [row["weights_changed"] for row in rows]
     assert changed[0] > 0 and changed[-1] <= 1
@@ -343,20 +344,20 @@ def break_steps(monkeypatch):
 def test_a_step_that_is_not_finite_leaves_the_weights(value, fit, break_steps, tiny, capsys):
     """It is skipped, counted, and printed with its pairs."""
     break_steps({1}, value)
-    model, summary, rows = fit(random_pairs(2), batch=2, lr=1e-2)
+    model, state, rows = fit(random_pairs(2), batch=2, lr=1e-2)
     for before, after in zip(load(tiny).parameters(), model.parameters(), strict=True):
         assert torch.equal(before, after)
     out = capsys.readouterr().out
-    assert summary["skipped"] == 1 and rows[0]["skipped"] == 1
+    assert state.skipped == 1 and rows[0]["skipped"] == 1
     assert "step 1 skipped" in out and "row0" in out and "row1" in out
 
 
 def test_training_goes_on_after_a_skipped_step(fit, break_steps):
     """The others are taken with clean gradients: weights are finite and the margin grows."""
     break_steps({2, 3}, math.nan)
-    model, summary, rows = fit(random_pairs(2), batch=2, lr=1e-3, epochs=6)
+    model, state, rows = fit(random_pairs(2), batch=2, lr=1e-3, epochs=6)
     assert all(p.isfinite().all() for p in model.parameters())
-    assert summary["skipped"] == 2 and [row["skipped"] for row in rows] == [0, 1, 2, 2, 2, 2]
+    assert state.skipped == 2 and [row["skipped"] for row in rows] == [0, 1, 2, 2, 2, 2]
     margins = [row["margin"] for row in rows]
     assert margins[1] == margins[2] == margins[3] < margins[4] < margins[5]
 
@@ -364,7 +365,7 @@ def test_training_goes_on_after_a_skipped_step(fit, break_steps):
 def test_five_in_a_row_stop_the_run(fit, break_steps):
     """Four do not, twice over; the fifth is a UserError."""
     break_steps({1, 2, 3, 4, 6, 7, 8, 9}, math.nan)
-    assert fit(random_pairs(2), batch=2, epochs=10)[1]["skipped"] == 8
+    assert fit(random_pairs(2), batch=2, epochs=10)[1].skipped == 8
     break_steps({2, 3, 4, 5, 6}, math.nan)
     with pytest.raises(UserError, match="five"):
         fit(random_pairs(2), batch=2, epochs=10)

@@ -1,0 +1,175 @@
+"""negatives.py - a contrastive pair, and where its rejected responses come from (section 4.2 of the paper).
+
+    chosen    y_c ~ pi_ref(.|x, c)      x the prompt, c the user's context
+    rejected  y_r ~ pi_ref(.|x)         --neg missing
+              y_r ~ pi_ref(.|x, c')     --neg random: c' of another row
+              y_r ~ pi_ref(.|x')        --neg random in data without contexts: another prompt
+              y_r = another row's y_c   --neg reshuffle
+              y_r = letters and digits  --neg noise (Table 6's control)
+
+Both are then trained under the same right prompt (x, c). What differs from the paper: noise is as long as the
+chosen response (Table 6's caption; the paper's text says the rejected one).
+
+    python -m pytest tests/test_negatives.py
+"""
+
+import dataclasses
+import random
+import string
+from dataclasses import dataclass
+
+from data import Example
+from rows import require_contexts
+from run import UserError, seed_from
+from tokenizer import Tokenizer
+
+NEGATIVES = ("missing", "random", "reshuffle", "noise")
+SAMPLED = ("missing", "random")  # those whose rejected responses are sampled from a prompt
+REPEATS = 100  # so many draws in a row of what has been drawn before mean that there is nothing else
+
+
+# ------------------------------------------------------------------------- pairs
+
+@dataclass
+class Response:
+    """One response: the ids that were sampled, their text, and where they came from."""
+
+    text: str
+    ids: list[int]
+    finished: bool  # whether the model ended it
+    prompt_ids: list[int]  # what it was sampled from; empty for noise, and where a file does not say
+    gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair
+
+
+@dataclass
+class Pair:
+    """A chosen and N rejected responses, all trained under the chosen one's prompt."""
+
+    id: str
+    prompt: str
+    context: str | None
+    chosen: Response
+    rejected: list[Response]
+    style: str = "plain"  # of the user's message, as in Example
+    system: str | None = None  # what the model is told before the user speaks
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The right prompt (x, c), under which all of the pair's responses are trained."""
+        return self.chosen.prompt_ids
+
+    @property
+    def responses(self) -> list[Response]:
+        """The chosen response, then the rejected ones."""
+        return [self.chosen, *self.rejected]
+
+    @classmethod
+    def from_row(cls, row: dict) -> "Pair":
+        """A line of pairs.jsonl. Files of earlier versions hold parallel lists in the place of responses."""
+        if "chosen_ids" not in row:
+            fields = row | dict(chosen=Response(**row["chosen"]),
+                                rejected=[Response(**response) for response in row["rejected"]])
+            return cls(**fields)
+        finished = row["finished"]
+        gains = [row["gain_chosen"], *(row["gain_rejected"] or [None] * len(row["rejected"]))]
+        texts = [row["chosen"], *row["rejected"]]
+        ids = [row["chosen_ids"], *row["rejected_ids"]]
+        prompts = [row["prompt_ids"], *row["source_ids"]]
+        columns = zip(texts, ids, finished, prompts, gains, strict=True)
+        chosen, *rejected = (Response(*values) for values in columns)
+        return cls(row["id"], row["prompt"], row["context"], chosen, rejected, row.get("style", "plain"))
+
+
+# ------------------------------------------------------------------------- where rejected responses come from
+
+def negative_messages(examples: list[Example], neg: str, seed: int, n_neg: int = 1) -> list[list[str]]:
+    """The user messages that each row's `n_neg` rejected responses are sampled from (section 4.2, (i), (ii));
+    none for `reshuffle` and `noise`, which sample no rejected responses."""
+    if neg not in SAMPLED or not n_neg:
+        return [[] for _ in examples]
+    require_contexts(examples, neg)
+    messages = []
+    for i, example in enumerate(examples):
+        if neg == "missing":
+            messages.append([example.user_message(None)] * n_neg)  # (i) y_r ~ pi_ref(.|x)
+            continue
+        others = other_rows(examples, i, seed, n_neg)
+        if example.context:
+            messages.append([example.user_message(other.context) for other in others])  # (ii) pi_ref(.|x, c')
+        else:
+            messages.append([other.user_message(None) for other in others])  # pi_ref(.|x')
+    return messages
+
+
+def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[Example]:
+    """`count` rows by seed that differ from row i: in the context or, where it has none, in the prompt; and
+    in the user, where there are users. They differ from each other too, as long as there are others.
+
+    A larger count begins with the rows of a smaller one, so that --n-neg 3 extends --n-neg 1.
+    """
+    rng = random.Random(seed_from("random", seed, i))
+    others: list[Example] = []
+    seen: set[str] = set()
+    repeats = 0  # draws in a row that had been drawn before
+    for _ in range(100 * (count + len(examples))):  # by rejection: nearly every row will do
+        other = rng.choice(examples)
+        if not is_other(examples[i], other):
+            continue
+        what = other.context or other.prompt
+        repeats = repeats + 1 if what in seen else 0
+        if 0 < repeats < REPEATS:
+            continue
+        others.append(other)
+        seen.add(what)
+        if len(others) == count:
+            return others
+    raise UserError("--neg random needs two different contexts, of two users where there are users (without "
+                    f"contexts: two different prompts): there is no other for example {examples[i].id!r}")
+
+
+def is_other(example: Example, other: Example) -> bool:
+    """Whether `other` can stand in for a random user, as seen from `example`."""
+    if example.user is not None and example.user == other.user:
+        return False
+    if example.context:
+        return bool(other.context) and other.context != example.context
+    return other.prompt != example.prompt
+
+
+def add_reshuffled(pairs: list[Pair], seed: int, n_neg: int) -> None:
+    """Fill in rejected responses: the chosen ones of other rows, `n_neg` times in another order (section 4.2,
+    (iii)).
+
+    Each order is a derangement: no row keeps its own response or gets one of equal text, and every response
+    is used once. Rows of equal text stand side by side in runs of at most m rows, so that rotating the list
+    by anything from m to n - m moves every row off its run: aabc rotated by 2 is bcaa.
+    """
+    rng = random.Random(seed_from("reshuffle", seed))
+    runs: dict[str, list[int]] = {}
+    for i in rng.sample(range(len(pairs)), len(pairs)):
+        runs.setdefault(pairs[i].chosen.text, []).append(i)
+    order = [i for run in runs.values() for i in run]
+    n, m = len(order), max(map(len, runs.values()))
+    if n - 2 * m + 1 < n_neg:
+        raise UserError(f"--neg reshuffle: {m} of {n} chosen responses are the same text: too many to give "
+                        f"every row {n_neg} of another text")
+    for shift in rng.sample(range(m, n - m + 1), n_neg):
+        rotated = order[shift:] + order[:shift]
+        for i, j in zip(order, rotated, strict=True):
+            pairs[i].rejected.append(dataclasses.replace(pairs[j].chosen, gain=None))
+
+
+def add_noise(pairs: list[Pair], tokenizer: Tokenizer, seed: int, n_neg: int) -> None:
+    """Fill in rejected responses of random letters and digits, as many tokens as the chosen one, then the end
+    token (Table 6's control)."""
+    characters = string.ascii_letters + string.digits
+    for i, pair in enumerate(pairs):
+        length = len(pair.chosen.ids) - pair.chosen.finished  # without the end token
+        for k in range(n_neg):
+            rng = random.Random(seed_from("noise", seed, i, k))
+            text, ids = "", []
+            while len(ids) < length:
+                text += "".join(rng.choices(characters, k=4 * length))
+                ids = tokenizer.encode(text)
+            ids = [*ids[:length], tokenizer.end_token]
+            pair.rejected.append(Response(tokenizer.decode(ids), ids, True, prompt_ids=[]))

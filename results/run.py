@@ -1,0 +1,131 @@
+"""run.py - the experiments behind the tables, each a row of TABLES: what is missing is run, the rest stays.
+
+    python results/run.py methods-tiny                        every method on the embedded model, three seeds
+    python results/run.py methods-tiny infonce sami           some of its rows
+    python results/run.py methods-tiny --at-once 2            two runs at a time
+    python eval.py --report runs/methods-tiny/*/*             the table, from the runs' eval.json
+
+A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files, args.json,
+summary.json and eval.json, are copied to results/TABLE/ROW/seedS, from which tables can be drawn again.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("args.json", "summary.json", "eval.json")
+PYTHON = sys.executable
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting. pairs_of: the row whose pairs it trains on, seed by seed; flags: of train.py."""
+
+    flags: str
+    pairs_of: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that are trained and evaluated alike: flags of train.py, flags of eval.py.
+
+    base: the row whose evaluation has the base model's responses, which the others take from there.
+    """
+
+    rows: dict[str, Row]
+    seeds: tuple[int, ...]
+    base: str
+    train: str = ""
+    test: str = ""
+
+
+# The defaults of --model tiny, spelled out, as its own name would also evaluate every run from the beginning.
+TINY = "--model assets/tiny --lr 2e-4"
+TINY_PPO = "--critic-lr 1e-3 --rollout-batch 32 --train-batch 16"
+TABLES = {
+    "methods-tiny": Table(
+        seeds=(0, 1, 2),
+        train=TINY,
+        base="mipo-random",
+        test="--limit 640",
+        rows={
+            "mipo-random": Row("--neg random"),
+            "mipo-missing": Row("--neg missing"),
+            "mipo-reshuffle": Row("--neg reshuffle"),
+            "mipo-noise": Row("--neg noise"),
+            "sft": Row("--method sft", "mipo-random"),
+            "sft-revise": Row("--method sft-revise", "mipo-random"),
+            "infonce": Row("--method infonce", "mipo-random"),
+            "sami": Row("--method sami", "mipo-random"),
+            "rlvr": Row(f"--method rlvr {TINY_PPO}"),
+            "rlvr-shuffled": Row(f"--method rlvr --shuffle-rewards {TINY_PPO}"),
+            "ppo-mi": Row(f"--method ppo-mi --mi-weight 0.5 {TINY_PPO}"),
+            "ppo-mi-shuffled": Row(f"--method ppo-mi --mi-weight 0.5 --shuffle-rewards {TINY_PPO}"),
+        }),
+}
+
+
+def command(*parts: str | Path) -> None:
+    """Run a program of the project; its output goes to the log of the run, which is the last part."""
+    *words, log = map(str, parts)
+    with open(log, "a") as output:
+        output.write(" ".join(words) + "\n")
+        output.flush()
+        done = subprocess.run([PYTHON, *words], cwd=ROOT, stdout=output, stderr=output, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed: see {log}")
+
+
+def run(name: str, row_name: str, seed: int) -> None:
+    """Train and evaluate one row with one seed, as far as it has not been done, and copy its small files."""
+    table = TABLES[name]
+    row = table.rows[row_name]
+    place = ROOT / "runs" / name
+    folder = place / row_name / f"seed{seed}"
+    kept = ROOT / "results" / name / row_name / f"seed{seed}"
+    if all((kept / file).exists() for file in SMALL):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    if not (folder / "summary.json").exists():
+        pairs = ["--pairs", place / row.pairs_of / f"seed{seed}"] if row.pairs_of else []
+        command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
+                "--out", folder, "--resume", log)
+    if not (folder / "eval.json").exists():
+        base = place / table.base / f"seed{seed}"
+        reuse = ["--reuse", base] if row_name != table.base else []
+        command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
+    kept.mkdir(parents=True, exist_ok=True)
+    for file in SMALL:
+        shutil.copy(folder / file, kept / file)
+    print(f"{name} {row_name} seed {seed}: done", flush=True)
+
+
+def program() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("rows", nargs="*", help="default: all")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at a time")
+    args = parser.parse_args()
+    table = TABLES[args.table]
+    names = args.rows or list(table.rows)
+    unknown = set(names) - set(table.rows)
+    if unknown:
+        parser.error(f"no row {', '.join(sorted(unknown))} in {args.table}: {', '.join(table.rows)}")
+    # Rows that others take pairs or responses from are whole before those begin.
+    needed = {table.base, *(table.rows[name].pairs_of for name in names)} - {""}
+    waves = [[name for name in table.rows if name in needed], [name for name in names if name not in needed]]
+    for wave in waves:
+        with ThreadPoolExecutor(args.at_once) as pool:
+            jobs = [pool.submit(run, args.table, name, seed) for seed in table.seeds for name in wave]
+            for job in jobs:
+                job.result()
+
+
+if __name__ == "__main__":
+    program()

@@ -1,0 +1,95 @@
+"""revise.py - responses that the model has rewritten, for SFT with revision (section 5.1).
+
+    with contexts   the model improves its chosen response, shown beside one that was sampled for the same
+                    prompt with a random context (the prompt is appendix D.2's)
+    on tasks        it rewrites its answer, told what the right one is: privileged information, which MIPO
+                    does without
+
+What differs from the paper: it does not give the prompt for tasks; ours is below. A typing error of D.2's is
+mended. Revisions are sampled as responses are, and trained under the prompt without the request to revise.
+
+    python train.py --method sft-revise --data demo
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from contexts import examples_for, sampling_for
+from data import Example
+from model import Decoder
+from negatives import Pair, Response
+from run import UserError, barrier, gather, progress, rank, read_appended, seed_from, shard
+from sample import Sample, generate
+from tokenizer import Tokenizer
+
+FROM_CONTRAST = (
+    "You are a helpful assistant. Modify the assistant's message to make sure the response is personalized "
+    "to this user based on the information available about them. You will be given an example of a good "
+    "response and a bad response to the same prompt. {context} {prompt} Good assistant's response: {chosen} "
+    "Bad assistant's response: {rejected}. Rewrite the good assistant's response to make it better.")
+FROM_ANSWER = (
+    "{message}\n\nHere is an attempt at the answer:\n\n{chosen}\n\nThe right final answer is {answer}. "
+    "Rewrite the attempt so that its reasoning leads to this answer. Keep its form, and write nothing but "
+    "the new attempt.")
+
+
+def check_revisable(examples: list[Example], args) -> None:
+    """UserError where examples have neither a context nor a right answer to revise a response by."""
+    without = [example.id for example in examples if not example.context and example.answer is None]
+    if without:
+        raise UserError(f"--method sft-revise needs a context or a right answer in every row of {args.data}; "
+                        f"{len(without)} have neither (first: {without[0]!r}): use --method sft")
+
+
+def revision_message(pair: Pair, example: Example) -> str:
+    """What the user says to have a pair's chosen response revised."""
+    if pair.context:
+        return FROM_CONTRAST.format(context=pair.context, prompt=pair.prompt, chosen=pair.chosen.text,
+                                    rejected=pair.rejected[0].text)
+    return FROM_ANSWER.format(message=example.user_message(None), chosen=pair.chosen.text,
+                              answer=example.answer)
+
+
+def revise(model: Decoder, pairs: list[Pair], args, folder: Path, seed: int) -> list[Pair]:
+    """The pairs with their chosen responses rewritten by the model; those rewritten to nothing are left out.
+
+    args: the run's arguments, train.Args. Every revision is appended to folder/revised.jsonl as it ends, and
+    those found there are not made again; several processes share the work, each with a file of its own.
+    """
+    tokenizer = Tokenizer(args.model, args.date, args.template)
+    examples = {example.id: example for example in examples_for(args, "train")}
+    done = {}
+    for file in sorted(folder.glob("revised.jsonl*")):
+        done |= {row["id"]: Response(**row["response"]) for row in read_appended(file)}
+    barrier()  # all processes have read before one of them writes
+
+    todo = shard([i for i, pair in enumerate(pairs) if pair.id not in done])
+    messages = [revision_message(pairs[i], examples[pairs[i].id]) for i in todo]
+    prompts = [tokenizer.chat(message, pairs[i].system) for i, message in zip(todo, messages, strict=True)]
+    fresh: dict[str, Response] = {}
+    name = f"revised.jsonl.process-{rank()}" if rank() else "revised.jsonl"
+    with open(folder / name, "a", encoding="utf-8") as file:
+
+        def on_finished(k: int, sample: Sample) -> None:
+            pair = pairs[todo[k]]
+            response = Response(tokenizer.answer(sample.ids), sample.ids, sample.finished, pair.prompt_ids)
+            row = dict(id=pair.id, response=dataclasses.asdict(response))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            fresh[pair.id] = response
+
+        bar = progress(len(todo), "responses", "revising")
+        generate(model, prompts, sampling_for(args), tokenizer.stop_ids, seed_from("revise", seed),
+                 keys=[(i, 0) for i in todo], slots=args.slots, bar=bar, on_finished=on_finished)
+        bar.close()
+    done |= dict(gather(list(fresh.items())))
+
+    revised = [dataclasses.replace(pair, chosen=done[pair.id]) for pair in pairs]
+    kept = [pair for pair in revised if pair.chosen.text.strip()]
+    changed = sum(new.chosen.text != old.chosen.text for new, old in zip(revised, pairs, strict=True))
+    print(f"{changed} of {len(pairs)} responses were changed by revision; {len(pairs) - len(kept)} were left "
+          "empty and are dropped")
+    if not kept:
+        raise UserError("no response is left after revision: raise --max-new-tokens, or use --method sft")
+    return kept

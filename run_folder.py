@@ -1,0 +1,130 @@
+"""run_folder.py - a run's folder: its name, its arguments, what may be trained there and from where.
+
+    RUN/args.json       the arguments, and what must be the same for the run to go on
+    RUN/checkpoints/    see checkpoint.py
+
+Functions take the run's arguments, train.Args, or the grid of them where options were given several values.
+What differs from the paper: nothing; it does not say.
+
+    python train.py --out RUN          begins, python train.py --out RUN --resume goes on
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from checkpoint import Checkpoints, refuse_changes
+from data import user_message
+from folder import read_config
+from losses import OBJECTIVES
+from negatives import Pair
+from pairs import load_pairs
+from rows import fitting_pairs
+from run import UserError, environment, fingerprint, read_json, world, write_json
+from selection import refuse_leaks
+from tokenizer import Tokenizer
+
+
+def run_folder(grid: list) -> Path:
+    """--out, or runs/ and a name made of the arguments. A folder that already holds a run is refused."""
+    args = grid[0]
+    given = [resuming([candidate])["arguments"] for candidate in grid]
+    parts = Path(args.data.partition(":")[0]).stem, args.neg, Path(args.model).name, fingerprint(given)[:6]
+    folder = Path(args.out) if args.out else Path("runs") / "-".join(parts)
+    if (folder / "summary.json").exists() and not args.resume:
+        raise UserError(f"{folder} already holds a run: name another --out, or remove it")
+    if (folder / "metrics.jsonl").exists() and not args.resume:
+        raise UserError(f"{folder} holds a run that was interrupted: go on with --resume, or remove it")
+    return folder
+
+
+def check_space(folder: Path, source: Path) -> None:
+    """UserError where the disk has no room for another model of source's size."""
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(f"{folder}: a trained model takes {size / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are "
+                        "free")
+
+
+def with_settings_of_pairs(grid: list) -> list:
+    """With --pairs, the arguments that made them: eval.py goes by args.json, and another seed, say, would
+    give it another split."""
+    if not grid[0].pairs:
+        return grid
+    settings = read_json(Path(grid[0].pairs) / "pairs.json").get("settings", {})
+    if settings.get("split", "train") != "train":
+        raise UserError(f"--pairs {grid[0].pairs} were made of the {settings['split']} part, which a model "
+                        "must not be trained on: make pairs with --split train")
+    names = ("data", "contexts", "neg", "n_neg", "seed", "date", "system")
+    known = {name: settings[name] for name in names if name in settings} | settings.get("sampling", {})
+    known["template"] = tuple(settings.get("template") or ())
+    return [dataclasses.replace(args, **known) for args in grid]
+
+
+def given_pairs(args, source: Path) -> list[Pair]:
+    """The pairs of --pairs, after a check that this model's tokenizer made them."""
+    pairs = load_pairs(Path(args.pairs))
+    first = pairs[0]
+    message = user_message(first.prompt, first.context, first.style)
+    if Tokenizer(source, args.date, args.template).chat(message, first.system) != first.prompt_ids:
+        raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
+                        "its tokenizer, chat template, --template or --date is another one")
+    if OBJECTIVES[args.method].uses_rejected and not first.rejected:
+        raise UserError(f"--pairs {args.pairs}: no rejected responses; only --method sft trains without")
+    refuse_leaks(pairs, args)
+    return fitting_pairs(pairs, [], read_config(source).max_position_embeddings)
+
+
+def begin_or_resume(grid: list, folder: Path, checkpoints: Checkpoints) -> tuple[dict, dict[str, Tensor]]:
+    """Where training stands, train.State as a dict, and the tensors to go on from; a new run has neither.
+
+    UserError where the run in the folder was begun with other arguments, or on another machine.
+    """
+    file = folder / "args.json"
+    if not grid[0].resume or not file.exists():
+        write_arguments(grid[0], grid, folder)
+        return {}, {}
+    refuse_changes(read_json(file)["resuming"], resuming(grid), grid[0].resume_elsewhere)
+    saved = checkpoints.load()
+    if saved is None:
+        print(f"{folder}: no checkpoint yet, training begins with its first step")
+        return {}, {}
+    tensors, state = saved
+    print(f"{folder}: goes on after step {state['step']}")
+    return state, tensors
+
+
+def resuming(grid: list) -> dict:
+    """What a run must have in common with the one that it goes on with (see refuse_changes)."""
+    free = ("out", "dry_run", "save_every", "keep", "resume", "resume_elsewhere")
+    arguments = {name: value for name, value in asdict(grid[0]).items() if name not in free}
+    here = environment()
+    machine = {name: here[name] for name in ("torch", "device", "threads")} | dict(processes=world())
+    arguments["candidates"] = [swept(args) for args in grid]
+    return json.loads(json.dumps(dict(arguments=arguments, machine=machine)))  # as args.json will have it
+
+
+def write_arguments(args, grid: list, folder: Path) -> None:
+    """args.json. args: those of the candidate that was chosen, or of the first one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = Path(args.model).expanduser()
+    write_json(folder / "args.json", dict(
+        arguments=asdict(args),
+        base=str(model.resolve()) if model.is_dir() else None,
+        candidates=[swept(candidate) for candidate in grid],
+        processes=world(),
+        environment=environment(),
+        resuming=resuming(grid),
+    ))
+
+
+def swept(args) -> dict:
+    """The values of the options that take lists."""
+    names = [field.name for field in dataclasses.fields(args) if field.metadata["sweep"]]
+    return {name: getattr(args, name) for name in names}

@@ -1,0 +1,83 @@
+"""SFT with revision: what the model is asked, what is trained, and that nothing is made twice.
+
+    python -m pytest tests/test_revise.py
+"""
+
+import json
+
+import pytest
+from conftest import metrics_of, training_example
+
+import train
+from negatives import Pair, Response
+from pairs import load_pairs
+from revise import check_revisable, revision_message
+from run import UserError, read_json, read_jsonl
+
+FLAGS = ("--method", "sft-revise")
+
+
+def made_pair(context: str | None) -> Pair:
+    chosen, rejected = (Response(text, [5, 6], True, [7]) for text in ("A good one.", "A bad one."))
+    return Pair("r0", "What now?", context, chosen, [rejected])
+
+
+def test_with_a_context_the_model_sees_both_responses():
+    """Appendix D.2's words, with everything in its place."""
+    message = revision_message(made_pair("I am tall."), training_example(0, "I am tall."))
+    assert message == (
+        "You are a helpful assistant. Modify the assistant's message to make sure the response is "
+        "personalized to this user based on the information available about them. You will be given an "
+        "example of a good response and a bad response to the same prompt. I am tall. What now? Good "
+        "assistant's response: A good one. Bad assistant's response: A bad one.. Rewrite the good "
+        "assistant's response to make it better.")
+
+
+def test_on_tasks_it_is_told_the_right_answer():
+    """And sees its question and its own attempt, no other response."""
+    example = training_example(0, prompt="What is 6 x 7?", answer="42")
+    message = revision_message(made_pair(None), example)
+    assert message.startswith("What is 6 x 7?") and "A good one." in message and "answer is 42." in message
+    assert "A bad one." not in message
+
+
+def test_what_cannot_be_revised_is_refused():
+    """Neither context nor answer: by id."""
+    rows = [training_example(0, "c"), training_example(1, answer="3"), training_example(2)]
+    check_revisable(rows[:2], train.Args())
+    with pytest.raises(UserError, match="1 have neither"):
+        check_revisable(rows, train.Args())
+
+
+def test_revisions_are_trained_under_the_plain_prompt(call_train):
+    """revised.jsonl holds one for each pair: its text is not the chosen one, its prompt is the pair's."""
+    folder = call_train(*FLAGS)
+    pairs = {pair.id: pair for pair in load_pairs(folder)}
+    rows = {row["id"]: Response(**row["response"]) for _, row in read_jsonl(folder / "revised.jsonl")}
+    assert rows.keys() == pairs.keys()
+    assert all(revised.prompt_ids == pairs[id].prompt_ids for id, revised in rows.items())
+    assert any(revised.ids != pairs[id].chosen.ids for id, revised in rows.items())
+    steps = [row for row in metrics_of(folder) if "loss" in row]
+    size = sum(len(pairs[id].prompt_ids) + len(revised.ids) for id, revised in rows.items())
+    assert sum(row["tokens"] for row in steps) == size
+
+
+def test_the_response_beside_it_is_of_a_random_context(call_train):
+    """Whatever --neg says (section 5.1)."""
+    folder = call_train(*FLAGS, "--neg", "missing")
+    assert read_json(folder / "pairs.json")["settings"]["neg"] == "random"
+    assert read_json(folder / "args.json")["arguments"]["neg"] == "random"
+
+
+def test_revision_that_was_interrupted_goes_on(call_train):
+    """Revisions that are there are kept, a line that was cut is not; the others are those of a whole run."""
+    folder = call_train(*FLAGS)
+    file = folder / "revised.jsonl"
+    rows = [row for _, row in read_jsonl(file)]
+    (folder / "metrics.jsonl").unlink()
+    (folder / "summary.json").unlink()  # else the folder already holds a run
+    rows[0]["response"] |= dict(ids=[9, 9, 9], text="kept")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]) + '{"id": "cut')
+    call_train(*FLAGS)
+    again = {row["id"]: row["response"] for _, row in read_jsonl(file)}
+    assert again == {row["id"]: row["response"] for row in rows}

@@ -1,0 +1,77 @@
+"""Rounds of self-training (train.py --rounds): what each samples from, is compared with, and draws.
+
+    python -m pytest tests/test_rounds.py
+"""
+
+import pytest
+import torch
+from conftest import metrics_of
+
+import train
+from folder import load
+from pairs import load_pairs, round_seed
+from run import UserError, read_json
+
+ROUNDS = ("--neg", "random", "--rounds", "2", "--lr", "1e-3")
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """The weights that each round's pairs were sampled from, as `pairs_for` finds them."""
+    weights = []
+
+    def watch(args, split, folder, model=None, round=0):
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return original(args, split, folder, model, round)
+
+    original = train.pairs_for
+    monkeypatch.setattr(train, "pairs_for", watch)
+    return weights
+
+
+def test_a_round_samples_from_the_last_rounds_model(call_train, tiny, watched):
+    """The first from the start model, the second from what the first has trained, which is not the end."""
+    folder = call_train(*ROUNDS)
+    start, end = (dict(load(path).named_parameters()) for path in (tiny, folder / "model"))
+    first, second = watched
+    name = "layers.0.mlp.down.weight" if "layers.0.mlp.down.weight" in first else next(iter(first))
+    assert torch.equal(first[name], start[name])
+    assert not torch.equal(second[name], first[name]) and not torch.equal(second[name], end[name])
+
+
+def test_a_rounds_reference_is_the_model_it_finds(call_train):
+    """Its first step's margin is exactly 0, and steps are counted on."""
+    rows = [row for row in metrics_of(call_train(*ROUNDS)) if "loss" in row]
+    rounds = [row["round"] for row in rows]
+    assert rounds == sorted(rounds) and set(rounds) == {0, 1}
+    second = [row for row in rows if row["round"] == 1]
+    assert second[0]["margin"] == 0 and second[-1]["margin"] != 0
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert rows[rounds.index(1) - 1]["margin"] != 0
+
+
+def test_every_round_has_its_own_draws_and_the_same_examples(call_train):
+    """Other responses, the same ids; the settings of later rounds' pairs say which round made them."""
+    folder = call_train(*ROUNDS)
+    first, second = load_pairs(folder), load_pairs(folder / "round-2")
+    assert [pair.id for pair in first] == [pair.id for pair in second]
+    assert sum(a.chosen.ids != b.chosen.ids for a, b in zip(first, second, strict=True)) > len(first) / 2
+    settings = [read_json(path / "pairs.json")["settings"] for path in (folder, folder / "round-2")]
+    assert settings[1] == settings[0] | dict(round=1)
+    assert round_seed(3, 0) == 3 and len({round_seed(3, n) for n in range(5)}) == 5
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--rounds", "0"], "--rounds must be at least 1"),
+    (["--rounds", "2", "--lr", "1e-4,1e-5"], "one value of every option"),
+])  # fmt: skip
+def test_rounds_that_cannot_be_are_refused(flags, words, call_train):
+    """In one line."""
+    with pytest.raises(UserError, match=words):
+        call_train(*flags)
+
+
+def test_rounds_of_given_pairs_are_refused(call_train, dpo_run):
+    """Later rounds would not be of those pairs."""
+    with pytest.raises(UserError, match="1 with --pairs"):
+        call_train("--pairs", dpo_run, "--rounds", "2")
