@@ -26,10 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fast
+from folder import load
 from losses import common_prefix_length
-from model import Config, Decoder, Packed, load
+from model import Config, Decoder, Packed
 from run import UserError, default_device, default_dtype, main, option, parse, seed_from
-from tokenizer import TEMPLATE_DATE, Tokenizer
+from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer
 
 PREFILL_TOKENS = 8192  # prompts are prefilled in passes of about this many tokens
 WINDOW = 128  # prompts are sorted by length only within this many rows, so that early rows finish early
@@ -248,7 +249,6 @@ class Decode:
 
 # ------------------------------------------------------------------------- sampling
 
-@torch.inference_mode()
 def generate(
     model: Decoder,
     prompts: list[list[int]],
@@ -269,66 +269,84 @@ def generate(
     """
     if not prompts:
         return []
-    places = model.config.max_position_embeddings
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
-    if longest > places:
-        raise UserError(f"the longest prompt and {sampling.max_new_tokens} new tokens take {longest} places, "
-                        f"the model has {places}")
-    keys = keys or [(i, 0) for i in range(len(prompts))]
-    slots = min(slots, len(prompts))
-    batch = Batch(model, prompts, sampling, stop_ids, seed, keys, slots, bar, on_finished)
-    while batch.refill():
-        batch.step()
-    return batch.results
+    sampler = Sampler(model, prompts, sampling, stop_ids, slots)
+    return sampler.sample(prompts, seed, keys, bar, on_finished)
 
 
-@dataclass
-class Batch:
-    """S slots that decode together: prompts are admitted, tokens drawn, and slots closed up at the end."""
+class Sampler:
+    """S slots that decode together: prompts are admitted, tokens drawn, and slots closed up at the end.
 
-    model: Decoder
-    prompts: list[list[int]]
-    sampling: Sampling
-    stop_ids: frozenset[int]
-    seed: int
-    keys: list[tuple[int, int]]
-    slots: int
-    bar: tqdm | None
-    on_finished: Callable[[int, Sample], None]
+    It is made once and may sample many times: the cache, and on a GPU the captured graph, outlive a call. The
+    model's weights may be changed in place between two calls; nothing that was computed with them is kept.
+    """
 
-    def __post_init__(self):
+    @torch.inference_mode()
+    def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling,
+                 stop_ids: frozenset[int], slots: int = 64):
+        """prompts: all that will ever be sampled from; they decide how much room the cache has, and what they
+        all begin with is computed once a call. The rest is as in `generate`."""
+        places = model.config.max_position_embeddings
+        max_tokens = sampling.max_new_tokens
+        longest = max(map(len, prompts)) + max_tokens
+        if longest > places:
+            raise UserError(f"the longest prompt and {max_tokens} new tokens take {longest} places, "
+                            f"the model has {places}")
+        self.model, self.sampling = model, sampling
+        self.slots = slots = min(slots, len(prompts))
+
+        # What all prompts begin with (worked examples, say) is computed, kept and read once, in blocks of 64
+        # tokens; room for the rest is a multiple of 64 too, because products of round shapes are faster.
+        shared_length = common_prefix_length(prompts) // 64 * 64
+        self.shared = prompts[0][:shared_length]
+        room = -(-(longest - shared_length) // 64) * 64
+        self.cache = Cache(model.config, slots, room, shared_length, model.compute, model.device)
+
+        self.stops = self.tensor(sorted(stop_ids))
+        self.ids = self.tensor([[0] * max_tokens] * slots)  # (S, max_new_tokens)
+        self.logps = torch.zeros_like(self.ids, dtype=self.cache.score_dtype)  # (S, max_new_tokens)
+        self.uniform = torch.zeros_like(self.logps)  # (S, max_new_tokens)
+        self.drawn = self.tensor([0] * slots)  # (S,) tokens drawn so far
+        self.latest = torch.zeros_like(self.drawn)  # (S,) the last of them
+        self.decoders: dict[int, Callable[[], Tensor]] = {}  # width -> one decoding step
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: list[list[int]],
+        seed: int,
+        keys: list[tuple[int, int]] | None = None,
+        bar: tqdm | None = None,
+        on_finished: Callable[[int, Sample], None] = lambda i, sample: None,
+    ) -> list[Sample]:
+        """One response for every prompt, as `generate` gives it."""
+        begin_alike = all(prompt[: len(self.shared)] == self.shared for prompt in prompts)
+        longest = max(map(len, prompts), default=0) + self.sampling.max_new_tokens
+        if not begin_alike or longest > len(self.shared) + self.cache.length:
+            raise ValueError("Sampler.sample: a prompt is longer, or begins otherwise, than those that the "
+                             "sampler was made for")
+        self.prompts, self.seed, self.bar, self.on_finished = prompts, seed, bar, on_finished
+        self.keys = keys or [(i, 0) for i in range(len(prompts))]
+
         # Within each window of rows the longest prompts come first, and equal ones side by side, so that they
         # are prefilled once.
         def order(i: int) -> tuple:
             window = self.keys[i][0] // WINDOW
-            return window, -len(self.prompts[i]), self.prompts[i]
+            return window, -len(prompts[i]), prompts[i]
 
-        self.waiting = collections.deque(sorted(range(len(self.prompts)), key=order))
-        self.results = [Sample() for _ in self.prompts]
+        self.waiting = collections.deque(sorted(range(len(prompts)), key=order))
+        self.results = [Sample() for _ in prompts]
         self.owner: list[int | None] = [None] * self.slots  # which prompt each slot works on
         self.busy = self.width = 0  # slots that work on a prompt, the first ones; slots that compute
         self.changed = True  # whether a response has ended since the slots were last refilled
         self.token_count = 0
         self.started = time.perf_counter()
 
-        # What all prompts begin with (worked examples, say) is computed, kept and read once, in blocks of 64
-        # tokens; room for the rest is a multiple of 64 too, because products of round shapes are faster.
-        model, slots, max_tokens = self.model, self.slots, self.sampling.max_new_tokens
-        shared_length = common_prefix_length(self.prompts) // 64 * 64
-        longest = max(map(len, self.prompts)) + max_tokens - shared_length
-        room = -(-longest // 64) * 64
-        self.cache = Cache(model.config, slots, room, shared_length, model.compute, model.device)
-        if shared_length:
-            shared = self.tensor(self.prompts[0][:shared_length])  # (A,)
-            model(shared, SharedPrefill(self.cache))
-
-        self.stops = self.tensor(sorted(self.stop_ids))
-        self.ids = self.tensor([[0] * max_tokens] * slots)  # (S, max_new_tokens)
-        self.logps = torch.zeros(slots, max_tokens, device=model.device)  # (S, max_new_tokens)
-        self.uniform = torch.zeros_like(self.logps)  # (S, max_new_tokens)
-        self.drawn = self.tensor([0] * slots)  # (S,) tokens drawn so far
-        self.latest = torch.zeros_like(self.drawn)  # (S,) the last of them
-        self.decoders: dict[int, Callable[[], Tensor]] = {}  # width -> one decoding step
+        self.cache.lengths.zero_()
+        if self.shared and prompts:
+            self.model(self.tensor(self.shared), SharedPrefill(self.cache))
+        while self.refill():
+            self.step()
+        return self.results
 
     def tensor(self, values: list) -> Tensor:
         """Integers on the model's device."""
@@ -454,6 +472,7 @@ class Args:
     prompt: str = option("", "the user's message", positional=True)
     model: str = option("", "Hugging Face folder or hub id")
     system: str | None = option(None, "system prompt, instead of the template's own")
+    template: tuple = option((), TEMPLATE_HELP)
     temperature: float = option(1.0, "0 is greedy", "sampling")
     top_p: float = option(1.0, "nucleus mass", "sampling")
     top_k: int = option(0, "keep the k most likely tokens, 0 for all", "sampling")
@@ -468,8 +487,8 @@ class Args:
 def program() -> None:
     args = parse(Args, usage=__doc__)
     if not args.prompt or not args.model:
-        raise UserError('usage: python sample.py --model DIR "prompt"')
-    tokenizer = Tokenizer(args.model, args.date)
+        raise UserError('usage: python sample.py --model DIR "prompt"; --template stands behind the prompt')
+    tokenizer = Tokenizer(args.model, args.date, args.template)
     model = load(args.model, getattr(torch, args.dtype), default_device())
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)
     prompts = [tokenizer.chat(args.prompt, args.system)] * args.samples

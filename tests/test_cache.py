@@ -16,8 +16,9 @@ from conftest import FAMILIES, close, oracle_logits, random_model
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from folder import load
 from losses import response_logps
-from model import Decoder, Packed, load
+from model import Decoder, Packed
 from sample import Cache, Decode, Prefill, SharedPrefill, Sampling, generate
 
 IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))

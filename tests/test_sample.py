@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fast
 import sample
+from folder import load
 from losses import response_logps
-from model import load
 from run import UserError
-from sample import (SharedPrefill, Sampling, Tokenizer, filtered_probs, generate, sample_token,
+from sample import (Sampler, SharedPrefill, Sampling, Tokenizer, filtered_probs, generate, sample_token,
                     uniform_numbers)
 
 DATE = "26 Jul 2024"
@@ -597,6 +597,50 @@ def test_another_seed_gives_another_text(tiny):
     model, prompts, s = load(tiny), tiny_prompts(4), Sampling(1.0, 1.0, 10)
     a, b, again = (generate(model, prompts, s, frozenset(), seed) for seed in (0, 1, 0))
     assert a == again and all(x.ids != y.ids for x, y in zip(a, b, strict=True))
+
+
+def test_one_sampler_twice_is_two_generates(tiny):
+    """Two calls, whose prompts begin alike and of which the second has fewer than there are slots, give what
+    two calls of generate give; the cache and the decoding steps are those of the first."""
+    model, s, stop = load(tiny), Sampling(1.0, 1.0, 12), frozenset(range(40))
+    prompts = [[5 + i % 200 for i in range(70)] + prompt for prompt in tiny_prompts(12)]
+    sampler, decoders = Sampler(model, prompts, s, stop, slots=9), None
+    for rows in (range(9), range(9, 12)):
+        own, keys = [prompts[i] for i in rows], [(i, 0) for i in rows]
+        cache = sampler.cache.k.data_ptr()
+        samples = sampler.sample(own, 3, keys)
+        expected = generate(model, own, s, stop, 3, keys, slots=9)
+        assert [x.ids for x in samples] == [x.ids for x in expected]
+        for x, y in zip(samples, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(x.logps), torch.tensor(y.logps), rtol=0, atol=1e-5)
+        assert sampler.cache.k.data_ptr() == cache
+        assert decoders is None or decoders.items() <= sampler.decoders.items()
+        decoders = dict(sampler.decoders)
+    assert sampler.sample([], 3) == []
+
+
+def test_a_sampler_sees_changed_weights(tiny):
+    """Weights that are written in place between two calls: also what all prompts begin with is new."""
+    model, s = load(tiny), Sampling(1.0, 1.0, 8)
+    prompts = [[5 + i % 200 for i in range(70)] + prompt for prompt in tiny_prompts(4)]
+    sampler = Sampler(model, prompts, s, frozenset())
+    before = sampler.sample(prompts, 0)
+    assert sampler.sample(prompts, 0) == before
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    after = sampler.sample(prompts, 0)
+    assert after == generate(model, prompts, s, frozenset(), 0)
+    assert all(x.logps != y.logps for x, y in zip(before, after, strict=True))
+
+
+def test_a_sampler_refuses_prompts_that_it_was_not_made_for(tiny):
+    """One that begins otherwise, and one for which its cache has no room."""
+    prompts = [[5 + i % 200 for i in range(70)] + prompt for prompt in tiny_prompts(4)]
+    sampler = Sampler(load(tiny), prompts, PLAIN, frozenset())
+    for other in ([9] * 70, prompts[0] + [7] * 200):
+        with pytest.raises(ValueError, match="was made for"):
+            sampler.sample([other], 0)
 
 
 def test_no_prompts(tiny):

@@ -1,0 +1,492 @@
+"""ppo.py - proximal policy optimisation on a reward for every sampled response: what MIPO is compared with.
+
+    ppo-mi, rlaif, rlaif-mi, rlvr       four rewards, rewards.py               sections 5.1, 5.2; appendix E
+
+One loop, `ppo`: sample responses, reward them, estimate every token's advantage, update actor and critic.
+The critic is a second copy of the start model with one output, the value of the state; it is not saved.
+What differs from the paper: it names PPO and OpenRLHF; constants are those of the authors' scripts, and each
+is an argument. A judge whose first replies cannot be read is refused. The embedded model's settings, and
+--shuffle-rewards, are ours.
+
+Legend: B rollouts, R tokens of one response, T tokens of a pass, E hidden size.
+
+    python train.py --method rlvr
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from batches import epoch_order
+from contexts import examples_for, sampling_for
+from data import Example
+from folder import load, save
+from judge import Judge
+from losses import Group, common_prefix_length, response_logps, split_by_tokens
+from model import Decoder, Packed
+from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
+from report import learning_curve
+from rewards import REWARDS, mutual_information, require_readable, rewards_of
+from rows import fitting_rows
+from run import (Metrics, UserError, barrier, default_device, gather, option, peak_memory, progress, rank,
+                 seed_from, shard, world, write_json)
+from run_folder import write_arguments
+from sample import Sampler, Sampling
+from tokenizer import Tokenizer
+
+MAX_NEW_TOKENS = 256  # of a rollout; fewer where the data set's own responses are shorter
+
+# ------------------------------------------------------------------------- arguments
+
+DEFAULTS = dict(lr=5e-7, critic_lr=9e-6, rollout_batch=8, train_batch=4)
+TINY_DEFAULTS = dict(lr=2e-4, critic_lr=1e-3, rollout_batch=32, train_batch=16)
+MI_WEIGHTS = {"ppo-mi": 1.0, "rlaif-mi": 0.1}
+TINY_MI_WEIGHT = 0.5  # of ppo-mi: at 1 too many rewards of the embedded model are clipped
+UNUSED = dict(pairs="", softmax=False, label_smoothing=0.0, nll=0.0, rounds=1, eval_every=0, resume=False)
+
+
+@dataclass
+class PPOArgs:
+    """The arguments of PPO. --lr is the actor's, and --epochs counts passes over the prompts."""
+
+    rollout_batch: int | None = option(None, "prompts whose responses are sampled, and then trained on, "
+                                       "together, by all processes (default: 8; tiny: 32)", "PPO")
+    rollouts: int = option(1, "responses to every prompt", "PPO")
+    train_batch: int | None = option(None, "responses an update (default: 4; tiny: 16)", "PPO")
+    ppo_epochs: int = option(2, "passes over every batch of responses", "PPO")
+    critic_lr: float | None = option(None, "peak learning rate of the critic (default: 9e-6; tiny: 1e-3)",
+                                     "PPO")
+    mi_weight: float | None = option(None, "of mutual information in the reward (default: ppo-mi 1, tiny "
+                                     "0.5; rlaif-mi 0.1)", "PPO")
+    reward_clip: float = option(10.0, "rewards are clipped to [-this, this]", "PPO")
+    kl_weight: float = option(0.001, "of each token's divergence from the start model", "PPO")
+    gamma: float = option(1.0, "discount a token", "PPO")
+    gae_lambda: float = option(0.95, "of generalised advantage estimation", "PPO")
+    clip: float = option(0.2, "how far the ratio of probabilities may move from 1", "PPO")
+    value_clip: float = option(0.2, "how far a value may move", "PPO")
+    shuffle_rewards: bool = option(False, "give every response the reward of another one of its batch: what "
+                                   "a reward teaches shows beside such a run", "PPO")
+
+
+def resolve(args):
+    """A copy of the arguments in which PPO's defaults are filled in; --model must be there already."""
+    is_tiny = args.model == "tiny"
+    defaults = dict(TINY_DEFAULTS if is_tiny else DEFAULTS)
+    defaults["mi_weight"] = MI_WEIGHTS.get(args.method)
+    if is_tiny and args.method == "ppo-mi":
+        defaults["mi_weight"] = TINY_MI_WEIGHT
+    missing = [name for name in defaults if getattr(args, name) is None]
+    return dataclasses.replace(args, **{name: defaults[name] for name in missing})
+
+
+def check(args) -> None:
+    """UserError where the arguments contradict each other."""
+    sizes = args.rollout_batch, args.rollouts, args.train_batch, args.ppo_epochs
+    rates = args.critic_lr, args.reward_clip, args.clip, args.value_clip
+    if min(sizes + rates) <= 0:
+        raise UserError("--rollout-batch, --rollouts, --train-batch, --ppo-epochs, --critic-lr, "
+                        "--reward-clip, --clip and --value-clip must be positive")
+    if args.kl_weight < 0 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
+        raise UserError("--kl-weight must be at least 0, --gamma and --gae-lambda in [0, 1]")
+    given = [f"--{name.replace('_', '-')}" for name, value in UNUSED.items() if getattr(args, name) != value]
+    if given:
+        raise UserError(f"{', '.join(given)}: of no use to --method {args.method}")
+    reward = REWARDS[args.method]
+    if reward.judge and not args.judge:
+        raise UserError(f"--method {args.method} needs a judge: --judge MODEL. The paper's is the start "
+                        f"model itself, --judge {args.model}")
+    if args.mi_weight is not None and not reward.information:
+        raise UserError(f"--mi-weight: the reward of --method {args.method} has no mutual information")
+
+
+def rollout_sampling(args) -> Sampling:
+    """How responses are sampled: from the policy as it is, unless the arguments say otherwise."""
+    own = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
+    of_data = sampling_for(args)
+    default = dict(temperature=1.0, top_p=1.0, max_new_tokens=min(MAX_NEW_TOKENS, of_data.max_new_tokens))
+    given = {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(of_data, **default | given)
+
+
+# ------------------------------------------------------------------------- equations
+
+def kl_penalty(logps: Tensor, reference: Tensor) -> Tensor:
+    """log pi - log pi_ref of each sampled token, (R,): the estimator k1 of KL(pi || pi_ref), whose mean over
+    samples of pi is right (Schulman, 2020)."""
+    return logps - reference
+
+
+def token_rewards(reward: float, logps: Tensor, reference: Tensor, kl_weight: float) -> Tensor:
+    """The reward of each token, (R,): the penalty taken from all, the response's reward given to the last."""
+    rewards = -kl_weight * kl_penalty(logps, reference)  # (R,)
+    rewards[-1] += reward
+    return rewards
+
+
+def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al., 2016), Eqs. 11 to 16.
+
+    rewards (R,): r_t for the t-th token. values (R,): V(s_t) of the state before that token. Returns, (R,)
+    each, the advantages A_t and what the critic should have said, A_t + V(s_t).
+    """
+    advantages = torch.zeros_like(rewards)  # (R,)
+    advantage = next_value = 0.0  # nothing comes after the last token
+    for t in reversed(range(len(rewards))):
+        delta = rewards[t] + gamma * next_value - values[t]  # r_t + gamma V(s_t+1) - V(s_t)
+        advantage = delta + gamma * gae_lambda * advantage  # A_t = delta_t + gamma lambda A_t+1
+        advantages[t], next_value = advantage, values[t]
+    return advantages, advantages + values
+
+
+def whiten(advantages: list[Tensor]) -> list[Tensor]:
+    """Advantages, (R,) of each response, with mean 0 and variance 1 over all tokens of all responses."""
+    tokens = torch.cat(advantages)  # (tokens of the batch,)
+    scale = tokens.var(correction=0).clamp(min=1e-8).rsqrt()  # equal advantages become 0
+    return [(own - tokens.mean()) * scale for own in advantages]
+
+
+def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's clipped objective of each token, as a loss, (R,) (Schulman et al., 2017, Eq. 7)."""
+    ratio = (logps - old_logps).exp()  # (R,): pi / pi_old
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the squared error of each value, or of the value moved by at most `clip`, whichever is worse."""
+    near = old_values + (values - old_values).clamp(-clip, clip)  # (R,)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+def explained_variance(values: Tensor, returns: Tensor) -> float:
+    """The share of the returns' variance that the values foresee; 1: all; 0: as much as a constant would."""
+    variance = returns.var(correction=0)
+    if variance == 0:
+        return 0.0
+    return (1 - (returns - values).var(correction=0) / variance).item()
+
+
+# ------------------------------------------------------------------------- what the models say
+
+def load_critic(source: Path, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
+    """A copy of the start model whose output layer is a new (1, E) matrix without bias: a state's value."""
+    critic = load(source, dtype, device)
+    size = critic.config.hidden_size
+    critic.config = dataclasses.replace(critic.config, tie_word_embeddings=False)
+    generator = torch.Generator().manual_seed(seed_from("critic", seed))
+    weight = torch.empty(1, size).normal_(std=1 / (size + 1), generator=generator)  # (1, E)
+    critic.lm_head = nn.Linear(size, 1, bias=False)
+    critic.lm_head.weight = nn.Parameter(weight.to(device, dtype))
+    return critic
+
+
+def policy_logps(model: Decoder, groups: list[Group]) -> list[Tensor]:
+    """Log-probs of each response's tokens, (R,) each, on the CPU. groups: a prompt and its one response."""
+    return [logps.cpu() for [logps] in response_logps(model, groups)]
+
+
+def response_values(critic: Decoder, groups: list[Group]) -> list[Tensor]:
+    """The value of the state before each of a response's tokens, (R,) each, on the CPU.
+
+    With a prompt of ids [5, 6] and the response [7, 8], these are the states after 5 6 and after 5 6 7: the
+    very positions that predict 7 and 8. What comes after the last token has no value.
+    """
+    root = common_prefix_length([prompt for prompt, _ in groups])
+    ids = groups[0][0][:root]  # all tokens that are fed: what all prompts begin with, once
+    before: list[int] = []  # the position in `ids` of the state before each response token
+    lengths, shapes = [], []
+    for prompt, [response] in groups:
+        last = len(ids) + len(prompt) - root - 1  # the prompt's last token
+        before += range(last, last + len(response))
+        ids += prompt[root:] + response[:-1]
+        lengths.append(len(response))
+        shapes.append((len(prompt) - root + len(response) - 1, []))
+    device = critic.device
+    hidden = critic(torch.tensor(ids, device=device), Packed(shapes, root, device=device))  # (T, E)
+    states = hidden[torch.tensor(before, device=device)]  # (response tokens, E)
+    values = critic.logits(states).squeeze(1)  # (response tokens,)
+    return list(values.cpu().split(lengths))
+
+
+@torch.no_grad()
+def in_passes(measure: Callable[[Decoder, list[Group]], list[Tensor]], model: Decoder, groups: list[Group],
+              args) -> list[Tensor]:
+    """`policy_logps` or `response_values` without gradient, in passes of --pass-tokens tokens."""
+    results = []
+    for chunk in split_by_tokens([[group] for group in groups], args.pass_tokens):
+        results += measure(model, [groups[i] for i in chunk])
+    return results
+
+
+def reference_logps(reference: Decoder, groups: list[Group], args) -> list[Tensor]:
+    """log pi_ref of each response's tokens, (R,) each, without gradient: the start model's."""
+    return in_passes(policy_logps, reference, groups, args)
+
+
+# ------------------------------------------------------------------------- rollouts
+
+@dataclass
+class Rollout:
+    """A sampled response, and what models say of each of its R tokens, the end token among them."""
+
+    row: int  # of its example
+    ids: list[int]
+    text: str
+    finished: bool
+    logps: Tensor  # (R,) of the policy that sampled it
+    reference: Tensor  # (R,) log-probs of the start model
+    values: Tensor  # (R,) of the states before the tokens, as the critic saw them then
+    information: float  # Eq. 15, where the reward needs it
+    advantages: Tensor | None = None  # (R,) whitened
+    returns: Tensor | None = None  # (R,)
+
+
+def rollout_batches(count: int, args) -> list[list[tuple[int, int]]]:
+    """What is sampled together, as (row, sample index): --rollout-batch prompts each, in seeded order."""
+    batches = []
+    for epoch in range(args.epochs):
+        order = epoch_order(count, args.seed, epoch)
+        numbers = range(epoch * args.rollouts, (epoch + 1) * args.rollouts)
+        for i in range(0, count, args.rollout_batch):
+            rows = order[i : i + args.rollout_batch]
+            batches.append([(row, number) for row in rows for number in numbers])
+    return batches
+
+
+# ------------------------------------------------------------------------- the loop
+
+def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: list[Example],
+        tokenizer: Tokenizer, judge: Judge | None, args, metrics: Metrics) -> dict:
+    """Train the actor's model on rewards for its own responses, and return a summary.
+
+    Every batch of rollouts is a line of metrics.jsonl. args: the run's arguments, train.Args. Processes share
+    the sampling and the passes of every batch; rewards and advantages are computed by all, for all rollouts.
+    """
+    prompts = [tokenizer.chat(e.user_message(e.context), e.system) for e in examples]  # (x, c)
+    bare_prompts = [tokenizer.chat(e.user_message(None), e.system) for e in examples]  # x
+    batches = rollout_batches(len(examples), args)
+    steps = args.ppo_epochs * sum(math.ceil(len(batch) / args.train_batch) for batch in batches)
+    slots = min(args.slots, math.ceil(len(batches[0]) / world()))
+    sampler = Sampler(actor.model, prompts, rollout_sampling(args), tokenizer.stop_ids, slots)
+    bar = progress(sum(map(len, batches)), "responses", "training")
+    start = time.perf_counter()
+    step, tokens, skipped, skipped_in_a_row, unreadable_verdicts = 0, 0, 0, 0, 0  # so far
+
+    for number, batch in enumerate(batches):
+        started = time.perf_counter()
+
+        # 1. Rollouts: y ~ pi(.|x,c). The sampler's own log-probs round otherwise than those of training, so
+        # they are computed again, as training will compute them.
+        mine = shard(batch)
+        rows = [row for row, _ in mine]
+        samples = sampler.sample([prompts[row] for row in rows], args.seed, mine)
+        responses = [sample.ids for sample in samples]
+        groups = [(prompts[row], [ids]) for row, ids in zip(rows, responses, strict=True)]
+        logps = in_passes(policy_logps, actor.model, groups, args)  # (R,) each
+        information = [0.0] * len(mine)
+        if REWARDS[args.method].information:
+            bare_groups = [(bare_prompts[row], [ids]) for row, ids in zip(rows, responses, strict=True)]
+            bare_logps = in_passes(policy_logps, actor.model, bare_groups, args)  # (R,) each
+            information = [mutual_information(*terms).item() for terms in zip(logps, bare_logps, strict=True)]
+        columns = (
+            rows,
+            responses,
+            [tokenizer.decode(ids) for ids in responses],
+            [sample.finished for sample in samples],
+            logps,
+            reference_logps(reference, groups, args),
+            in_passes(response_values, critic.model, groups, args),
+            information,
+        )
+        rollouts = gather([Rollout(*fields) for fields in zip(*columns, strict=True)])  # B of all processes
+
+        # 2. Rewards, one a response. A judge whose first replies cannot be read has nothing to teach.
+        asked = [examples[rollout.row] for rollout in rollouts]
+        texts = [rollout.text for rollout in rollouts]
+        if judge and number == 0:
+            require_readable(asked, texts, judge)
+        information = [rollout.information for rollout in rollouts]
+        rewards, unreadable = rewards_of(asked, texts, information, judge, args)
+        unreadable_verdicts += unreadable
+        if args.shuffle_rewards:
+            order = epoch_order(len(rewards), seed_from("shuffled rewards", args.seed), number)
+            rewards = [rewards[i] for i in order]
+
+        # 3. Advantages, one a token, whitened over the whole batch.
+        for rollout, reward in zip(rollouts, rewards, strict=True):
+            clipped = max(-args.reward_clip, min(args.reward_clip, reward))
+            of_tokens = token_rewards(clipped, rollout.logps, rollout.reference, args.kl_weight)  # (R,)
+            rollout.advantages, rollout.returns = gae(of_tokens, rollout.values, args.gamma, args.gae_lambda)
+        whitened = whiten([rollout.advantages for rollout in rollouts])
+        for rollout, advantages in zip(rollouts, whitened, strict=True):
+            rollout.advantages = advantages
+
+        # 4. Updates: a mean over each response's tokens, then over the responses of a training batch.
+        measured: list[dict[str, float]] = []  # of every response of every training batch
+        norms: list[dict[str, float]] = []  # of every training batch's gradients
+        for train_batch in training_batches(rollouts, number, args):
+            measured += gather(backward(actor.model, critic.model, prompts, train_batch, args))
+            lr = learning_rate(step, steps, args.lr)
+            critic_lr = learning_rate(step, steps, args.critic_lr)
+            norm, critic_norm = update(actor, step, lr), update(critic, step, critic_lr)
+            norms.append(dict(grad_norm=norm, critic_grad_norm=critic_norm))
+            step += 1
+            is_finite = math.isfinite(norm + critic_norm)
+            skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
+            skipped += not is_finite
+            if skipped_in_a_row == 5:
+                raise UserError("five updates in a row were not finite: lower --lr and --critic-lr, or use "
+                                "--dtype float32")
+
+        batch_tokens = sum(len(rollout.ids) for rollout in rollouts)
+        tokens += batch_tokens
+        line = dict(
+            candidate=0,
+            step=number + 1,
+            updates=step,
+            responses=len(rollouts),
+            unreadable=unreadable,
+            **describe(rollouts, rewards, args),
+            **means(measured),
+            **means(norms),
+            lr=lr,
+            tokens=batch_tokens,
+            tokens_per_second=batch_tokens / (time.perf_counter() - started),
+            skipped=skipped,
+            weights_changed=actor.share_changed(),
+        )
+        metrics.log(**line)
+        bar.set_postfix_str(f"reward {line['reward']:.3f}, KL {line['kl']:.2f}, {line['length']:.0f} tokens")
+        bar.update(len(rollouts))
+
+    bar.close()
+    if unreadable_verdicts:
+        print(f"{unreadable_verdicts} verdicts could not be read; each earned its batch's mean")
+    if skipped:
+        print(f"{skipped} of {steps} updates skipped: they were not finite")
+    return dict(
+        steps=len(batches),
+        updates=steps,
+        responses=sum(map(len, batches)),
+        skipped=skipped,
+        unreadable=unreadable_verdicts,
+        tokens=tokens,
+        seconds_training=time.perf_counter() - start,
+    )
+
+
+def training_batches(rollouts: list[Rollout], number: int, args) -> list[list[Rollout]]:
+    """What each update trains on, --train-batch rollouts: --ppo-epochs passes in seeded order over the
+    rollouts of one batch, which is the `number`-th."""
+    batches = []
+    for epoch in range(args.ppo_epochs):
+        order = epoch_order(len(rollouts), seed_from("updates", args.seed, number), epoch)
+        for i in range(0, len(order), args.train_batch):
+            batches.append([rollouts[k] for k in order[i : i + args.train_batch]])
+    return batches
+
+
+def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: list[Rollout],
+             args) -> list[dict[str, float]]:
+    """Add the gradients of this process's share of a batch; metrics of each of its rollouts.
+
+    Each loss is one mean over the whole batch, however it is cut into passes and processes.
+    """
+    mine = shard(batch)
+    groups = [(prompts[rollout.row], [rollout.ids]) for rollout in mine]
+    measured = []
+    for chunk in split_by_tokens([[group] for group in groups], args.pass_tokens):
+        old, part = [mine[i] for i in chunk], [groups[i] for i in chunk]
+        logps = policy_logps(actor, part)  # (R,) each
+        policy_losses = [policy_loss(new, rollout.logps, rollout.advantages, args.clip).mean()
+                         for new, rollout in zip(logps, old, strict=True)]
+        (sum(policy_losses) / len(batch)).backward()
+        values = response_values(critic, part)  # (R,) each
+        value_losses = [value_loss(new, rollout.values, rollout.returns, args.value_clip).mean()
+                        for new, rollout in zip(values, old, strict=True)]
+        (sum(value_losses) / len(batch)).backward()
+        for i, rollout in enumerate(old):
+            ratio = (logps[i].detach() - rollout.logps).exp()  # (R,)
+            measured.append(dict(
+                loss=policy_losses[i].item(),
+                value_loss=value_losses[i].item(),
+                ratio_clipped=((ratio - 1).abs() > args.clip).float().mean().item(),
+            ))
+    return measured
+
+
+def update(optimizer: MasterAdamW, number: int, lr: float) -> float:
+    """One step by the gradients of all processes, clipped to norm 1; their norm before. A step that is not
+    finite is left out."""
+    all_reduce_gradients(optimizer.model)
+    norm = clip_grad_norm_(optimizer.model.parameters(), 1.0).item()
+    if math.isfinite(norm):
+        optimizer.step(number, lr)
+    optimizer.zero_grad()
+    return norm
+
+
+def describe(rollouts: list[Rollout], rewards: list[float], args) -> dict[str, float]:
+    """What metrics.jsonl says of a batch of rollouts and of their rewards before these are clipped.
+
+    Of the divergence from the start model nats a response and a token, lengths in tokens.
+    """
+    divergences = [kl_penalty(rollout.logps, rollout.reference).sum().item() for rollout in rollouts]
+    lengths = [len(rollout.ids) for rollout in rollouts]
+    values = torch.cat([rollout.values for rollout in rollouts])  # (tokens of the batch,)
+    returns = torch.cat([rollout.returns for rollout in rollouts])  # (tokens of the batch,)
+    described = dict(
+        reward=fmean(rewards),
+        reward_clipped=fmean([abs(reward) > args.reward_clip for reward in rewards]),
+        kl=fmean(divergences),
+        kl_per_token=sum(divergences) / sum(lengths),
+        length=fmean(lengths),
+        unfinished=fmean([not rollout.finished for rollout in rollouts]),
+        explained_variance=explained_variance(values, returns),
+    )
+    if REWARDS[args.method].information:
+        described["information"] = fmean([rollout.information for rollout in rollouts])
+    return described
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over all rows."""
+    return {name: fmean([row[name] for row in rows]) for name in rows[0]}
+
+
+# ------------------------------------------------------------------------- a run
+
+def run_ppo(args, folder: Path, source: Path) -> None:
+    """Models, the loop, and the run folder's files: those of a run of train.py, but for pairs."""
+    start = time.perf_counter()
+    dtype, device = getattr(torch, args.dtype), default_device()
+    actor = MasterAdamW(load(source, dtype, device), args.lr, args.seed, args.rounding)
+    critic_model = load_critic(source, dtype, device, args.seed)
+    critic = MasterAdamW(critic_model, args.critic_lr, args.seed, args.rounding)
+    reference = load(source, dtype, device).requires_grad_(False)
+    tokenizer, sampling = Tokenizer(source, args.date), rollout_sampling(args)
+    examples = fitting_rows(examples_for(args, "train"),
+                            lambda e: [e.user_message(e.context), e.user_message(None)], tokenizer,
+                            reference.config.max_position_embeddings, sampling.max_new_tokens)
+    judge = Judge(args, args.slots, args.date) if REWARDS[args.method].judge else None
+    write_arguments(args, [args], folder)
+    print(f"{folder}: {len(examples)} prompts, lr {args.lr}, critic's {args.critic_lr}, {sampling}")
+    summary = ppo(actor, critic, reference, examples, tokenizer, judge, args,
+                  Metrics(folder / "metrics.jsonl"))
+    save_dtype = getattr(torch, args.save_dtype)
+    save(actor.weights_to_save(save_dtype), actor.model.config, folder / "model", source, save_dtype)
+    barrier()
+
+    summary |= dict(seconds=time.perf_counter() - start, peak_memory_gb=peak_memory() / 1e9)
+    write_json(folder / "summary.json", summary)
+    if not rank():
+        learning_curve(folder)
+    print(f"{summary['updates']} updates on {summary['responses']} responses, {summary['seconds']:.0f} s, "
+          f"{summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
