@@ -27,12 +27,13 @@ against degenerate text are added.
     python eval.py --model RUN [--judge JUDGE]     a bare model folder has only the first two systems
     python eval.py --report RUN RUN ...            the paper's tables over runs and seeds
 
-Writes responses.jsonl, eval.json and figures to the run folder (or --out) and prints a table.
+Writes responses.jsonl, eval.json and figures to the run folder (or --out) and prints a table. A judge's
+endpoint is asked one question before anything is sampled. Responses are kept as they end and written before
+they are judged: whatever happens, to the evaluation or to its judge, the same command goes on from them. The
+results of another evaluation are not replaced; only those of some rows (--limit) give way to those of more.
 """
 
 import dataclasses
-import math
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,297 +41,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import judge as judging
-from checks import LETTERS, verify
-from contexts import DataArgs, examples_for, note_of, sampling_for
+from checks import verify
+from contexts import DataArgs, examples_for, note_of, sampling_for, warn_of_templates
 from contexts import check as check_data
-from data import SPLITS, Example, user_message
-from judge import Judge
-from losses import Group, sequence_logps
-from measures import (RATE, Answer, Answers, evaluate, groups_of, interval, length_controlled, nan_where,
-                      or_nan, wins)
-from model import Decoder, find, load
+from data import OWN_FILES, SPLITS, Example
+from folder import find, load, read_config
+from formats import first_of
+from judge import Judge, weight_times
+from measures import RATE, Answers, evaluate, groups_of, interval, wins
+from pairs import ready_pairs
 from report import entropy_figure, gain_figure, judges_figure, report, table
-from run import (UserError, default_device, default_dtype, environment, fingerprint, gather, main, option,
-                 parse, progress, rank, read_json, read_jsonl, seed_from, shard, write_json, write_jsonl)
-from sample import Sample, Sampling, generate
-from tokenizer import TEMPLATE_DATE, Tokenizer
-
-MEASURED = ("ids", "finished", "logp", "gain", "prompt_gain")  # columns of responses.jsonl beside the text,
-OF_CHOICES = ("entropy", "choice_mi")  # those of multiple-choice questions,
-JUDGED = ("scores", "reference_scores")  # and those of judged data
-
-
-# ------------------------------------------------------------------------- responses
-
-def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
-            sampling: Sampling, seed: int, slots: int = 64, cached: Answers | None = None) -> Answers:
-    """Every system's answer to every example, measured by the base model.
-
-    trained: None leaves out the third system. slots: how many responses are sampled together. cached: the
-    base model's answers of an earlier evaluation, which are then not sampled again.
-    """
-    without_context = {e.prompt: e.user_message(None) for e in examples}  # prompt -> what the user says
-    prompts = list(without_context)
-    other_prompt = dict(zip(prompts, prompts[1:] + prompts[:1], strict=True))
-
-    def draw(model: Decoder, user_messages: list[str], label: str) -> list[Sample]:
-        return sample_responses(model, tokenizer, user_messages, sampling, seed, slots, label)
-
-    cached = cached or {}
-    answers = dict(cached)
-    if not cached:
-        # `default` sees no context: one response a prompt stands beside all of the prompt's rows.
-        own = list(without_context.values())
-        other = [without_context[other_prompt[prompt]] for prompt in prompts]
-        samples = dict(default=draw(base, own, "default"))
-        measured = measured_answers(base, tokenizer, samples, own, other)["default"]
-        answer_to = dict(zip(prompts, measured, strict=True))
-        answers["default"] = [answer_to[e.prompt] for e in examples]
-
-    own = [e.user_message(e.context) for e in examples]
-    has_contexts = any(e.context for e in examples)
-    samples = {}
-    if has_contexts and not cached:
-        samples["prompted"] = draw(base, own, "prompted")
-    if trained is not None:
-        samples["trained"] = draw(trained, own, "trained")
-    if samples:
-        other = [user_message(other_prompt[e.prompt], e.context, e.style) for e in examples]
-        without = [without_context[e.prompt] for e in examples] if has_contexts else None
-        answers |= measured_answers(base, tokenizer, samples, own, other, without)
-
-    if examples[0].choices:
-        for system in [system for system in answers if system not in cached]:
-            model = trained if system == "trained" else base
-            answers[system] = choice_measures(model, tokenizer, examples, answers[system])
-    return answers
-
-
-def sample_responses(model: Decoder, tokenizer: Tokenizer, user_messages: list[str], sampling: Sampling,
-                     seed: int, slots: int, label: str) -> list[Sample]:
-    """One response to every user message. Row i draws from (seed, i, 0), the same numbers for every system.
-    """
-    rows = shard(list(enumerate(user_messages)))
-    prompts = [tokenizer.chat(message) for _, message in rows]
-    keys = [(i, 0) for i, _ in rows]
-    bar = progress(len(rows), "responses", label)
-    samples = generate(model, prompts, sampling, tokenizer.stop_ids, seed, keys, slots, bar)
-    bar.close()
-    return gather(samples)
-
-
-def measured_answers(base: Decoder, tokenizer: Tokenizer, samples: dict[str, list[Sample]], own: list[str],
-                     other: list[str], without: list[str] | None = None) -> Answers:
-    """Samples of some systems as answers, measured by the base model after three user messages a row.
-
-    own: what the samples answer. other: the same with another prompt. without: the same without the context;
-    None: no row has one. The context gain is NaN where there is no context to leave out.
-    """
-    ids = [[sample.ids for sample in row] for row in zip(*samples.values(), strict=True)]
-    logps = logps_after(base, tokenizer, own, ids, "own prompt")  # (rows, systems)
-    prompt_gains = logps - logps_after(base, tokenizer, other, ids, "another prompt")  # (rows, systems)
-    gains = np.full(logps.shape, np.nan)  # (rows, systems)
-    if without:
-        gains = logps - logps_after(base, tokenizer, without, ids, "no context")
-        gains[[a == b for a, b in zip(own, without, strict=True)]] = np.nan
-    answers = {}
-    for k, (system, drawn) in enumerate(samples.items()):
-        numbers = np.stack([logps[:, k], gains[:, k], prompt_gains[:, k]], axis=1).tolist()  # (rows, 3)
-        answers[system] = [Answer(tokenizer.decode(sample.ids), sample.ids, sample.finished, *row)
-                           for sample, row in zip(drawn, numbers, strict=True)]
-    return answers
-
-
-def logps_after(model: Decoder, tokenizer: Tokenizer, user_messages: list[str],
-                responses: list[list[list[int]]], label: str) -> np.ndarray:
-    """log pi(response | user message), summed over tokens: (rows, responses a row).
-
-    responses: the token ids of as many responses for every user message.
-    """
-    prompts = [tokenizer.chat(message) for message in user_messages]
-    return np.array(group_logps(model, list(zip(prompts, responses, strict=True)), label))
-
-
-def group_logps(model: Decoder, groups: list[Group], label: str) -> list[list[float]]:
-    """log pi(response | prefix) of each response of each group; the processes share the groups."""
-    share = shard(groups)
-    bar = progress(len(share), "prompts", f"log-probs, {label}")
-    logps = sequence_logps(model, share, bar=bar)
-    bar.close()
-    return gather(logps)
-
-
-def choice_measures(model: Decoder, tokenizer: Tokenizer, examples: list[Example],
-                    answers: list[Answer]) -> list[Answer]:
-    """The answers to multiple-choice questions with what their model makes of the choices.
-
-    entropy (Figs. 4, 5): of the softmax over the letters' log-probs after the response up to and including
-    "The answer is:"; NaN where the response does not say that. choice_mi: whether the choice with the
-    greatest log p(choice|question) - log p(choice) is the right one.
-    """
-    def encode(text: str) -> list[int]:
-        return tokenizer.response(text)[:-1]  # without the end token: the text goes on
-
-    rows, after_reasoning, after_question, after_nothing = [], [], [], []
-    for i, (e, answer) in enumerate(zip(examples, answers, strict=True)):
-        reasoning = re.search(r"(?is).*the answer is:", answer.text)
-        if reasoning:
-            letters = [encode(f" {letter}") for letter in LETTERS[: len(e.choices)]]
-            prefix = tokenizer.chat(e.user_message(None)) + encode(reasoning.group())
-            rows.append(i)
-            after_reasoning.append((prefix, letters))
-        question = e.prompt.rsplit("\n", len(e.choices))[0]  # the prompt's last lines are the choices
-        choices = [encode(choice) for choice in e.choices]
-        after_question.append((tokenizer.chat(f"Question: {question}\nAnswer:"), choices))
-        after_nothing.append((tokenizer.chat("Answer:"), choices))
-
-    entropies = np.full(len(examples), np.nan)
-    for i, logps in zip(rows, group_logps(model, after_reasoning, "letters"), strict=True):
-        p = np.exp(logps - np.logaddexp.reduce(logps))  # (choices,)
-        entropies[i] = -(p * np.log(np.maximum(p, 1e-300))).sum()
-    given = group_logps(model, after_question, "choices")
-    alone = group_logps(model, after_nothing, "choices alone")
-    measured = []
-    for i, (e, answer) in enumerate(zip(examples, answers, strict=True)):
-        choice = int(np.argmax(np.subtract(given[i], alone[i])))
-        right = float(LETTERS[choice] == e.answer)
-        measured.append(dataclasses.replace(answer, entropy=float(entropies[i]), choice_mi=right))
-    return measured
-
-
-def cached_answers(folder: Path, suffix: str, settings: dict, examples: list[Example],
-                   with_trained: bool) -> Answers:
-    """The base model's answers of an earlier evaluation, and if asked for the trained model's.
-
-    Raises UserError where that evaluation had other settings, or its rows are not these examples.
-    """
-    earlier = read_json(folder / f"eval{suffix}.json").get("settings", {})
-    for key, value in settings.items():
-        if earlier.get(key) != value:
-            raise UserError(f"--reuse {folder}: made with {key} {earlier.get(key)!r}, not {value!r}")
-    answers: Answers = {}
-    file = folder / f"responses{suffix}.jsonl"
-    for _, row in read_jsonl(file):
-        if row["system"] == "trained" and not with_trained:
-            continue
-        numbers = {key: or_nan(row.get(key)) for key in (*MEASURED, *OF_CHOICES)}
-        scores = {key: {judge: or_nan(score) for judge, score in row.get(key, {}).items()} for key in JUDGED}
-        answers.setdefault(row["system"], []).append(Answer(row["response"], **numbers, **scores))
-    if not answers or any(len(rows) != len(examples) for rows in answers.values()):
-        raise UserError(f"{file} does not hold {len(examples)} rows a system")
-    return answers
-
-
-def or_null(value):
-    """A value for a JSON file, which has null for NaN."""
-    return None if value != value else value  # only NaN differs from itself
-
-
-# ------------------------------------------------------------------------- judging
-
-def judge_all(judge: Judge, examples: list[Example], answers: Answers,
-              write_rubrics: bool) -> tuple[Answers, dict]:
-    """Let one judge score every answer and reference (Table 1), score what people rejected (Table 7), and
-    compare the trained model's responses with prompting's (Fig. 3).
-
-    Returns the answers with their scores, and the judge's own numbers for eval.json. Systems and references
-    are compared on the items on which the judge could be read for all of them.
-    """
-    name = judge.args.judge
-    texts = dict(reference=[e.reference for e in examples])
-    texts |= {system: [answer.text for answer in rows] for system, rows in answers.items()}
-    items = {label: item_scores(judge, examples, rows, label) for label, rows in texts.items()}
-    means, shared = means_over_shared_items(items)
-    scored: Answers = {}
-    for system, rows in answers.items():
-        scored[system] = [
-            dataclasses.replace(answer, scores=answer.scores | {name: score},
-                                reference_scores=answer.reference_scores | {name: reference})
-            for answer, score, reference in zip(rows, means[system], means["reference"], strict=True)]
-    asked = sum(len(e.items or [e.context]) for e in examples)
-    verdicts: dict = dict(items=dict(asked=asked, shared=shared))
-
-    if any(e.human_rejected for e in examples):
-        rejected = [e.human_rejected for e in examples]
-        items["human_rejected"] = item_scores(judge, examples, rejected, "human_rejected")
-        pair, _ = means_over_shared_items({label: items[label] for label in ("reference", "human_rejected")})
-        margin = np.subtract(pair["reference"], pair["human_rejected"])  # (rows,)
-        groups = groups_of(examples)
-        verdicts["critic"] = dict(
-            strict=interval(nan_where(np.isnan(margin), margin > 0), **groups, bounds=RATE),
-            tie_tolerant=interval(nan_where(np.isnan(margin), margin >= 0), **groups, bounds=RATE))
-    verdicts["unread"] = {label: sum(math.isnan(score) for row in rows for score in row)
-                          for label, rows in items.items()}
-    if "trained" in answers and "prompted" in answers:
-        verdicts["pairwise"] = compare_with_prompting(judge, examples, answers, write_rubrics)
-    return scored, verdicts
-
-
-def item_scores(judge: Judge, examples: list[Example], texts: list[str | None],
-                label: str) -> list[list[float]]:
-    """The judge's score of each text on each item of its row's context; none for a row without a text.
-
-    NaN where the reply could not be read: what is unread is never scored.
-    """
-    questions = [(i, item) for i, e in enumerate(examples) if texts[i] is not None
-                 for item in e.items or [e.context]]
-    scores = judging.rate(judge, [(examples[i].prompt, texts[i], item) for i, item in questions], label)
-    rows: list[list[float]] = [[] for _ in examples]
-    for (i, _), score in zip(questions, scores, strict=True):
-        rows[i].append(or_nan(score))
-    return rows
-
-
-def means_over_shared_items(items: dict[str, list[list[float]]]) -> tuple[dict[str, list[float]], int]:
-    """Each row's mean score over the items that were read for all texts of the row; and how many those are.
-
-    items: label -> of each row a score an item. Otherwise two texts' means would be of different questions,
-    and the one whose hard questions went unread would win. NaN where a row has no such item, or no text.
-    """
-    means: dict[str, list[float]] = {label: [] for label in items}
-    count = 0
-    for rows in zip(*items.values(), strict=True):
-        scores = np.array([row for row in rows if row])  # (texts, items)
-        read = ~np.isnan(scores).any(axis=0)  # (items,)
-        count += int(read.sum())
-        for label, row in zip(items, rows, strict=True):
-            means[label].append(float(np.mean(np.array(row)[read])) if row and read.any() else math.nan)
-    return means, count
-
-
-def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answers,
-                           write_rubrics: bool) -> dict:
-    """The judge's comparison of trained and prompted responses, each pair in both orders (Fig. 3).
-
-    The criterion is the example's rubric, else with write_rubrics one that the judge writes for the context,
-    else whether the response respects the context.
-    """
-    contexts = [e.context for e in examples]
-    written = judging.rubrics(judge, contexts) if write_rubrics else [None] * len(examples)
-    criteria = [e.rubric or rubric or f"Does the response respect this preference of the user: {e.context}"
-                for e, rubric in zip(examples, written, strict=True)]
-    trained = [answer.text for answer in answers["trained"]]
-    prompted = [answer.text for answer in answers["prompted"]]
-    verdicts = judging.compare(judge, list(zip(criteria, trained, prompted, strict=True)))
-
-    outcomes = np.array([or_nan(outcome) for outcome, _ in verdicts])  # (rows,) 1 win, 1/2 tie, 0 loss
-    unread = np.isnan(outcomes)
-    flips = nan_where(unread, np.array([float(flipped) for _, flipped in verdicts]))
-    read, groups = int((~unread).sum()), groups_of(examples)
-    longer = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # in characters
-    return dict(
-        win_rate=interval(outcomes, **groups, bounds=RATE),
-        wins=int((outcomes == 1).sum()),
-        ties=int((outcomes == 0.5).sum()),
-        losses=int((outcomes == 0).sum()),
-        unread=int(unread.sum()),
-        flip_rate=float(np.nansum(flips)) / max(1, read),
-        flip_interval=interval(flips, **groups, bounds=RATE),
-        length_controlled=length_controlled(outcomes, np.array(longer)),
-        rubrics_unread=written.count(None) if write_rubrics else None,
-    )
-
+from responses import group_logps, read_answers, remove_samples, respond, write_responses
+from rows import fitting_pairs, fitting_rows
+from run import (UserError, barrier, default_device, default_dtype, environment, fingerprint, main, option,
+                 parse, rank, read_json, seed_from, write_json)
+from sample import Sampling
+from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer
+from verdicts import judge_all
 
 # ------------------------------------------------------------------------- the program
 
@@ -340,10 +67,14 @@ class Args(DataArgs):
     date: str | None = option(None, "for chat templates that print one (default: the run's)", "sampling")
     dtype: str | None = option(None, "arithmetic (default: the run's; float32 where it saved that)",
                                "sampling", ("bfloat16", "float32"))
+    system: str | None = option(None, "system prompt of rows without one of their own (default: the run's)",
+                                "sampling")
+    template: tuple = option((), f"{TEMPLATE_HELP} (default: the run's)", "sampling")
     split: str = option("test", "which part to evaluate on; choose settings on validation", "data", SPLITS)
     out: str = option("", "folder for responses.jsonl and eval.json (default: the run folder)", "data")
     reuse: str = option("", "folder of an evaluation whose base model's responses are taken; the run's own: "
                         "all its responses, to have them judged", "data")
+    base: str = option("", "the model that training started from (default: where it was then)", "data")
     rubrics: bool = option(False, "let the judge write the criteria of its comparisons (D.2)", "judge")
     report: tuple = option((), "run folders: print and write the paper's tables of them", "data")
 
@@ -379,21 +110,45 @@ class Plan:
         return bool(self.args.reuse) and Path(self.args.reuse).resolve() == self.run.resolve()
 
     @property
+    def responses(self) -> Path:
+        """The file of the responses."""
+        return self.out / f"responses{self.suffix}.jsonl"
+
+    @property
+    def finished(self) -> Path:
+        """The file of the numbers, which is written last."""
+        return self.out / f"eval{self.suffix}.json"
+
+    @property
+    def unfinished(self) -> Path:
+        """A file for as long as the evaluation has not ended: what decides its responses, and whether these
+        are all sampled."""
+        return self.out / f"unfinished{self.suffix}.json"
+
+    @property
+    def settled(self) -> dict:
+        """What `unfinished` holds. Models are known by the times at which their weights were written."""
+        models = [self.base, *([str(self.trained)] if self.trained else [])]
+        return dict(settings=self.settings, arguments=dataclasses.asdict(self.args),
+                    weights={model: weight_times(model) for model in models})
+
+    @property
     def deciding_judge(self) -> str:
         """The judge whose scores decide a win: the first one, where data have neither checks nor answers."""
-        checkable = verify(self.examples[0], "") is not None
+        checkable = any(verify(example, "") is not None for example in self.examples)
         return self.judges[0].args.judge if self.judges and not checkable else ""
 
 
 def resolve(args: Args) -> Plan:
     """Settle which model, data and settings the arguments mean; UserError where that is impossible."""
     run = Path(args.model)
-    base, trained, trained_with = args.model, None, {}
+    base, trained, trained_with, name = args.model, None, {}, args.model
     if (run / "args.json").exists():
         if not (run / "model").is_dir():
             raise UserError(f"{run} is a run without a trained model: it has not finished")
-        trained_with = read_json(run / "args.json")["arguments"]
-        base, trained = trained_with["model"], run / "model"
+        saved = read_json(run / "args.json")
+        trained_with = saved["arguments"]
+        name, base, trained = trained_with["model"], base_of(args, run, saved), run / "model"
     else:
         find(args.model)  # a wrong name is told first
         if not args.out:
@@ -401,12 +156,19 @@ def resolve(args: Args) -> Plan:
         if args.reuse:
             raise UserError(f"--reuse brings the base model's responses, and {run} is a bare model: none is "
                             "left")
+        if args.base:
+            raise UserError(f"--base is the model that a run started from, and {run} is a bare model")
     defaults = dict(data="demo", date=TEMPLATE_DATE, max_new_tokens=None, dtype=default_dtype())
     defaults |= trained_with
     if trained_with.get("save_dtype") == "float32":
         defaults["dtype"] = "float32"  # what was saved is read without rounding it again
-    left_out = [key for key in ("data", "date", "max_new_tokens", "dtype") if getattr(args, key) is None]
-    args = dataclasses.replace(args, **{key: defaults[key] for key in left_out})
+    data = defaults["data"]
+    if args.data is None and data.endswith(OWN_FILES) and not Path(data).exists():
+        raise UserError(f"{run} was trained on {data}, which is not here: say where it is with --data FILE")
+    keys = ("data", "date", "max_new_tokens", "dtype", "system")
+    left_out = {key: defaults.get(key) for key in keys if getattr(args, key) is None}
+    template = args.template or tuple(defaults.get("template", ()))
+    args = dataclasses.replace(args, template=template, **left_out)
     sampling = sampling_for(args, evaluation=True)
     args = dataclasses.replace(args, temperature=sampling.temperature, top_p=sampling.top_p)
 
@@ -419,42 +181,187 @@ def resolve(args: Args) -> Plan:
                if key in trained_with}
     data_args = dataclasses.replace(args, **source)
     examples = examples_for(data_args, args.split)
-    if args.judge and not all(e.context for e in examples):
-        raise UserError(f"--judge: {args.data} has rows without a context, and contexts are what is judged")
+    without = [e.name for e in examples if not e.context]
+    if args.judge and without:
+        raise UserError(f"--judge: {args.data} has rows without a context, and contexts are what is judged "
+                        f"({first_of(without)})")
+    examples = examples_that_fit(examples, base, args, sampling)
 
     suffix = "" if args.split == "test" else f"-{args.split}"
-    settings = dict(model=base, split=args.split, examples=fingerprint([vars(e) for e in examples]),
-                    seed=args.seed, sampling=dataclasses.asdict(sampling), date=args.date, dtype=args.dtype)
+    settings = dict(model=name, split=args.split, examples=fingerprint([e.row() for e in examples]),
+                    seed=args.seed, sampling=dataclasses.asdict(sampling), date=args.date, dtype=args.dtype,
+                    template=list(args.template) or None)
     plan = Plan(args, run, base, trained, trained_with, Path(args.out or run), suffix, sampling, examples,
                 judges, settings, note_of(data_args), cached={})
-    if not args.reuse:
-        return plan
-    cached = cached_answers(Path(args.reuse), suffix, settings, examples, plan.reuses_itself)
-    return dataclasses.replace(plan, cached=cached)
+    refuse_to_replace(plan)
+    return dataclasses.replace(plan, cached=cached_answers(plan)) if args.reuse else plan
+
+
+def base_of(args: Args, run: Path, saved: dict) -> str:
+    """The model that a run started from: --base; the folder that it was then, by its absolute path; a hub id.
+
+    saved: the run's args.json. What was a folder is never looked for on the hub.
+    """
+    name, folder = saved["arguments"]["model"], saved.get("base")
+    if folder and not args.base and not Path(folder).is_dir():
+        raise UserError(f"{run} was trained from the folder {folder}, which is not there: say where it is "
+                        "now with --base FOLDER")
+    base = args.base or folder or name
+    try:
+        find(base)
+    except UserError as e:
+        raise UserError(f"the model that {run} was trained from: {e} (--base names it)") from None
+    return base
+
+
+def examples_that_fit(examples: list[Example], base: str, args: Args, sampling: Sampling) -> list[Example]:
+    """The examples whose prompts, with and without the context, leave room for a response."""
+    tokenizer = Tokenizer(base, args.date, args.template)
+    warn_of_templates(examples, tokenizer)
+    places = read_config(find(base)).max_position_embeddings
+    return fitting_rows(examples, lambda e: [e.user_message(e.context), e.user_message(None)], tokenizer,
+                        places, sampling.max_new_tokens)
+
+
+# ------------------------------------------------------------------------- earlier evaluations
+
+def refuse_to_replace(plan: Plan) -> None:
+    """UserError where the folder holds another evaluation than this one, or verdicts that this one does not
+    ask for. An evaluation of some rows (--limit) gives way to one of more rows."""
+    for file in (plan.unfinished, plan.finished):
+        if not file.exists():
+            continue
+        earlier = read_json(file)
+        changes = changed_settings(plan, earlier)
+        if changes and not has_fewer_rows(plan, earlier):
+            raise UserError(f"{file} is of an evaluation with {'; '.join(changes)}: name another folder with "
+                            "--out, or remove that file")
+        if changes:
+            print(f"{file} is of fewer rows, --limit {earlier['arguments']['limit']}: it is replaced")
+        asked = [judge.args.judge for judge in plan.judges]
+        lost = [name for name in earlier.get("judges", {}) if name not in asked]
+        if lost and not plan.reuses_itself:
+            raise UserError(f"{file} holds the verdicts of {', '.join(lost)}: name it in --judge too, add "
+                            f"others with --reuse {plan.run}, or name another folder with --out")
+
+
+def changed_settings(plan: Plan, earlier: dict) -> list[str]:
+    """Where this evaluation's settings are not those of an earlier one's file, in words."""
+    made_with = earlier.get("settings", {})  # of an early version without any, all have changed
+    changed = {key: (made_with.get(key), value) for key, value in plan.settings.items()
+               if made_with.get(key) != value}
+    if "examples" in changed:  # which arguments chose others says more than their fingerprint
+        before, now = dataclasses.asdict(Args()) | earlier["arguments"], dataclasses.asdict(plan.args)
+        chosen_by = {key: (before[key], now[key]) for key in ("data", "limit", "contexts", "system")
+                     if before[key] != now[key]}
+        if chosen_by:
+            del changed["examples"]
+        changed |= chosen_by
+    return [f"{key} {before!r}, not {value!r}" for key, (before, value) in changed.items()]
+
+
+def has_fewer_rows(plan: Plan, earlier: dict) -> bool:
+    """Whether an earlier evaluation differs from this one only in having fewer rows of the same data."""
+    arguments, limit = earlier["arguments"], plan.args.limit
+    same = dict(earlier.get("settings", {}), examples=plan.settings["examples"]) == plan.settings
+    is_more = arguments["limit"] > 0 and (not limit or limit > arguments["limit"])
+    return same and is_more and arguments["data"] == plan.args.data
+
+
+def cached_answers(plan: Plan) -> Answers:
+    """What --reuse brings: the base model's answers of another evaluation, or all of the run's own.
+
+    Raises UserError where that evaluation had other settings, or its rows are not these examples.
+    """
+    folder, suffix = Path(plan.args.reuse), plan.suffix
+    if (folder / f"unfinished{suffix}.json").exists():
+        raise UserError(f"--reuse {folder}: its evaluation has not ended: give the command that began it "
+                        "again")
+    changes = changed_settings(plan, read_json(folder / f"eval{suffix}.json"))
+    if changes:
+        raise UserError(f"--reuse {folder}: made with {'; '.join(changes)}")
+    return read_answers(folder / f"responses{suffix}.jsonl", plan.examples, plan.reuses_itself)
+
+
+def begun(plan: Plan) -> dict:
+    """What this very evaluation has left in `unfinished`, nothing where it begins. What other weights have
+    answered counts for nothing."""
+    earlier = read_json(plan.unfinished) if plan.unfinished.exists() else {}
+    if earlier and earlier["weights"] != plan.settled["weights"]:
+        print(f"{plan.out}: the models have been written anew since: everything is sampled again")
+        return {}
+    return earlier
+
+
+# ------------------------------------------------------------------------- the evaluation
+
+def pairs_of_data(plan: Plan) -> dict | None:
+    """The share of the data's own pairs whose margin is positive: of which training has made the chosen
+    response likelier, against the rejected one (the accuracy that DPO reports). None where there are no pairs
+    or no trained model."""
+    if plan.trained is None or any(e.chosen is None or e.rejected is None for e in plan.examples):
+        return None
+    args, ratios = plan.args, []
+    for folder in (plan.base, plan.trained):
+        model = load(folder, getattr(torch, args.dtype), device=default_device())
+        pairs = ready_pairs(Tokenizer(plan.base, args.date, args.template), plan.examples)
+        pairs = fitting_pairs(pairs, plan.examples, model.config.max_position_embeddings)
+        groups = [(pair.prompt_ids, [response.ids for response in pair.responses]) for pair in pairs]
+        chosen, rejected = np.array(group_logps(model, groups, "pairs of the data")).reshape(-1, 2).T
+        ratios.append(chosen - rejected)  # (pairs,)
+    kept = {pair.id for pair in pairs}
+    groups = groups_of([e for e in plan.examples if e.id in kept])
+    positive = (ratios[1] > ratios[0]).astype(float)  # (pairs,)
+    return interval(positive, **groups, bounds=RATE)
+
+
+def all_answers(plan: Plan) -> Answers:
+    """Every system's answers: those that --reuse brings or an interruption has left, the others sampled.
+
+    Judges are asked one question first, and answers are written before they are judged: what a judge refuses
+    costs no sampling.
+    """
+    if "trained" in plan.cached:
+        return plan.cached
+    args, earlier = plan.args, begun(plan)
+    if earlier.get("sampled"):
+        print(f"{plan.responses} holds this evaluation's responses: none is sampled again")
+        return read_answers(plan.responses, plan.examples, with_trained=True)
+    for judge in plan.judges:
+        judge.check_endpoint()
+    dtype, device = getattr(torch, args.dtype), default_device()
+    trained = load(plan.trained, dtype, device=device) if plan.trained else None
+    base = load(plan.base, dtype, device=device)
+    tokenizer = Tokenizer(plan.base, args.date, args.template)
+
+    barrier()  # all processes have looked at the folder before one of them writes there
+    plan.out.mkdir(parents=True, exist_ok=True)
+    if not earlier:
+        remove_samples(plan.responses)
+        write_json(plan.unfinished, dict(plan.settled, sampled=False))
+    barrier()
+    answers = respond(base, trained, tokenizer, plan.examples, plan.sampling, args.seed, args.slots,
+                      plan.cached, plan.responses)
+    write_responses(plan.responses, plan.examples, answers)
+    write_json(plan.unfinished, dict(plan.settled, sampled=True))
+    remove_samples(plan.responses)
+    return answers
 
 
 def measure(plan: Plan) -> tuple[Answers, dict]:
     """Sample, judge, count: the answers, and what eval.json will hold."""
     start, args, examples = time.perf_counter(), plan.args, plan.examples
     print(f"{len(examples)} {args.split} examples, {plan.sampling}")
-    tokenizer = Tokenizer(plan.base, args.date)
-    answers = plan.cached
-    if "trained" not in answers:
-        dtype, device = getattr(torch, args.dtype), default_device()
-        trained = load(plan.trained, dtype, device=device) if plan.trained else None
-        base = load(plan.base, dtype, device=device)
-        answers = respond(base, trained, tokenizer, examples, plan.sampling, args.seed, args.slots, answers)
-        del base, trained  # room for a local judge
-
+    answers = all_answers(plan)
     verdicts = {}
     for judge in plan.judges:
         answers, verdicts[judge.args.judge] = judge_all(judge, examples, answers, args.rubrics)
     result = evaluate(examples, answers, plan.deciding_judge)
     if plan.reuses_itself:  # other judges' verdicts stay
-        earlier = read_json(plan.run / f"eval{plan.suffix}.json")
+        earlier = read_json(plan.run / plan.finished.name)
         verdicts = earlier.get("judges", {}) | verdicts
-    result |= dict(settings=plan.settings, arguments=dataclasses.asdict(args), run=plan.trained_with,
-                   judges=verdicts, data=plan.note, environment=environment(),
+    result |= dict(pairs=pairs_of_data(plan), settings=plan.settings, arguments=dataclasses.asdict(args),
+                   run=plan.trained_with, judges=verdicts, data=plan.note, environment=environment(),
                    seconds=round(time.perf_counter() - start, 1))
     return answers, result
 
@@ -463,10 +370,8 @@ def write(plan: Plan, answers: Answers, result: dict) -> None:
     """Write responses.jsonl, eval.json and the figures; print the table and some answers."""
     out, suffix, examples = plan.out, plan.suffix, plan.examples
     out.mkdir(parents=True, exist_ok=True)
-    lines = [response_row(e, system, answer) for system, rows in answers.items()
-             for e, answer in zip(examples, rows, strict=True)]
-    write_jsonl(out / f"responses{suffix}.jsonl", lines)
-    write_json(out / f"eval{suffix}.json", result)
+    write_responses(plan.responses, examples, answers)
+    write_json(plan.finished, result)
     won = {system: wins(examples, rows, plan.deciding_judge) for system, rows in answers.items()}
     if not rank():
         judges_figure(out / f"judges{suffix}.png", result["judges"])
@@ -477,10 +382,11 @@ def write(plan: Plan, answers: Answers, result: dict) -> None:
                            max(len(e.choices) for e in examples))
         if out == plan.run and not suffix and (plan.run / "summary.json").exists():
             gain_figure(plan.run, plan.run / "gain.png")
+        plan.unfinished.unlink(missing_ok=True)
     print(table(result))
     if "trained" in answers:
         print(side_by_side(examples, answers, won))
-    print(f"\n{result['seconds']:.0f} s; written: eval{suffix}.json and responses{suffix}.jsonl in {out}")
+    print(f"\n{result['seconds']:.0f} s; written: {plan.finished.name} and {plan.responses.name} in {out}")
 
 
 def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[str, np.ndarray],
@@ -499,18 +405,6 @@ def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[st
                   f"  {label:9} {answers[baseline][i].text!r}",
                   f"  trained:  {answers['trained'][i].text!r}{verdict}"]
     return "\n".join(lines)
-
-
-def response_row(e: Example, system: str, answer: Answer) -> dict:
-    """One line of responses.jsonl."""
-    row = dict(id=e.id, prompt=e.prompt, context=e.context, response=answer.text, system=system)
-    row |= {key: or_null(getattr(answer, key)) for key in MEASURED}
-    if e.choices:
-        row |= {key: or_null(getattr(answer, key)) for key in OF_CHOICES}
-    if answer.scores:
-        row |= {key: {judge: or_null(score) for judge, score in getattr(answer, key).items()}
-                for key in JUDGED}
-    return row
 
 
 def evaluation(args: Args) -> None:

@@ -6,6 +6,7 @@ MIPO_SMOLLM2 (a folder), or is built once by ../shared/tools/make_smollm2.py whe
 tests that ask for it are skipped where it is not.
 """
 
+import contextlib
 import http.server
 import inspect
 import json
@@ -14,9 +15,12 @@ import os
 import random
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +42,7 @@ from batches import all_logps, training_rows
 from data import Example
 from measures import Answer
 from model import Config, Decoder, Packed
-from pairs import Pair, Response
+from negatives import Pair, Response
 from run import Metrics, read_jsonl
 from sample import Sample, generate
 
@@ -218,6 +222,25 @@ def named_gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def kept_bytes(model: torch.nn.Module, forward: Callable[[], Tensor]) -> int:
+    """The bytes that autograd keeps between forward() and its backward pass, parameters left out: each
+    storage once, however many operations keep it."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no storage takes the place of another that is gone
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(sizes.values())
+
+
 def assert_json_close(a, b, rel: float = 1e-4, abs: float = 1e-5) -> None:
     """Two JSON values are equal, their numbers up to fp32 rounding; nan equals nan."""
     assert type(a) is type(b)
@@ -352,6 +375,96 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+JUDGE_KEY = "sk-a-secret-of-the-test"  # of the endpoints below
+
+
+def completion(content) -> bytes:
+    """The body of a chat completion with this content."""
+    return json.dumps(dict(choices=[dict(message=dict(role="assistant", content=content))])).encode()
+
+
+class JudgeHandler(http.server.BaseHTTPRequestHandler):
+    """One chat completion, as well or as badly as the server's plan has it."""
+
+    timeout, log_message = 20, lambda *args: None  # a client that never gives up does not hang the tests
+
+    def do_POST(self):
+        server, request = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = request["messages"][-1]["content"]
+        with server.lock:
+            nth, arrival = server.asked.count(text), len(server.asked)
+            server.asked.append(text)
+            server.requests.append((self.path, dict(self.headers), request))
+            server.now += 1
+            server.peak = max(server.peak, server.now)
+        self.reply(text, **server.plan(text, nth, arrival))
+
+    def do_GET(self):
+        self.server.requests.append((self.path, dict(self.headers), None))
+
+    def reply(self, text, status=200, body=b"", content=None, headers=(), fault="", wait=lambda: None):
+        wait()
+        with self.server.lock:
+            self.server.now -= 1
+            self.server.answered += [text] * (content is not None)
+        if fault == "stall":
+            self.rfile.read(1)  # until the client has had enough
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        if fault in ("stall", "reset", "drop"):
+            return
+        body = b" " * 40 * (fault == "drip") + (completion(content) if content is not None else body)
+        length = len(body) + 9 * (fault in ("cut", "hang"))
+        self.send_response(status)
+        for name, value in (dict(Content_Length=length) | dict(headers)).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        while fault == "drip" and body.startswith(b" "):  # a sign of life now and then
+            time.sleep(0.15)
+            self.wfile.write(body[:1])
+            body = body[1:]
+        self.wfile.write(body)
+        if fault == "hang":
+            self.rfile.read(1)
+
+
+class JudgeServer(http.server.ThreadingHTTPServer):
+    """plan(question, how often it was asked before, requests before) -> what JudgeHandler.reply does."""
+
+    request_queue_size, daemon_threads, handle_error = 128, True, lambda *args: None
+
+    def __init__(self, plan):
+        super().__init__(("127.0.0.1", 0), JudgeHandler)
+        self.plan, self.lock, self.gate = plan, threading.Lock(), threading.Event()
+        self.asked, self.answered, self.requests, self.now, self.peak = [], [], [], 0, 0
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def until(self, ready) -> None:
+        """Wait for ready(self)."""
+        end = time.monotonic() + 300
+        while not ready(self):
+            assert time.monotonic() < end, "the server waits in vain"
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """(plan) -> a JudgeServer; a key is set, and no proxy stands between."""
+    monkeypatch.setenv("OPENAI_API_KEY", JUDGE_KEY)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    with contextlib.ExitStack() as stack:
+        def start(plan) -> JudgeServer:
+            server = stack.enter_context(JudgeServer(plan))
+            stack.callback(server.shutdown)
+            stack.callback(server.gate.set)
+            return server
+
+        yield start
+
+
 # ------------------------------------------------------------------------- sampling and training, watched
 
 def stopping_model(tiny: Path, folder: Path) -> Path:
@@ -390,6 +503,7 @@ class RecordingOptimizer:
 
     def __init__(self, model: Decoder):
         self.model = model
+        self.weights = list(model.parameters())
         self.gradients: list[dict[str, Tensor]] = []
         self.rates: list[float] = []
 
@@ -405,15 +519,16 @@ class RecordingOptimizer:
         return 0.0
 
 
-def train_in_place(optimizer, pairs: list[Pair], file: Path, **arguments) -> tuple[dict, list[dict]]:
-    """train.train on pairs with such arguments, from a reference that the optimizer's model is itself: the
-    summary, and the rows of metrics.jsonl, which is `file`."""
+def train_in_place(optimizer, pairs: list[Pair], file: Path, **arguments) -> tuple[train.State, list[dict]]:
+    """train.train on pairs with such arguments, from a reference that the optimizer's model is itself: where
+    it has ended, and the rows of metrics.jsonl, which is `file`."""
     args = train.resolve(train.Args(**arguments))
     file.unlink(missing_ok=True)
     pairs = training_rows(pairs, args)
     reference = all_logps(optimizer.model, pairs, args)
-    summary = train.train(optimizer, pairs, reference, args, Metrics(file))
-    return summary, [row for _, row in read_jsonl(file)]
+    state = train.State()
+    train.train(optimizer, pairs, reference, args, Metrics(file), state)
+    return state, [row for _, row in read_jsonl(file)]
 
 
 # ------------------------------------------------------------------------- runs of train.py

@@ -4,7 +4,7 @@ import torch
 from conftest import ROOT, sequence_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from model import find, load
+from folder import find, load
 from tokenizer import Tokenizer
 
 TINY = ROOT / "assets" / "tiny"

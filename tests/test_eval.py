@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from conftest import LOWER, answer, held_out, random_model, write_model
+from conftest import LOWER, answer, completion, held_out, random_model, write_model
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import judge as judging
 from data import Example, load_examples
 from eval import judge_all, respond, side_by_side
+from folder import load
 from measures import RATE, SYSTEMS, evaluate, interval, paired_differences, system_row
-from model import load
 from report import table
 from run import UserError, read_json, read_jsonl, write_json
 from sample import Sampling, generate
@@ -524,3 +524,99 @@ def test_what_cannot_be_evaluated_leaves_nothing(remove, flags, word, finished_r
     with pytest.raises(UserError, match=word):
         call("--model", finished_run, *(flags or ["--data", data]))
     assert sorted(os.listdir(finished_run)) == before
+
+
+# ------------------------------------------------------------------------------- a judge that fails
+
+def judged_flags(server, folder: Path) -> list:
+    """eval.py's flags for a judge at this server."""
+    return ["--judge", "m", "--judge-url", server.url, "--judge-cache", folder / "verdicts.jsonl",
+            "--judge-at-once", "1"]
+
+
+def verdict(text: str, nth: int = 0, arrival: int = 0) -> dict:
+    """A judge's answer: one score and one choice for everything."""
+    return dict(content="response_a" if "Response_a" in text else "4")
+
+
+def count_samples(monkeypatch) -> list[int]:
+    """How many prompts each of eval.py's calls of `generate` has from now on."""
+    counts: list[int] = []
+    monkeypatch.setattr(evaluation, "generate",
+                        lambda *a, **k: counts.append(len(a[1])) or generate(*a, **k))
+    return counts
+
+
+def test_a_judge_that_refuses_is_noticed_before_sampling(finished_run, data, call, serve, tmp_path,
+                                                         monkeypatch):
+    """One question, one line; nothing is sampled or written."""
+    server, counts = serve(lambda *_: dict(status=403, body=b"error code: 1010")), count_samples(monkeypatch)
+    before = sorted(os.listdir(finished_run))
+    with pytest.raises(UserError, match="403: error code: 1010"):
+        call("--model", finished_run, "--data", data, *judged_flags(server, tmp_path))
+    assert len(server.asked) == 1 and counts == [] and sorted(os.listdir(finished_run)) == before
+
+
+def test_a_judge_that_fails_later_costs_no_responses(finished_run, data, call, serve, tmp_path, monkeypatch):
+    """They are written before they are judged; the same command goes on from them, to the same numbers."""
+    server, counts = serve(verdict), count_samples(monkeypatch)
+    command = ["--model", finished_run, "--data", data]
+    call(*command, *judged_flags(server, tmp_path / "undisturbed"), "--out", tmp_path / "whole")
+    assert sum(counts) == 10 and sorted(os.listdir(tmp_path / "whole")) == ["eval.json", "judges.png",
+                                                                             "responses.jsonl"]
+    counts.clear()
+    server.answered.clear()
+    server.plan = lambda text, *_: dict(status=401) if len(server.answered) > 8 else verdict(text)
+    judged = [*command, *judged_flags(server, tmp_path / "disturbed"), "--out", tmp_path / "cut"]
+    with pytest.raises(UserError, match="401"):
+        call(*judged)
+    assert sum(counts) == 10 and sorted(os.listdir(tmp_path / "cut")) == ["responses.jsonl", "unjudged.json"]
+    with pytest.raises(UserError, match="not been judged to the end"):
+        call(*command, "--reuse", tmp_path / "cut", "--out", tmp_path / "other")
+    counts.clear()
+    server.plan = verdict
+    call(*judged)
+    assert counts == [] and len(server.answered) > 9
+    for name in ("responses.jsonl", "eval.json"):
+        whole, again = (read_rows(tmp_path / folder / name) for folder in ("whole", "cut"))
+        assert whole == again
+    assert not (tmp_path / "cut" / "unjudged.json").exists()
+
+
+def read_rows(file: Path) -> list:
+    """The rows of a .jsonl file; of eval.json the numbers."""
+    if file.suffix == ".jsonl":
+        return [row for _, row in read_jsonl(file)]
+    result = read_json(file)
+    return [result["parts"], result["judges"]]
+
+
+def test_responses_of_other_settings_are_not_judged_in_their_place(finished_run, data, call, serve, tmp_path,
+                                                                   monkeypatch):
+    """Another seed or other weights: everything is sampled anew."""
+    def plan(text, nth, arrival):
+        return dict(status=401 if arrival else 200, body=completion("4"))
+
+    server, counts = serve(plan), count_samples(monkeypatch)
+    command = ["--model", finished_run, "--data", data, *judged_flags(server, tmp_path)]
+    for change in ([], ["--seed", "1"], None, None):
+        if change is None:
+            os.utime(finished_run / "model" / "model.safetensors", (1, len(counts)))
+        server.asked.clear()
+        with pytest.raises(UserError, match="401"):
+            call(*command, *(change or []))
+    assert sum(counts) == 40
+
+
+def test_what_one_question_meets_is_counted_with_its_reason(finished_run, data, call, serve, tmp_path):
+    """The evaluation goes on; eval.json says how many replies were not read, and why."""
+    def plan(text, nth, arrival):
+        if "I am 1." in text:
+            return dict(status=400, body=b'{"error": {"message": "filtered", "code": "content_filter"}}')
+        return verdict(text)
+
+    call("--model", finished_run, "--data", data, *judged_flags(serve(plan), tmp_path))
+    verdicts = read_json(finished_run / "eval.json")["judges"]["m"]
+    assert verdicts["unread"] == dict(reference=0, default=1, prompted=1, trained=1)
+    assert verdicts["unread_reasons"] == dict(filtered=3) and verdicts["items"] == dict(asked=4, shared=3)
+    assert verdicts["pairwise"]["unread"] == 1

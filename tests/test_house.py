@@ -10,9 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-ORDER = ("train", "selection", "batches", "eval", "report", "measures", "pairs", "contexts", "data", "judge",
-         "checks", "sample", "tokenizer", "losses", "model", "optimizer", "run", "fast")
-METHOD = ("losses", "pairs", "train", "model", "sample")  # the path from a prompt to a trained model
+ORDER = ("train", "dry_run", "ppo", "rewards", "run_folder", "checkpoint", "revise", "selection", "batches",
+         "eval", "responses", "verdicts", "report", "measures", "diversity", "pairs", "negatives",
+         "contexts", "rows", "data", "formats", "judge", "endpoint", "checks", "sample", "tokenizer",
+         "replies", "memory", "losses", "folder", "model", "optimizer", "lora", "schema", "run", "fast")
+METHOD = ("losses", "negatives", "pairs", "train", "model", "sample")  # the path from a prompt to a trained model
 FILES = sorted(ROOT.glob("*.py"))
 FOLDERS = ("assets", "bench", "results", "tests")
 ALL_FILES = FILES + [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]

@@ -15,8 +15,10 @@ import tokenizers
 from conftest import END, chat_ids, oracle_logp, record_samples, stopping_model, training_example
 from transformers import AutoModelForCausalLM
 
-from model import Decoder, load
-from pairs import Pair, Response, add_noise, add_reshuffled, make_pairs, negative_messages
+from folder import load
+from model import Decoder
+from negatives import Pair, Response, add_noise, add_reshuffled, negative_messages
+from pairs import make_pairs
 from run import UserError
 from sample import Sampling, generate
 from tokenizer import Tokenizer

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import pairs
 from data import Example
-from model import Decoder, load
-from pairs import (Pair, Response, check_negatives, load_pairs, make_pairs, negative_messages, pairs_for,
-                   print_statistics, save_pairs)
+from folder import load
+from model import Decoder
+from negatives import Pair, Response, negative_messages
+from pairs import check_negatives, load_pairs, make_pairs, pairs_for, print_statistics, save_pairs
 from run import UserError, read_json, write_json, write_jsonl
 from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
@@ -66,25 +67,13 @@ def test_random_without_contexts_is_another_prompt():
     assert set(messages) <= {e.prompt for e in examples} and len(set(messages)) > 5
 
 
-def test_random_of_rows_some_of_which_have_contexts():
-    """A row with a context keeps its prompt and gets another's context; one without gets another prompt."""
-    examples = [training_example(i, f"Context {i}." if i % 2 else None, prompt=f"Question {i}?")
-                for i in range(12)]
-    contexts = {e.context for e in examples if e.context}
-    for e, messages in zip(examples, negative_messages(examples, "random", 0, 5), strict=True):
-        for message in messages:
-            if e.context:
-                assert message in {e.user_message(context) for context in contexts - {e.context}}
-            else:
-                assert message in {other.prompt for other in examples} - {e.prompt}
-
-
 @pytest.mark.parametrize(("neg", "contexts"), [
     ("missing", [None, None]), ("missing", ["c", None]), ("random", ["c", "c", "c"]), ("random", ["c"]),
-    ("random", [None, None]),
+    ("random", [None, None]), ("random", ["c", None, "d"]),
 ])  # fmt: skip
 def test_negatives_that_cannot_be_are_refused(neg, contexts):
-    """missing without contexts, random where all contexts (or prompts) are one: UserErrors naming --neg."""
+    """missing without contexts, random where all contexts (or prompts) are one or some rows have no context:
+    UserErrors naming --neg."""
     rows = [training_example(i, context, prompt="p") for i, context in enumerate(contexts)]
     with pytest.raises(UserError, match=f"--neg {neg}"):
         negative_messages(rows, neg, 0)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import train
 from batches import all_logps, training_rows
-from model import Decoder, load
+from folder import load
+from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients
 from run import Metrics, main, rank, read_jsonl, world
 from train import Args
@@ -36,6 +37,7 @@ class PlainSGD:
 
     def __init__(self, model: Decoder):
         self.model = model
+        self.weights = list(model.parameters())
 
     @torch.no_grad()
     def step(self, number: int, lr: float) -> None:
@@ -81,7 +83,7 @@ def experiment(folder: Path, scratch: Path, method: str, pass_tokens: int, count
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "all_reduce_gradients", reduce_scaled)
         patch.setattr(train, "clip_grad_norm_", clip_recorded)
-        train.train(PlainSGD(model), pairs, reference, args, Metrics(file))
+        train.train(PlainSGD(model), pairs, reference, args, Metrics(file), train.State())
     weights = flat(model.parameters())
     if rank():
         return dict(weights=weights)
@@ -96,7 +98,8 @@ def experiment_in_bf16(folder: Path, scratch: Path) -> dict:
     model = load(folder, torch.bfloat16)
     optimizer = MasterAdamW(model, args.lr, args.seed)
     reference = all_logps(model, pairs, args)
-    train.train(optimizer, pairs, reference, args, Metrics(scratch / f"bf16-{world()}.jsonl"))
+    train.train(optimizer, pairs, reference, args, Metrics(scratch / f"bf16-{world()}.jsonl"),
+                train.State())
     return dict(weights=flat(optimizer.weights), masters=flat(optimizer.masters))
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import selection
 from checks import honours
 from data import load_examples
-from model import load
+from folder import load
 from pairs import load_pairs
 from run import read_json
 from sample import Sample

@@ -8,9 +8,9 @@ from conftest import END, RecordingOptimizer, named_gradients, oracle_logps, ran
 from transformers import AutoModelForCausalLM
 
 from batches import epoch_order
+from folder import load
 from losses import sft
-from model import load
-from pairs import Pair, Response
+from negatives import Pair, Response
 
 
 @pytest.fixture

@@ -1,0 +1,64 @@
+"""console.py - what is printed: streams that end no run, and values and messages of a sane length.
+
+What differs from the paper: nothing; it does not speak of terminals.
+
+    python -m doctest console.py       runs the example below
+"""
+
+import os
+import reprlib
+import typing
+
+
+class Output:
+    """A standard stream that ends no run: what its encoding lacks is escaped, and where nobody reads any
+    longer (`| head`) or there is no such stream (`2>&-`), what is written goes nowhere."""
+
+    def __init__(self, stream: typing.TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+        except UnicodeEncodeError as e:
+            self.stream.write(text.encode(e.encoding, "backslashreplace").decode(e.encoding))
+        except BrokenPipeError:
+            self.close_pipe()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.close_pipe()
+
+    def close_pipe(self) -> None:
+        """Let the stream write to nowhere, what it still holds too."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 60
+LONGEST_LINE = 1000
+
+
+def shown(value) -> str:
+    """A value for a message, cut short where it is long or deep."""
+    return SHORT.repr(value)
+
+
+def one_line(text: str) -> str:
+    """A message as one line of a sane length: what files and servers say in it may hold anything, and moves
+    no cursor.
+
+    >>> one_line("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
