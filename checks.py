@@ -6,6 +6,7 @@
     verify      either of the two, whichever an example asks for
     words       the words of a text in any script
 
+Only what a response says after its thoughts, <think> ... </think>, counts.
 What differs from the paper: it does not say how answers are read; strict and flexible reading are both
 reported, and of math the one that takes the last #### of the whole response. A small model goes on after its
 answer with an "Example 9" of its own, as the prompt's worked examples do; what follows is no answer to the
@@ -18,6 +19,8 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable
+
+from tokenizer import without_thoughts
 
 # ------------------------------------------------------------------------- words in any script
 
@@ -188,7 +191,7 @@ def plain_words(text: str) -> list[str]:
 def says(text: str, answer: str) -> bool:
     """Whether a response says the words of an answer one after another; of yes and no the one it says first.
     """
-    said, wanted = plain_words(text), plain_words(answer)
+    said, wanted = plain_words(without_thoughts(text)), plain_words(answer)
     for pair in OPPOSITES:
         if set(wanted) < pair:
             return next((word for word in said if word in pair), None) == wanted[0]
@@ -210,6 +213,7 @@ def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> 
     style: "math" or "number" (a number in its shortest form), "choice" or "letter". choices: how many a
     question has. flexible: accept an answer that is not given in the form that the prompt asks for.
     """
+    text = without_thoughts(text)
     if style == "math":
         return math_answer(before_next_question(text), flexible)
     if style == "number":
@@ -318,6 +322,7 @@ CHECKS: dict[str, Callable[..., bool]] = {check.__name__: check for check in (
 def honours(check: list, response: str) -> bool:
     """Whether a response passes a context's check, [name, *arguments]; a blank response passes none."""
     name, *arguments = check
+    response = without_thoughts(response)
     return bool(response.strip()) and CHECKS[name](response, *arguments)
 
 

@@ -35,6 +35,7 @@ results of another evaluation are not replaced; only those of some rows (--limit
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,10 +233,10 @@ def refuse_to_replace(plan: Plan) -> None:
         if not file.exists():
             continue
         earlier = read_json(file)
-        changes = changed_settings(plan, earlier)
+        changes = changes_since(plan, earlier)
         if changes and not has_fewer_rows(plan, earlier):
-            raise UserError(f"{file} is of an evaluation with {'; '.join(changes)}: name another folder with "
-                            "--out, or remove that file")
+            raise UserError(f"{file} is of an evaluation with {changes}: name another folder with --out, or "
+                            "remove that file")
         if changes:
             print(f"{file} is of fewer rows, --limit {earlier['arguments']['limit']}: it is replaced")
         asked = [judge.args.judge for judge in plan.judges]
@@ -245,27 +246,28 @@ def refuse_to_replace(plan: Plan) -> None:
                             f"others with --reuse {plan.run}, or name another folder with --out")
 
 
-def changed_settings(plan: Plan, earlier: dict) -> list[str]:
-    """Where this evaluation's settings are not those of an earlier one's file, in words."""
-    made_with = earlier.get("settings", {})  # of an early version without any, all have changed
-    changed = {key: (made_with.get(key), value) for key, value in plan.settings.items()
-               if made_with.get(key) != value}
-    if "examples" in changed:  # which arguments chose others says more than their fingerprint
+def differing(before: dict, now: dict, keys: Iterable[str]) -> dict[str, str]:
+    """The keys under which two dicts have other values: key -> both values, in words."""
+    return {key: f"{key} {before.get(key)!r}, not {now[key]!r}" for key in keys
+            if before.get(key) != now[key]}
+
+
+def changes_since(plan: Plan, earlier: dict) -> str:
+    """Where this evaluation's settings are not those of an earlier one's file, in words; "" if nowhere."""
+    changes = differing(earlier.get("settings", {}), plan.settings, plan.settings)
+    if "examples" in changes:  # which arguments chose others says more than their fingerprint
         before, now = dataclasses.asdict(Args()) | earlier["arguments"], dataclasses.asdict(plan.args)
-        chosen_by = {key: (before[key], now[key]) for key in ("data", "limit", "contexts", "system")
-                     if before[key] != now[key]}
-        if chosen_by:
-            del changed["examples"]
-        changed |= chosen_by
-    return [f"{key} {before!r}, not {value!r}" for key, (before, value) in changed.items()]
+        arguments = differing(before, now, ("data", "limit", "contexts", "system"))
+        changes["examples"] = "; ".join(arguments.values()) or changes["examples"]
+    return "; ".join(changes.values())
 
 
 def has_fewer_rows(plan: Plan, earlier: dict) -> bool:
     """Whether an earlier evaluation differs from this one only in having fewer rows of the same data."""
+    changes = differing(earlier.get("settings", {}), plan.settings, plan.settings)
     arguments, limit = earlier["arguments"], plan.args.limit
-    same = dict(earlier.get("settings", {}), examples=plan.settings["examples"]) == plan.settings
     is_more = arguments["limit"] > 0 and (not limit or limit > arguments["limit"])
-    return same and is_more and arguments["data"] == plan.args.data
+    return list(changes) == ["examples"] and is_more and arguments["data"] == plan.args.data
 
 
 def cached_answers(plan: Plan) -> Answers:
@@ -277,9 +279,9 @@ def cached_answers(plan: Plan) -> Answers:
     if (folder / f"unfinished{suffix}.json").exists():
         raise UserError(f"--reuse {folder}: its evaluation has not ended: give the command that began it "
                         "again")
-    changes = changed_settings(plan, read_json(folder / f"eval{suffix}.json"))
+    changes = changes_since(plan, read_json(folder / f"eval{suffix}.json"))
     if changes:
-        raise UserError(f"--reuse {folder}: made with {'; '.join(changes)}")
+        raise UserError(f"--reuse {folder}: made with {changes}")
     return read_answers(folder / f"responses{suffix}.jsonl", plan.examples, plan.reuses_itself)
 
 
@@ -287,7 +289,9 @@ def begun(plan: Plan) -> dict:
     """What this very evaluation has left in `unfinished`, nothing where it begins. What other weights have
     answered counts for nothing."""
     earlier = read_json(plan.unfinished) if plan.unfinished.exists() else {}
-    if earlier and earlier["weights"] != plan.settled["weights"]:
+    if earlier.get("settings") != plan.settings:  # there was none, or one of fewer rows
+        return {}
+    if earlier["weights"] != plan.settled["weights"]:
         print(f"{plan.out}: the models have been written anew since: everything is sampled again")
         return {}
     return earlier

@@ -17,6 +17,7 @@ import numpy as np
 from checks import extract, final_style, honours, math_answer, verify
 from data import Example
 from diversity import distinct_2, self_bleu_across, self_bleu_within
+from tokenizer import without_thoughts
 
 SYSTEMS = ("default", "prompted", "trained")
 
@@ -346,7 +347,7 @@ def judged_columns(examples: list[Example], answers: list[Answer], judge: str) -
     scores, references = scores_of(answers, judge)
     unknown = np.isnan(scores - references)
     ties = scores[~unknown] == references[~unknown]
-    longer = [float(len(answer.text) - len(e.reference or ""))
+    longer = [float(len(answer.text) - len(without_thoughts(e.reference or "")))
               for e, answer in zip(examples, answers, strict=True)]
     return dict(score=interval(scores, **groups),
                 length_controlled=length_controlled(wins(examples, answers, judge), np.array(longer)),

@@ -126,6 +126,8 @@ def judge_lines(name: str, verdicts: dict) -> list[str]:
     if "items" in verdicts:
         lines[0] += "; systems are compared on the {shared} of {asked} items read for all".format(
             **verdicts["items"])
+    if verdicts.get("unread_reasons"):
+        lines[0] += "; " + "; ".join(f"{n} {why}" for why, n in verdicts["unread_reasons"].items())
     if "critic" in verdicts:
         strict, tolerant = (with_interval(verdicts["critic"][key], ".1f", 100)
                             for key in ("strict", "tie_tolerant"))
@@ -229,7 +231,7 @@ def gain_figure(run: Path, file: Path) -> None:
         return
     steps = training_steps(run, summary.get("chosen", {}).get("candidate", 0))
     has_accuracies = set(ACCURACIES) <= steps[0].keys()
-    method = result["run"]["method"]
+    method = result["run"].get("method", "dpo")
     figure, axes = pyplot().subplots(1, 1 + has_accuracies, figsize=(9 if has_accuracies else 4.6, 3.4),
                                      layout="constrained", squeeze=False)
     figure.get_layout_engine().set(wspace=0.06)
@@ -365,7 +367,10 @@ Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data
 
 # What does not make another experiment: the seed, where files are, how fast it goes, how a judge is asked.
 NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "slots", "pass_tokens", "judge_url",
-               "judge_cache", "judge_at_once", "judge_timeout"}
+               "judge_cache", "judge_at_once", "judge_timeout", "judge_tokens", "judge_options",
+               "judge_key_header"}
+
+EARLY = dict(method="dpo", n_neg=1, softmax=False)  # of runs from before there was anything else
 
 
 def report(folders: list[str], out: Path) -> str:
@@ -395,6 +400,7 @@ def report(folders: list[str], out: Path) -> str:
 
 def strategy(arguments: dict) -> str:
     """A run's row in the paper's tables: its method and, of DPO, where rejected responses come from."""
+    arguments = EARLY | arguments
     if arguments["method"] != "dpo":
         return arguments["method"]
     count = f" N={arguments['n_neg']}" if arguments["n_neg"] > 1 else ""

@@ -13,20 +13,18 @@ import datetime
 import difflib
 import functools
 import itertools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, pre_tokenizers
 
+from chat_template import ChatTemplate, template_source
 from folder import find, read_object, refuse_pointer
 from replies import THOUGHTS_BEGIN, THOUGHTS_END
-from run import UserError
+from run import UserError, parse_json
+from schema import FLAG, OBJECT, TEXT, checked, optional
 
 TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
 TEMPLATE_HELP = ("variables of the chat template, key=value ...; enable_thinking is false unless given, and "
@@ -40,6 +38,12 @@ OF_CLASSES = {  # special tokens that transformers' classes have where their fil
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
 }
+TOKENIZER_CONFIG = dict(
+    tokenizer_class=optional(TEXT),
+    legacy=optional(FLAG),
+    add_prefix_space=optional(FLAG),
+    added_tokens_decoder=optional(OBJECT),
+)
 OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "*.tiktoken")  # which we do not read
 
 # What chat templates write around messages without its being a token, and the tokens of the common ones.
@@ -134,7 +138,7 @@ def named_tokens(folder: Path, config: dict, kind: str) -> dict[str, str]:
     extra = values.get("extra_special_tokens")
     if isinstance(extra, dict):  # names of a model's own
         tokens |= {name: content_of(token, where) for name, token in extra.items()}
-    return {name: token for name, token in tokens.items() if token is not None}
+    return {name: token for name, token in tokens.items() if token}
 
 
 def add_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict, named: dict[str, str]) -> None:
@@ -163,40 +167,7 @@ def add_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict, name
     tokenizer.add_tokens(list(known.values()))
 
 
-# ------------------------------------------------------------------------- chat templates
-
-class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: trainers' templates mark so what the assistant says. What
-    stands between is written as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja has it
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(line)
-
-
-def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """The tojson of chat templates, which unlike jinja's leaves < and > as they are."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                      sort_keys=sort_keys)
-
-
-def template_source(folder: Path, config: dict) -> str:
-    """chat_template.jinja, else the chat_template of tokenizer_config.json: one, or the one called default.
-    """
-    path, source = folder / "chat_template.jinja", config.get("chat_template")
-    if path.is_file():
-        refuse_pointer(path)
-        source = path.read_text(encoding="utf-8")
-    elif isinstance(source, list):  # several named templates
-        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
-        source = named[0].get("template") if named else None
-    if not source or not isinstance(source, str):
-        raise UserError(f"{folder} has no chat template: MIPO needs an instruct model")
-    return source
-
+# ------------------------------------------------------------------------- the tokenizer
 
 def template_variables(pairs: Sequence[str]) -> dict:
     """key=value ... -> the variables of a chat template. true, false, null, numbers and other JSON are read
@@ -209,13 +180,11 @@ def template_variables(pairs: Sequence[str]) -> dict:
         if text in ("True", "False"):  # as Python writes them: as a text even False would be a yes
             text = text.lower()
         try:
-            variables[key] = json.loads(text)
+            variables[key] = parse_json(text)
         except ValueError:
             variables[key] = text
     return variables
 
-
-# ------------------------------------------------------------------------- the tokenizer
 
 class Tokenizer:
     """A Hugging Face tokenizer.json with the model's chat template and stop ids."""
@@ -225,7 +194,8 @@ class Tokenizer:
         template: further variables of the template, "key=value" each; enable_thinking is false unless given.
         """
         self.folder = folder = find(folder)
-        config = read_object(folder / "tokenizer_config.json")
+        file = folder / "tokenizer_config.json"
+        config = checked(read_object(file), TOKENIZER_CONFIG, str(file))
         kind = str(config.get("tokenizer_class")).removesuffix("Fast")  # transformers' class
         named = named_tokens(folder, config, kind)
         self.tokenizer = read_tokenizer(folder, config, kind)
@@ -235,7 +205,8 @@ class Tokenizer:
         # Sentencepiece puts a space mark before what it is given, also before text that continues another.
         self.marks_spaces = "".join(self.tokenizer.encode("x", add_special_tokens=False).tokens) != "x"
 
-        self.template, read = self._compile(template_source(folder, config))
+        self.template = ChatTemplate(template_source(folder, config), folder)
+        read = self.template.names
         try:
             day = datetime.date.fromisoformat(date)
         except ValueError:
@@ -269,13 +240,7 @@ class Tokenizer:
 
     def render(self, messages: list[dict], prompt: bool = True) -> str:
         """Messages ({"role", "content"}) as the template writes them; prompt: open the assistant's turn."""
-        try:
-            return self.template.render(messages=messages, add_generation_prompt=prompt, **self.variables)
-        except UserError:
-            raise
-        except Exception as e:  # a template is a program of somebody else's: it may fail in any way
-            reason = f"{type(e).__name__}: {e}"
-            raise UserError(f"the chat template of {self.folder} fails: {reason}") from None
+        return self.template.render(messages, dict(add_generation_prompt=prompt) | self.variables)
 
     def chat(self, user: str, system: str | None = None) -> list[int]:
         """One user turn (and system prompt) -> prompt ids, ready for the assistant's answer.
@@ -418,21 +383,6 @@ class Tokenizer:
         return [mark for mark in dict.fromkeys([*own, *KNOWN_MARKS]) if len(mark) > 1]
 
     # --------------------------------------------------------------------- what a folder says
-
-    def _compile(self, source: str) -> tuple[jinja2.Template, set[str]]:
-        """The template in jinja's sandbox, set up as transformers sets it up, and the names that it reads."""
-        def raise_exception(message: str):  # templates call it
-            raise UserError(f"the chat template of {self.folder} refuses these messages: {message}")
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols", Generation])
-        environment.filters["tojson"] = to_json
-        environment.globals["raise_exception"] = raise_exception
-        try:
-            names = environment.parse(source).find_all(jinja2.nodes.Name)
-            return environment.from_string(source), {name.name for name in names if name.ctx == "load"}
-        except (jinja2.TemplateError, RecursionError) as e:
-            raise UserError(f"the chat template of {self.folder} is not valid jinja: {e}") from None
 
     def _around_answer(self, messages: list[dict]) -> tuple[str, str]:
         """What the template writes before and after the assistant's answer to these messages."""

@@ -6,6 +6,7 @@
     sft-revise  the same, of responses that the model has first rewritten (revise.py)                   D.2
     infonce     -log softmax over contexts c_i of log pi(y_j|x,c_i) / T, at i = j                       Eq. 6
     sami        that with T = 1 and the same over responses y_j, in equal parts                         Eq. 7
+    ppo-mi, rlaif, rlaif-mi, rlvr    reinforcement learning on four rewards: ppo.py has its own loop
 
 Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
 master weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1.
@@ -35,6 +36,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import contexts
 import pairs as pairing
+import ppo
 from batches import all_logps, epoch_batches, groups_of, micro_batches, pair_logps, training_rows
 from checkpoint import Checkpoints, StopSignal, lock
 from contexts import examples_for
@@ -50,6 +52,7 @@ from negatives import SAMPLED, Pair
 from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from report import learning_curve
 from revise import check_revisable, revise
+from rewards import check_data
 from rows import missing_part
 from run import (Metrics, Stopped, UserError, barrier, default_device, fingerprint, gather, main, option,
                  parse_all, peak_memory, progress, rank, write_json)
@@ -65,11 +68,11 @@ TEST_ROWS = 640  # of the test part that --test evaluates, by seed: eval.py eval
 # ------------------------------------------------------------------------- arguments
 
 @dataclass
-class Args(PairArgs):
+class Args(ppo.PPOArgs, PairArgs):
     pairs: str = option("", "folder of pairs to train on; data, negatives and seed are theirs", "data")
     out: str = option("", "run folder (default: runs/ and a name made of the arguments)", "data")
     dry_run: bool = option(False, "show an example, estimate memory and time, and stop", "data")
-    method: str = option("dpo", "objective", "training", tuple(OBJECTIVES))
+    method: str = option("dpo", "what to train by", "training", (*OBJECTIVES, *ppo.REWARDS))
     softmax: bool = option(False, "one softmax over all rejected responses, not a row for each", "training")
     beta: float = option(0.1, "strength of the pull towards the reference", "training", sweep=True)
     lr: float | None = option(None, f"peak learning rate (default: {LR}; tiny: {TINY_LR})", "training",
@@ -83,8 +86,8 @@ class Args(PairArgs):
                                             "sami 1)", "training")
     reduce: str = option("sum", "of log-probs over a response's tokens, infonce and sami", "training",
                          ("sum", "mean"))
-    pass_tokens: int | None = option(None, "most tokens of a forward and backward pass, a shared beginning "
-                                     "not counted (default: 768 on a CPU, 8192 on a GPU)", "training")
+    pass_tokens: int | None = option(None, "most tokens of a forward and backward pass, shared beginnings "
+                                     "not counted (default: CPU 768, GPU 8192)", "training")
     lora_rank: int = option(0, "train adapters of this rank on all linear layers, 32 is usual; 0: all weights",
                             "training")
     lora_alpha: float = option(16.0, "an adapter's update is scaled by this over its rank", "training")
@@ -109,6 +112,8 @@ class Args(PairArgs):
 def resolve(args: Args) -> Args:
     """A copy with every default filled in that depends on other arguments or on the machine."""
     args = contexts.resolve(args)
+    if args.method in ppo.REWARDS:
+        args = ppo.resolve(args)
     is_tiny = args.model == "tiny"
     lr, pass_tokens = args.lr, args.pass_tokens
     neg, n_neg = args.neg, args.n_neg
@@ -118,7 +123,7 @@ def resolve(args: Args) -> Args:
         lr = TINY_LR if is_tiny else LR
     if args.method == "sft-revise":
         neg = "random"  # what the model compares its response with, section 5.1
-    elif not OBJECTIVES[args.method].uses_rejected and not args.pairs and n_neg == 1:
+    elif not uses_rejected(args) and not args.pairs and n_neg == 1:
         n_neg = 0  # nothing to be sampled
     if pass_tokens is None:
         pass_tokens = 8192 if default_device().type == "cuda" else 768
@@ -150,12 +155,24 @@ def check(args: Args) -> None:
         raise UserError("--patience counts validations during training: give --eval-every too")
     if args.rounds < 1 or (args.rounds > 1 and args.pairs):
         raise UserError("--rounds must be at least 1, and 1 with --pairs: later rounds sample anew")
-    check_method(args)
+    if args.method in ppo.REWARDS:
+        ppo.check(args)
+    else:
+        check_method(args)
+
+
+def uses_rejected(args: Args) -> bool:
+    """Whether the method trains on rejected responses."""
+    return args.method in OBJECTIVES and OBJECTIVES[args.method].uses_rejected
 
 
 def check_method(args: Args) -> None:
-    """UserError where options contradict the method."""
+    """UserError where options contradict a method that trains on pairs."""
     objective = OBJECTIVES[args.method]
+    for unused in dataclasses.fields(ppo.PPOArgs):
+        if getattr(args, unused.name) != unused.default:
+            raise UserError(f"--{unused.name.replace('_', '-')} goes with {', '.join(ppo.REWARDS)}, not with "
+                            f"--method {args.method}")
     if args.method != "dpo" and (args.softmax or args.label_smoothing or args.nll):
         raise UserError(f"--softmax, --label-smoothing and --nll go with --method dpo, not {args.method}")
     if objective.uses_rejected and not args.n_neg:
@@ -313,11 +330,13 @@ def program() -> None:
     grid = [resolve(args) for args in with_settings_of_pairs(parse_all(Args, usage=__doc__))]
     for args in grid:
         check(args)
-    args, objective = grid[0], OBJECTIVES[grid[0].method]
-    if not objective.uses_reference and len({candidate.beta for candidate in grid}) > 1:
+    args = grid[0]
+    is_ppo = args.method in ppo.REWARDS
+    has_beta = not is_ppo and OBJECTIVES[args.method].uses_reference
+    if not has_beta and len({candidate.beta for candidate in grid}) > 1:
         raise UserError(f"--beta is of no use to --method {args.method}: give it one value")
-    if len(grid) > 1 and args.rounds > 1:
-        raise UserError("--rounds goes with one value of every option: choose these in a first round")
+    if len(grid) > 1 and (args.rounds > 1 or is_ppo):
+        raise UserError("--rounds and PPO go with one value of every option: choose in runs of one round")
 
     # What can be wrong with data and names is found before the run folder exists, and where contexts are not
     # to be inferred before a model is fetched.
@@ -339,7 +358,10 @@ def program() -> None:
     else:
         check_space(folder, source)
         with lock(folder):
-            run_training(grid, folder, source, given)
+            if is_ppo:
+                ppo.run_ppo(args, folder, source)
+            else:
+                run_training(grid, folder, source, given)
     if args.test and not missing:
         evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots))
         print(f"learning curve: {folder / 'learning_curve.png'}")
@@ -350,6 +372,9 @@ def program() -> None:
 def check_examples(args: Args) -> None:
     """UserError where the data can't be what the method needs."""
     examples = examples_for(args, "train")
+    if args.method in ppo.REWARDS:
+        check_data(examples, args)
+        return
     check_negatives(examples, args)
     without = [example.id for example in examples if not example.context]
     if OBJECTIVES[args.method].every_prompt and without:

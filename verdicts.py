@@ -20,6 +20,7 @@ import judge as judging
 from data import Example
 from judge import Judge
 from measures import RATE, Answers, groups_of, interval, length_controlled, nan_where, or_nan
+from tokenizer import without_thoughts
 
 
 def judge_all(judge: Judge, examples: list[Example], answers: Answers,
@@ -31,7 +32,7 @@ def judge_all(judge: Judge, examples: list[Example], answers: Answers,
     are compared on the items on which the judge could be read for all of them.
     """
     name = judge.args.judge
-    texts = dict(reference=[e.reference for e in examples])
+    texts = dict(reference=[answer_in(e.reference) for e in examples])
     texts |= {system: [answer.text for answer in rows] for system, rows in answers.items()}
     reasons: collections.Counter = collections.Counter()  # why a reply was not read, how often
     items = {label: item_scores(judge, examples, rows, label, reasons) for label, rows in texts.items()}
@@ -46,7 +47,7 @@ def judge_all(judge: Judge, examples: list[Example], answers: Answers,
     verdicts: dict = dict(items=dict(asked=asked, shared=shared))
 
     if any(e.human_rejected for e in examples):
-        rejected = [e.human_rejected for e in examples]
+        rejected = [answer_in(e.human_rejected) for e in examples]
         items["human_rejected"] = item_scores(judge, examples, rejected, "human_rejected", reasons)
         pair, _ = means_over_shared_items({label: items[label] for label in ("reference", "human_rejected")})
         margin = np.subtract(pair["reference"], pair["human_rejected"])  # (rows,)
@@ -60,6 +61,12 @@ def judge_all(judge: Judge, examples: list[Example], answers: Answers,
     if "trained" in answers and "prompted" in answers:
         verdicts["pairwise"] = compare_with_prompting(judge, examples, answers, write_rubrics)
     return scored, verdicts
+
+
+def answer_in(text: str | None) -> str | None:
+    """A response of the data without the thoughts that some strong models leave in it; None where there is
+    none."""
+    return None if text is None else without_thoughts(text)
 
 
 def item_scores(judge: Judge, examples: list[Example], texts: list[str | None], label: str,

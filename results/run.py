@@ -52,7 +52,7 @@ TABLES = {
         seeds=(0, 1, 2),
         train=TINY,
         base="mipo-random",
-        test="--limit 640",
+        test="--limit 320",
         rows={
             "mipo-random": Row("--neg random"),
             "mipo-missing": Row("--neg missing"),

@@ -19,14 +19,17 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import judge as judging
+import responses
 from data import Example, load_examples
-from eval import judge_all, respond, side_by_side
+from eval import side_by_side
 from folder import load
 from measures import RATE, SYSTEMS, evaluate, interval, paired_differences, system_row
 from report import table
+from responses import respond
 from run import UserError, read_json, read_jsonl, write_json
 from sample import Sampling, generate
 from tokenizer import Tokenizer
+from verdicts import judge_all
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,7 +81,7 @@ def test_default_answers_each_prompt_once(answered, tiny, monkeypatch):
     expected = generate(base, prompts, SAMPLING, tokenizer.stop_ids, SEED)
     assert [a.ids for a in answers["default"]] == [expected[i // 3].ids for i in range(9)]
     sampled = []
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: sampled.append(a[1]) or generate(*a, **k))
+    monkeypatch.setattr(responses, "generate", lambda *a, **k: sampled.append(a[1]) or generate(*a, **k))
     assert len(respond(base, None, tokenizer, GRID, SAMPLING, SEED)) == 2
     assert [len(prompts) for prompts in sampled] == [3, 9]
 
@@ -149,7 +152,7 @@ def test_cached_answers_are_not_sampled_again(answered, monkeypatch):
     base, trained, tokenizer, answers = answered
     cached = {system: answers[system] for system in ("default", "prompted")}
     sampled = []
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: sampled.append(a[0]) or generate(*a, **k))
+    monkeypatch.setattr(responses, "generate", lambda *a, **k: sampled.append(a[0]) or generate(*a, **k))
     again = respond(base, trained, tokenizer, GRID, SAMPLING, SEED, cached=cached)
     assert sampled == [trained] and list(cached) == ["default", "prompted"]
     assert again["default"] is answers["default"] and again["prompted"] is answers["prompted"]
@@ -200,23 +203,20 @@ def test_entropy_and_choice_by_mutual_information_by_brute_force(tmp_path):
     texts = ["I think. The answer is: B, the answer is: C", "no", "THE ANSWER IS:A"]
     reasonings = ["I think. The answer is: B, the answer is:", None, "THE ANSWER IS:"]
     given = [answer(text) for text in texts]
-    measured = evaluation.choice_measures(load(folder), tokenizer, CHOICE, given)
+    measured = responses.choice_measures(load(folder), tokenizer, CHOICE, given)
     assert all(math.isnan(a.choice_mi) for a in given)  # the caller's stay as they are
-
-    def encode(text: str) -> list[int]:
-        return tokenizer.response(text)[:-1]
 
     for e, a, reasoning in zip(CHOICE, measured, reasonings, strict=True):
         if reasoning is None:
             assert math.isnan(a.entropy)
         else:
-            prefix = tokenizer.chat(e.user_message(None)) + encode(reasoning)
-            p = np.exp([oracle_logp(oracle, prefix, encode(f" {letter}")) for letter in "ABC"])
+            prefix = tokenizer.chat(e.user_message(None)) + tokenizer.encode(reasoning)
+            p = np.exp([oracle_logp(oracle, prefix, tokenizer.encode(f" {letter}")) for letter in "ABC"])
             p /= p.sum()
             assert a.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=1e-4)
         question, nothing = f"Question: {e.prompt.splitlines()[0]}\nAnswer:", "Answer:"
-        asked, alone = ([oracle_logp(oracle, tokenizer.chat(message), encode(choice)) for choice in e.choices]
-                        for message in (question, nothing))
+        asked, alone = ([oracle_logp(oracle, tokenizer.chat(message), tokenizer.encode(choice))
+                         for choice in e.choices] for message in (question, nothing))
         gains = np.subtract(asked, alone)
         assert a.choice_mi == float("ABC"[int(np.argmax(gains))] == e.answer)
 
@@ -423,11 +423,12 @@ def test_a_run_is_evaluated_on_the_whole_test_part(finished_run, data, tmp_path)
 def test_responses_are_sampled_as_the_data_set_says(finished_run, data, call, monkeypatch):
     """Temperature 0.1 and top-p 0.9 unless the command names others; the arguments object stays as it is."""
     used = []
-    monkeypatch.setattr(evaluation, "generate", lambda *a, **k: used.append(a[2]) or generate(*a, **k))
+    monkeypatch.setattr(responses, "generate", lambda *a, **k: used.append(a[2]) or generate(*a, **k))
     call("--model", finished_run, "--data", data)
     assert set(used) == {Sampling(0.1, 0.9, 5)}
     used.clear()
-    args = evaluation.Args(model=str(finished_run), data=str(data), temperature=0.5, max_new_tokens=4)
+    args = evaluation.Args(model=str(finished_run), data=str(data), temperature=0.5, max_new_tokens=4,
+                           out=str(finished_run / "warm"))
     before = dataclasses.replace(args)
     evaluation.evaluation(args)
     assert set(used) == {Sampling(0.5, 0.9, 4)} and args == before
@@ -542,7 +543,7 @@ def verdict(text: str, nth: int = 0, arrival: int = 0) -> dict:
 def count_samples(monkeypatch) -> list[int]:
     """How many prompts each of eval.py's calls of `generate` has from now on."""
     counts: list[int] = []
-    monkeypatch.setattr(evaluation, "generate",
+    monkeypatch.setattr(responses, "generate",
                         lambda *a, **k: counts.append(len(a[1])) or generate(*a, **k))
     return counts
 
@@ -570,8 +571,8 @@ def test_a_judge_that_fails_later_costs_no_responses(finished_run, data, call, s
     judged = [*command, *judged_flags(server, tmp_path / "disturbed"), "--out", tmp_path / "cut"]
     with pytest.raises(UserError, match="401"):
         call(*judged)
-    assert sum(counts) == 10 and sorted(os.listdir(tmp_path / "cut")) == ["responses.jsonl", "unjudged.json"]
-    with pytest.raises(UserError, match="not been judged to the end"):
+    assert sum(counts) == 10 and sorted(os.listdir(tmp_path / "cut")) == ["responses.jsonl", "unfinished.json"]
+    with pytest.raises(UserError, match="has not ended"):
         call(*command, "--reuse", tmp_path / "cut", "--out", tmp_path / "other")
     counts.clear()
     server.plan = verdict
@@ -580,7 +581,7 @@ def test_a_judge_that_fails_later_costs_no_responses(finished_run, data, call, s
     for name in ("responses.jsonl", "eval.json"):
         whole, again = (read_rows(tmp_path / folder / name) for folder in ("whole", "cut"))
         assert whole == again
-    assert not (tmp_path / "cut" / "unjudged.json").exists()
+    assert not (tmp_path / "cut" / "unfinished.json").exists()
 
 
 def read_rows(file: Path) -> list:
@@ -593,19 +594,20 @@ def read_rows(file: Path) -> list:
 
 def test_responses_of_other_settings_are_not_judged_in_their_place(finished_run, data, call, serve, tmp_path,
                                                                    monkeypatch):
-    """Another seed or other weights: everything is sampled anew."""
+    """Another seed is refused, by its name; of other weights everything is sampled anew."""
     def plan(text, nth, arrival):
         return dict(status=401 if arrival else 200, body=completion("4"))
 
     server, counts = serve(plan), count_samples(monkeypatch)
     command = ["--model", finished_run, "--data", data, *judged_flags(server, tmp_path)]
-    for change in ([], ["--seed", "1"], None, None):
-        if change is None:
-            os.utime(finished_run / "model" / "model.safetensors", (1, len(counts)))
+    for time in (1, 2, 3):
+        os.utime(finished_run / "model" / "model.safetensors", (time, time))
         server.asked.clear()
         with pytest.raises(UserError, match="401"):
-            call(*command, *(change or []))
-    assert sum(counts) == 40
+            call(*command)
+        with pytest.raises(UserError, match=r"unfinished\.json is of .* seed 0, not 1"):
+            call(*command, "--seed", "1")
+    assert sum(counts) == 30
 
 
 def test_what_one_question_meets_is_counted_with_its_reason(finished_run, data, call, serve, tmp_path):

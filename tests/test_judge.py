@@ -354,7 +354,7 @@ def test_a_local_judge_may_think_too(opened, tiny, tmp_path, monkeypatch):
     def scripted(model, prompts, sampling, *rest, on_finished, **more):
         assert sampling.max_new_tokens == 108
         for i, reply in enumerate(replies):
-            on_finished(i, Sample(tokenizer.response(reply)[:-1], [], i == 0))
+            on_finished(i, Sample(tokenizer.encode(reply), [], i == 0))
 
     monkeypatch.setattr(judge, "generate", scripted)
     args = JudgeArgs(judge=str(folder), judge_cache=str(tmp_path / "v.jsonl"), judge_tokens=100)

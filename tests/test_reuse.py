@@ -9,6 +9,7 @@ import pytest
 from conftest import assert_json_close, run_inside, write_model
 
 import eval as evaluation
+import responses
 from run import UserError, read_json, read_jsonl
 
 FLAGS = ["--max-new-tokens", "5", "--dtype", "float32"]
@@ -26,13 +27,13 @@ def evaluated(dpo_run, tmp_path_factory) -> Path:
 def test_reused_responses_give_the_same_numbers(is_own, evaluated, tmp_path, monkeypatch):
     """And the same lines; only the trained system is sampled again, with the run's own folder nothing."""
     source = evaluated if is_own else shutil.copytree(evaluated, tmp_path / "other")
-    counts, generate = [], evaluation.generate
+    counts, generate = [], responses.generate
 
     def watched(model, prompts, *rest, **options):
         counts.append(len(prompts))
         return generate(model, prompts, *rest, **options)
 
-    monkeypatch.setattr(evaluation, "generate", watched)
+    monkeypatch.setattr(responses, "generate", watched)
     again = tmp_path / "again"
     run_inside(evaluation.program, tmp_path, "--model", evaluated, *FLAGS, "--reuse", source, "--out", again)
     assert counts == ([] if is_own else [3])
@@ -49,7 +50,7 @@ def test_reused_responses_give_the_same_numbers(is_own, evaluated, tmp_path, mon
 
 @pytest.mark.parametrize(("flags", "word"), [
     (["--seed", "1"], "seed"), (["--max-new-tokens", "3"], "sampling"), (["--temperature", "1"], "sampling"),
-    (["--dtype", "bfloat16"], "dtype"), (["--date", "2020-01-01"], "date"), (["--limit", "2"], "examples"),
+    (["--dtype", "bfloat16"], "dtype"), (["--date", "2020-01-01"], "date"), (["--limit", "2"], "limit"),
 ])  # fmt: skip
 def test_reuse_of_other_settings_is_refused(flags, word, evaluated, tmp_path):
     """By the name of what differs, and nothing is written."""
