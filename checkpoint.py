@@ -13,20 +13,21 @@ What differs from the paper: nothing; it does not say.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from run import UserError, barrier, gather, rank, read_json, write_json
+from run import Stopped, UserError, barrier, broadcast, gather, rank, read_json, write_json
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 
@@ -38,16 +39,29 @@ class Checkpoints:
         self.folder, self.keep = folder / "checkpoints", keep
         self.stop = StopSignal()
 
+    def after_step(self, every: int, tensors: Callable[[], dict[str, Tensor]], state) -> None:
+        """Save where `every` steps have passed or a signal has come; the latter then raises Stopped.
+
+        state: a dataclass with the candidate and the step among its fields. tensors() gives what is to be
+        kept; all processes call this after every step.
+        """
+        signal_number = self.stop.came()
+        if signal_number or (every and state.step % every == 0):
+            self.save(tensors(), dataclasses.asdict(state))
+        if signal_number:
+            raise Stopped(f"stopped after step {state.step}, which is saved: the same command with --resume "
+                          "goes on from there", signal_number)
+
     def save(self, tensors: dict[str, Tensor], state: dict) -> None:
         """Write a checkpoint; tensors that are not finite are a UserError, and the earlier one stays.
 
-        state: train.State as a dict, whose candidate and step name the checkpoint.
+        state: the run's state as a dict, whose candidate and step name the checkpoint.
         """
         step = state["step"]
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"step {step}: {name} is no longer finite, so nothing was saved: start anew "
-                                "with a lower --lr, or with --dtype float32")
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken := broadcast(broken):  # of a sharded run process 0 alone has the tensors
+            raise UserError(f"step {step}: {broken[0]} is no longer finite, so nothing was saved: start anew "
+                            "with a lower --lr, or with --dtype float32")
         if not rank():
             self.write(f"step-{state['candidate']}-{step:06d}", tensors, state)
         barrier()  # nobody goes on before it is there

@@ -13,6 +13,7 @@ Legend: B rollouts, R tokens of one response, T tokens of a pass, E hidden size.
     python train.py --method rlvr
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -26,20 +27,23 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from batches import epoch_order
+from checkpoint import Checkpoints, StopSignal
 from contexts import examples_for, sampling_for
 from data import Example
-from folder import load, save
+from folder import load
 from judge import Judge
 from losses import Group, common_prefix_length, response_logps, split_by_tokens
+from lora import adapters_off
 from model import Decoder, Packed
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from report import learning_curve
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
-from run import (Metrics, UserError, barrier, default_device, gather, option, peak_memory, progress, rank,
+from run import (Metrics, UserError, barrier, gather, option, peak_memory, progress, rank,
                  seed_from, shard, world, write_json)
-from run_folder import write_arguments
+from run_folder import begin_or_resume
 from sample import Sampler, Sampling
+from selection import save_model
 from tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # of a rollout; fewer where the data set's own responses are shorter
@@ -50,7 +54,7 @@ DEFAULTS = dict(lr=5e-7, critic_lr=9e-6, rollout_batch=8, train_batch=4)
 TINY_DEFAULTS = dict(lr=2e-4, critic_lr=1e-3, rollout_batch=32, train_batch=16)
 MI_WEIGHTS = {"ppo-mi": 1.0, "rlaif-mi": 0.1}
 TINY_MI_WEIGHT = 0.5  # of ppo-mi: at 1 too many rewards of the embedded model are clipped
-UNUSED = dict(pairs="", softmax=False, label_smoothing=0.0, nll=0.0, rounds=1, eval_every=0, resume=False)
+UNUSED = dict(pairs="", softmax=False, label_smoothing=0.0, nll=0.0, rounds=1, eval_every=0)
 
 
 @dataclass
@@ -175,15 +179,19 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 
 # ------------------------------------------------------------------------- what the models say
 
-def load_critic(source: Path, dtype: torch.dtype, device: torch.device, seed: int) -> Decoder:
-    """A copy of the start model whose output layer is a new (1, E) matrix without bias: a state's value."""
-    critic = load(source, dtype, device)
+def load_critic(source: Path, args, load_trainable: Callable[[Path, object], Decoder]) -> Decoder:
+    """A copy of the start model whose output layer is a new (1, E) matrix without bias: a state's value.
+
+    load_trainable(source, args): the start model, with adapters where --lora-rank asks for them.
+    """
+    critic = load_trainable(source, args)
     size = critic.config.hidden_size
-    critic.config = dataclasses.replace(critic.config, tie_word_embeddings=False)
-    generator = torch.Generator().manual_seed(seed_from("critic", seed))
+    generator = torch.Generator().manual_seed(seed_from("critic", args.seed))
     weight = torch.empty(1, size).normal_(std=1 / (size + 1), generator=generator)  # (1, E)
+    weight = weight.to(critic.device, critic.compute)
+    critic.config = dataclasses.replace(critic.config, tie_word_embeddings=False)
     critic.lm_head = nn.Linear(size, 1, bias=False)
-    critic.lm_head.weight = nn.Parameter(weight.to(device, dtype))
+    critic.lm_head.weight = nn.Parameter(weight)
     return critic
 
 
@@ -226,8 +234,10 @@ def in_passes(measure: Callable[[Decoder, list[Group]], list[Tensor]], model: De
 
 
 def reference_logps(reference: Decoder, groups: list[Group], args) -> list[Tensor]:
-    """log pi_ref of each response's tokens, (R,) each, without gradient: the start model's."""
-    return in_passes(policy_logps, reference, groups, args)
+    """log pi_ref of each response's tokens, (R,) each, without gradient: the start model's, which an actor
+    with adapters is itself when they are off."""
+    with adapters_off(reference) if args.lora_rank else contextlib.nullcontext():
+        return in_passes(policy_logps, reference, groups, args)
 
 
 # ------------------------------------------------------------------------- rollouts
@@ -262,12 +272,29 @@ def rollout_batches(count: int, args) -> list[list[tuple[int, int]]]:
 
 # ------------------------------------------------------------------------- the loop
 
-def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: list[Example],
-        tokenizer: Tokenizer, judge: Judge | None, args, metrics: Metrics) -> dict:
-    """Train the actor's model on rewards for its own responses, and return a summary.
+@dataclass
+class State:
+    """Where a run stands: what a checkpoint says beside its tensors."""
 
-    Every batch of rollouts is a line of metrics.jsonl. args: the run's arguments, train.Args. Processes share
-    the sampling and the passes of every batch; rewards and advantages are computed by all, for all rollouts.
+    candidate: int = 0  # there is one
+    step: int = 0  # batches of rollouts that are done
+    updates: int = 0
+    tokens: int = 0  # sampled
+    seconds: float = 0.0
+    skipped: int = 0  # of the updates
+    skipped_in_a_row: int = 0
+    unreadable: int = 0  # verdicts
+    rows: int = 0  # lines of metrics.jsonl
+
+
+def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: list[Example],
+        tokenizer: Tokenizer, judge: Judge | None, args, metrics: Metrics, state: State,
+        checkpoints: Checkpoints | None = None) -> None:
+    """Train the actor's model on rewards for its own responses; every batch of them is a line of
+    metrics.jsonl.
+
+    args: the run's arguments, train.Args. state goes on from where it stands. Processes share the sampling
+    and the passes of every batch; rewards and advantages are computed by all, for all rollouts.
     """
     prompts = [tokenizer.chat(e.user_message(e.context), e.system) for e in examples]  # (x, c)
     bare_prompts = [tokenizer.chat(e.user_message(None), e.system) for e in examples]  # x
@@ -276,10 +303,9 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
     slots = min(args.slots, math.ceil(len(batches[0]) / world()))
     sampler = Sampler(actor.model, prompts, rollout_sampling(args), tokenizer.stop_ids, slots)
     bar = progress(sum(map(len, batches)), "responses", "training")
-    start = time.perf_counter()
-    step, tokens, skipped, skipped_in_a_row, unreadable_verdicts = 0, 0, 0, 0, 0  # so far
+    bar.update(sum(map(len, batches[: state.step])))
 
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(batches[state.step :], state.step):
         started = time.perf_counter()
 
         # 1. Rollouts: y ~ pi(.|x,c). The sampler's own log-probs round otherwise than those of training, so
@@ -298,7 +324,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
         columns = (
             rows,
             responses,
-            [tokenizer.decode(ids) for ids in responses],
+            [tokenizer.answer(ids) for ids in responses],
             [sample.finished for sample in samples],
             logps,
             reference_logps(reference, groups, args),
@@ -314,7 +340,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
             require_readable(asked, texts, judge)
         information = [rollout.information for rollout in rollouts]
         rewards, unreadable = rewards_of(asked, texts, information, judge, args)
-        unreadable_verdicts += unreadable
+        state.unreadable += unreadable
         if args.shuffle_rewards:
             order = epoch_order(len(rewards), seed_from("shuffled rewards", args.seed), number)
             rewards = [rewards[i] for i in order]
@@ -333,53 +359,57 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
         norms: list[dict[str, float]] = []  # of every training batch's gradients
         for train_batch in training_batches(rollouts, number, args):
             measured += gather(backward(actor.model, critic.model, prompts, train_batch, args))
-            lr = learning_rate(step, steps, args.lr)
-            critic_lr = learning_rate(step, steps, args.critic_lr)
-            norm, critic_norm = update(actor, step, lr), update(critic, step, critic_lr)
+            lr = learning_rate(state.updates, steps, args.lr)
+            critic_lr = learning_rate(state.updates, steps, args.critic_lr)
+            norm = update(actor, state.updates, lr)
+            critic_norm = update(critic, state.updates, critic_lr)
             norms.append(dict(grad_norm=norm, critic_grad_norm=critic_norm))
-            step += 1
+            state.updates += 1
             is_finite = math.isfinite(norm + critic_norm)
-            skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
-            skipped += not is_finite
-            if skipped_in_a_row == 5:
+            state.skipped_in_a_row = 0 if is_finite else state.skipped_in_a_row + 1
+            state.skipped += not is_finite
+            if state.skipped_in_a_row == 5:
                 raise UserError("five updates in a row were not finite: lower --lr and --critic-lr, or use "
                                 "--dtype float32")
 
-        batch_tokens = sum(len(rollout.ids) for rollout in rollouts)
-        tokens += batch_tokens
+        tokens, seconds = sum(len(rollout.ids) for rollout in rollouts), time.perf_counter() - started
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += seconds
         line = dict(
             candidate=0,
-            step=number + 1,
-            updates=step,
+            step=state.step,
+            updates=state.updates,
             responses=len(rollouts),
             unreadable=unreadable,
             **describe(rollouts, rewards, args),
             **means(measured),
             **means(norms),
             lr=lr,
-            tokens=batch_tokens,
-            tokens_per_second=batch_tokens / (time.perf_counter() - started),
-            skipped=skipped,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            skipped=state.skipped,
             weights_changed=actor.share_changed(),
         )
         metrics.log(**line)
         bar.set_postfix_str(f"reward {line['reward']:.3f}, KL {line['kl']:.2f}, {line['length']:.0f} tokens")
         bar.update(len(rollouts))
 
+        state.rows = metrics.rows
+        if checkpoints:
+            checkpoints.after_step(args.save_every, lambda: tensors_of(actor=actor, critic=critic), state)
+
     bar.close()
-    if unreadable_verdicts:
-        print(f"{unreadable_verdicts} verdicts could not be read; each earned its batch's mean")
-    if skipped:
-        print(f"{skipped} of {steps} updates skipped: they were not finite")
-    return dict(
-        steps=len(batches),
-        updates=steps,
-        responses=sum(map(len, batches)),
-        skipped=skipped,
-        unreadable=unreadable_verdicts,
-        tokens=tokens,
-        seconds_training=time.perf_counter() - start,
-    )
+    if state.unreadable:
+        print(f"{state.unreadable} verdicts could not be read; each earned its batch's mean")
+    if state.skipped:
+        print(f"{state.skipped} of {steps} updates skipped: they were not finite")
+
+
+def tensors_of(**optimizers: MasterAdamW) -> dict[str, Tensor]:
+    """What several optimizers need to go on, each under its name."""
+    return {f"{name}.{key}": tensor for name, optimizer in optimizers.items()
+            for key, tensor in optimizer.tensors().items()}
 
 
 def training_batches(rollouts: list[Rollout], number: int, args) -> list[list[Rollout]]:
@@ -463,29 +493,49 @@ def means(rows: list[dict[str, float]]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------- a run
 
-def run_ppo(args, folder: Path, source: Path) -> None:
-    """Models, the loop, and the run folder's files: those of a run of train.py, but for pairs."""
+def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, object], Decoder]) -> None:
+    """Models, the loop, and the run folder's files: those of a run of train.py, but for pairs.
+
+    load_trainable(source, args): the start model, as train.py trains it.
+    """
     start = time.perf_counter()
-    dtype, device = getattr(torch, args.dtype), default_device()
-    actor = MasterAdamW(load(source, dtype, device), args.lr, args.seed, args.rounding)
-    critic_model = load_critic(source, dtype, device, args.seed)
-    critic = MasterAdamW(critic_model, args.critic_lr, args.seed, args.rounding)
-    reference = load(source, dtype, device).requires_grad_(False)
-    tokenizer, sampling = Tokenizer(source, args.date), rollout_sampling(args)
+    checkpoints = Checkpoints(folder, args.keep)
+    saved, tensors = begin_or_resume([args], folder, checkpoints)
+    state = State(**saved)
+    actor = MasterAdamW(load_trainable(source, args), args.lr, args.seed, args.rounding)
+    critic = MasterAdamW(load_critic(source, args, load_trainable), args.critic_lr, args.seed, args.rounding)
+    reference = actor.model  # with its adapters off
+    if not args.lora_rank:
+        reference = load(source, actor.model.compute, actor.model.device).requires_grad_(False)
+    if tensors:
+        for name, optimizer in dict(actor=actor, critic=critic).items():
+            own = {key.removeprefix(name + "."): tensor for key, tensor in tensors.items()}
+            optimizer.load_tensors(own)
+    tokenizer, sampling = Tokenizer(source, args.date, args.template), rollout_sampling(args)
     examples = fitting_rows(examples_for(args, "train"),
                             lambda e: [e.user_message(e.context), e.user_message(None)], tokenizer,
                             reference.config.max_position_embeddings, sampling.max_new_tokens)
     judge = Judge(args, args.slots, args.date) if REWARDS[args.method].judge else None
-    write_arguments(args, [args], folder)
     print(f"{folder}: {len(examples)} prompts, lr {args.lr}, critic's {args.critic_lr}, {sampling}")
-    summary = ppo(actor, critic, reference, examples, tokenizer, judge, args,
-                  Metrics(folder / "metrics.jsonl"))
-    save_dtype = getattr(torch, args.save_dtype)
-    save(actor.weights_to_save(save_dtype), actor.model.config, folder / "model", source, save_dtype)
+    metrics = Metrics(folder / "metrics.jsonl", state.rows)
+    with StopSignal() as checkpoints.stop:
+        ppo(actor, critic, reference, examples, tokenizer, judge, args, metrics, state, checkpoints)
+    save_model(actor, [], args, folder, source)
     barrier()
 
-    summary |= dict(seconds=time.perf_counter() - start, peak_memory_gb=peak_memory() / 1e9)
+    summary = dict(
+        steps=state.step,
+        updates=state.updates,
+        responses=len(examples) * args.rollouts * args.epochs,
+        skipped=state.skipped,
+        unreadable=state.unreadable,
+        tokens=state.tokens,
+        seconds_training=state.seconds,
+        seconds=time.perf_counter() - start,
+        peak_memory_gb=peak_memory() / 1e9,
+    )
     write_json(folder / "summary.json", summary)
+    checkpoints.remove()
     if not rank():
         learning_curve(folder)
     print(f"{summary['updates']} updates on {summary['responses']} responses, {summary['seconds']:.0f} s, "

@@ -10,21 +10,24 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from batches import all_logps, groups_of, training_rows
 from checks import verify
 from contexts import examples_for, sampling_for
 from data import OWN_FILES, load_all_splits
-from folder import load, save
+from folder import load, read_config, save
 from lora import adapted_layers, save_adapter
-from losses import OBJECTIVES, dpo, sequence_logps
+from losses import OBJECTIVES, Group, dpo, sequence_logps
+from memory import FP32, fits_whole, require_copy
 from model import Decoder
 from optimizer import MasterAdamW
 from negatives import Pair
 from pairs import pairs_for
 from rows import fitting_rows
-from run import UserError, barrier, default_device, gather, progress, shard
+from run import UserError, barrier, broadcast, default_device, gather, progress, rank, shard
 from sample import generate
+from shard import gathered, is_sharded
 from tokenizer import Tokenizer
 
 VALIDATION_METHOD = "dpo"  # validation compares chosen with rejected responses, whatever training does
@@ -56,6 +59,9 @@ class Selection:
 
     def __init__(self, args, folder: Path, source: Path, best: dict | None = None):
         """best: what was chosen before the run was interrupted."""
+        if args.shard:
+            require_copy(args, read_config(source), "validation", "give one value of every option, and no "
+                         "--eval-every")
         self.args = dataclasses.replace(args, limit=args.val_limit, method=VALIDATION_METHOD,
                                         n_neg=max(1, args.n_neg))
         self.folder, self.source = folder, source
@@ -99,7 +105,7 @@ class Selection:
 
     def offer(self, optimizer: MasterAdamW, pairs: list[Pair], args, candidate: int, step: int) -> float:
         """The score of the optimizer's model, which is saved if no earlier one has reached it."""
-        score = self.measure(optimizer.model)
+        score = self.measure(gathered(optimizer.model))
         is_better = self.best is None or score > self.best["score"]
         print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
         if is_better:
@@ -114,7 +120,8 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     Adapters are merged into it, and written to adapter/ beside it, in fp32 and in PEFT's format.
 
     Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
-    the folder, and the share of it that the folder keeps; of methods without rejected responses nothing.
+    the folder, and the share of it that the folder keeps; of methods without pairs or without rejected
+    responses nothing.
     """
     dtype = getattr(torch, args.save_dtype)
     config = optimizer.model.config
@@ -122,16 +129,25 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     if adapted_layers(optimizer.model):
         save_adapter(optimizer.model, optimizer.master_of, folder / "adapter", base=args.model)
     barrier()  # every process reads the folder
-    if not OBJECTIVES[args.method].uses_rejected:
+    if not pairs or not OBJECTIVES[args.method].uses_rejected:
         return {}
     if dtype == torch.float32:
         return dict(share=1.0)  # the folder holds the masters themselves
+    if is_sharded(optimizer.model) and not fits_whole(config, FP32):
+        print("what the saved model keeps is not measured: that takes all weights in fp32 on one GPU")
+        return {}
     groups = [groups_of(pair, args)[0] for pair in pairs[:MARGIN_PAIRS]]
+    exact = optimizer.weights_to_save(torch.float32)
+    return broadcast(None if rank() else kept_margin(exact, groups, args, folder, source))
+
+
+def kept_margin(exact: dict[str, Tensor], groups: list[Group], args, folder: Path, source: Path) -> dict:
+    """What `save_model` returns of these groups, and prints. exact: the weights in fp32."""
     device = default_device()
     start = sequence_logps(load(source, getattr(torch, args.dtype), device).float(), groups)
     model = load(folder / "model", torch.float32, device)
     saved_margin = mean_margin(sequence_logps(model, groups), start)
-    model.load_state_dict(optimizer.weights_to_save(torch.float32))
+    model.load_state_dict(exact)
     margin = mean_margin(sequence_logps(model, groups), start)
     kept = dict(share=None, margin=margin, margin_saved=saved_margin, pairs=len(groups))
     if margin > 0:  # else nothing was learned that could be lost

@@ -37,7 +37,8 @@ from torch.nn.utils import clip_grad_norm_
 import contexts
 import pairs as pairing
 import ppo
-from batches import all_logps, epoch_batches, groups_of, micro_batches, pair_logps, training_rows
+from batches import (all_logps, epoch_batches, groups_of, idle_passes, pair_logps, passes_together,
+                     training_rows)
 from checkpoint import Checkpoints, StopSignal, lock
 from contexts import examples_for
 from dry_run import dry_run
@@ -46,6 +47,7 @@ from eval import evaluation
 from folder import find, load, read_config
 from lora import add_adapters
 from losses import OBJECTIVES, token_count
+from memory import require_copy
 from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from negatives import SAMPLED, Pair
@@ -54,11 +56,12 @@ from report import learning_curve
 from revise import check_revisable, revise
 from rewards import check_data
 from rows import missing_part
-from run import (Metrics, Stopped, UserError, barrier, default_device, fingerprint, gather, main, option,
+from run import (Metrics, UserError, barrier, default_device, fingerprint, gather, main, option,
                  parse_all, peak_memory, progress, rank, write_json)
 from run_folder import (begin_or_resume, check_space, given_pairs, run_folder, swept, with_settings_of_pairs,
                         write_arguments)
 from selection import Selection, save_model
+from shard import gathered, shard_weights
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 TEMPERATURES = dict(infonce=100.0, sami=1.0)  # the authors', on log-probs summed over tokens
@@ -88,8 +91,8 @@ class Args(ppo.PPOArgs, PairArgs):
                          ("sum", "mean"))
     pass_tokens: int | None = option(None, "most tokens of a forward and backward pass, shared beginnings "
                                      "not counted (default: CPU 768, GPU 8192)", "training")
-    lora_rank: int = option(0, "train adapters of this rank on all linear layers, 32 is usual; 0: all weights",
-                            "training")
+    lora_rank: int = option(0, "train adapters of this rank on all linear layers, 32 is usual; 0: train all "
+                            "weights", "training")
     lora_alpha: float = option(16.0, "an adapter's update is scaled by this over its rank", "training")
     checkpoint_activations: bool = option(False, "keep only each block's input for the backward pass, and "
                                           "compute the rest again", "training")
@@ -238,9 +241,13 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         if objective.mean_over == "tokens":
             divisor = sum(len(pairs[i].chosen.ids) for i in batch)  # of all processes
         measured: list[dict[str, float]] = []  # the metrics of each pair of this process
-        for indices in micro_batches(pairs, batch, args):
+        for indices, passes in passes_together(model, pairs, batch, args):
+            if not indices:  # but other processes have pairs left, and need this one's shards for them
+                idle_passes(model, passes).backward()
+                continue
             chunk = [pairs[i] for i in indices]
-            logps, lengths = pair_logps(model, chunk, args)  # (B, 1 + N) each: log pi(y|x,c), tokens of y
+            # (B, 1 + N) each: log pi(y|x,c), tokens of y
+            logps, lengths = pair_logps(model, chunk, args, passes)
             loss, values = objective.loss(logps, reference[indices], lengths, args)  # (B,)
             (loss.sum() / divisor).backward()
             measured += rows_of(values)
@@ -301,14 +308,10 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
                       "better")
                 break
 
+        state.rows = metrics.rows
         if checkpoints:
-            state.rows = metrics.rows
-            signal_number = checkpoints.stop.came()
-            if signal_number or (args.save_every and state.step % args.save_every == 0):
-                checkpoints.save(optimizer.tensors() | dict(reference=reference), asdict(state))
-            if signal_number:
-                raise Stopped(f"stopped after step {state.step}, which is saved: the same command with "
-                              "--resume goes on from there", signal_number)
+            checkpoints.after_step(args.save_every,
+                                   lambda: optimizer.tensors() | dict(reference=reference), state)
     bar.close()
 
 
@@ -335,6 +338,8 @@ def program() -> None:
     has_beta = not is_ppo and OBJECTIVES[args.method].uses_reference
     if not has_beta and len({candidate.beta for candidate in grid}) > 1:
         raise UserError(f"--beta is of no use to --method {args.method}: give it one value")
+    if is_ppo and args.dry_run:
+        raise UserError(f"--dry-run: there is none for --method {args.method}; try a run of --limit 32")
     if len(grid) > 1 and (args.rounds > 1 or is_ppo):
         raise UserError("--rounds and PPO go with one value of every option: choose in runs of one round")
 
@@ -359,7 +364,7 @@ def program() -> None:
         check_space(folder, source)
         with lock(folder):
             if is_ppo:
-                ppo.run_ppo(args, folder, source)
+                ppo.run_ppo(args, folder, source, load_trainable)
             else:
                 run_training(grid, folder, source, given)
     if args.test and not missing:
@@ -456,12 +461,16 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
 
 
 def load_trainable(source: Path, args: Args) -> Decoder:
-    """The start model in --dtype, with adapters where --lora-rank asks for them."""
-    model = load(source, getattr(torch, args.dtype), default_device())
+    """The start model in --dtype, with adapters where --lora-rank asks for them, divided among processes where
+    --shard does."""
+    if args.shard and not args.pairs:
+        require_copy(args, read_config(source), "sampling", "make pairs elsewhere, and bring them with --pairs")
+    device = torch.device("cpu") if args.shard else default_device()  # shards go on from there
+    model = load(source, getattr(torch, args.dtype), device)
     model.checkpoint_activations = args.checkpoint_activations
     if args.lora_rank:
         add_adapters(model, args.lora_rank, args.lora_alpha, args.seed)
-    return model
+    return shard_weights(model) if args.shard else model
 
 
 def prepare(model: Decoder, args: Args, folder: Path, given: list[Pair] | None, state: State, seconds: dict,
@@ -473,9 +482,9 @@ def prepare(model: Decoder, args: Args, folder: Path, given: list[Pair] | None, 
     """
     started = time.perf_counter()
     place = folder / f"round-{state.round + 1}" if state.round else folder
-    pairs = given or pairs_for(args, "train", place, model, state.round)
+    pairs = given or pairs_for(args, "train", place, gathered(model), state.round)
     if args.method == "sft-revise":
-        pairs = revise(model, pairs, args, place, round_seed(args.seed, state.round))
+        pairs = revise(gathered(model), pairs, args, place, round_seed(args.seed, state.round))
     pairs = training_rows(pairs, args)
     print(f"{place}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
     seconds["pairs"] += time.perf_counter() - started

@@ -62,6 +62,9 @@ RUNS = {
     "bf16": ["--dtype", "bfloat16", "--epochs", "2"],
     "sweep": ["--lr", "1e-4,1e-3", "--eval-every", "2", "--val-limit", "2"],
     "rounds": ["--neg", "random", "--rounds", "2"],
+    "lora": ["--lora-rank", "4", "--epochs", "2"],
+    "ppo-mi": ["--method", "ppo-mi", "--rollout-batch", "2", "--train-batch", "1"],
+    "ppo-mi-lora": ["--method", "ppo-mi", "--rollout-batch", "2", "--train-batch", "1", "--lora-rank", "4"],
 }
 
 

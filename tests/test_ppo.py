@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ import train
 from data import Example, load_examples
 from folder import find, load
 from judge import Judge, JudgeArgs
+from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients
 from ppo import (Rollout, explained_variance, gae, kl_penalty, load_critic, policy_logps, policy_loss,
                  response_values, rollout_batches, token_rewards, training_batches, value_loss, whiten)
@@ -38,15 +38,15 @@ from sample import generate
 from tokenizer import Tokenizer
 
 
-@dataclass
-class Args(train.Args, ppo.PPOArgs):
-    """What ppo.py needs to be told."""
-
-
-def arguments(**changes) -> Args:
+def arguments(**changes) -> train.Args:
     """Arguments with all defaults filled in, of the embedded model and rlvr where nothing else is said."""
     given = dict(model="tiny", method="rlvr", pass_tokens=768, dtype="float32", save_dtype="float32", slots=8)
-    return ppo.resolve(contexts.resolve(Args(**given | changes)))
+    return ppo.resolve(contexts.resolve(train.Args(**given | changes)))
+
+
+def new_critic(source: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
+    """The critic of a run on a model folder."""
+    return load_critic(source, arguments(seed=seed), lambda folder, args: load(folder, dtype))
 
 
 def random_tokens(*lengths: int) -> list[Tensor]:
@@ -170,7 +170,7 @@ GROUPS = [([5, 6, 7, 8], [[9, 10, 11]]), ([5, 6, 30], [[31]]), ([5, 6, 7, 40, 41
 def test_values_are_of_the_states_before_the_tokens(saved, name):
     """transformers' hidden states at the prompt's last token and at all response tokens but the last."""
     source, oracle = saved(name)
-    critic = load_critic(source, torch.float32, torch.device("cpu"), seed=0)
+    critic = new_critic(source)
     for (prompt, [response]), values in zip(GROUPS, response_values(critic, GROUPS), strict=True):
         with torch.no_grad():
             hidden = oracle.model(torch.tensor([prompt + response])).last_hidden_state[0]  # (T, E)
@@ -181,7 +181,7 @@ def test_values_are_of_the_states_before_the_tokens(saved, name):
 def test_the_critic_is_a_copy_with_one_output(saved):
     """A new row without bias, N(0, 1/(E + 1)), by seed; every other weight the start model's, and its own."""
     source, oracle = saved("llama")
-    critics = [load_critic(source, torch.float32, torch.device("cpu"), seed) for seed in (0, 0, 1)]
+    critics = [new_critic(source, seed=seed) for seed in (0, 0, 1)]
     heads = [critic.lm_head for critic in critics]
     assert heads[0].weight.shape == (1, 64) and heads[0].bias is None
     assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
@@ -380,12 +380,13 @@ def row(number: int) -> Example:
     return training_example(number, f"I am number {number}.", check=["max_words", 1])
 
 
-def run_ppo_in_place(actor, critic, source: Path, file: Path, args: Args, examples: list[Example],
-                     judge=None) -> tuple[dict, list[dict]]:
-    """The loop with such optimizers and a frozen reference: its summary, and the rows of metrics.jsonl."""
+def run_ppo_in_place(actor, critic, source: Path, file: Path, args: train.Args, examples: list[Example],
+                     judge=None) -> tuple[ppo.State, list[dict]]:
+    """The loop with such optimizers and a frozen reference: where it ends, and the rows of metrics.jsonl."""
     reference = load(source, actor.model.compute).requires_grad_(False)
-    summary = ppo.ppo(actor, critic, reference, examples, Tokenizer(source), judge, args, Metrics(file))
-    return summary, [] if rank() else [line for _, line in read_jsonl(file)]
+    state = ppo.State()
+    ppo.ppo(actor, critic, reference, examples, Tokenizer(source), judge, args, Metrics(file), state)
+    return state, [] if rank() else [line for _, line in read_jsonl(file)]
 
 
 def test_a_reward_is_learned(tiny, tmp_path, monkeypatch):
@@ -397,7 +398,7 @@ def test_a_reward_is_learned(tiny, tmp_path, monkeypatch):
         args = arguments(lr=1e-2, critic_lr=1e-2, max_new_tokens=3, epochs=8, kl_weight=0.0, rollout_batch=32,
                          train_batch=16, slots=32, pass_tokens=4096, shuffle_rewards=shuffle)
         actor = MasterAdamW(load(tiny), args.lr, 0)
-        critic = MasterAdamW(load_critic(tiny, torch.float32, torch.device("cpu"), 0), args.critic_lr, 0)
+        critic = MasterAdamW(new_critic(tiny), args.critic_lr, 0)
         _, lines = run_ppo_in_place(actor, critic, tiny, tmp_path / f"{shuffle}.jsonl", args,
                                     [row(i) for i in range(32)])
         shares[shuffle] = [line["reward"] for line in lines]
@@ -481,7 +482,7 @@ def experiment(folder: Path, scratch: Path, method: str, scale: float = 1.0, cou
 
     args = arguments(**dict(method=method, lr=0.1, critic_lr=0.1, rollout_batch=3, train_batch=2,
                             max_new_tokens=6) | changes)
-    actor, critic = load(folder, torch.float64), load_critic(folder, torch.float64, torch.device("cpu"), 0)
+    actor, critic = load(folder, torch.float64), new_critic(folder, torch.float64)
     file = scratch / f"metrics-{method}-{scale}-{world()}.jsonl"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "all_reduce_gradients", reduce_scaled)
@@ -559,7 +560,7 @@ def test_a_run_on_the_embedded_model(method, tmp_path):
     """Its folder holds arguments, a line a batch, a summary, a learning curve and a model that has moved."""
     args = arguments(method=method, limit=10, max_new_tokens=8, rollout_batch=4, train_batch=2)
     folder, source = tmp_path / "run", find("tiny")
-    ppo.run_ppo(args, folder, source)
+    ppo.run_ppo(args, folder, source, train.load_trainable)
     files = sorted(file.name for file in folder.iterdir())
     assert files == ["args.json", "learning_curve.png", "metrics.jsonl", "model", "summary.json"]
     written = json.loads(json.dumps(dataclasses.asdict(args)))
