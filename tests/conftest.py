@@ -28,6 +28,8 @@ import pytest
 import tokenizers
 import torch
 
+torch.set_num_threads(1)  # of each of the processes that share the tests, and of those they start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():  # before anyone imports Triton: its kernels run as numpy then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -475,9 +477,10 @@ def stopping_model(tiny: Path, folder: Path) -> Path:
     return copy
 
 
-def record_samples(monkeypatch, after: Callable[[int, Sample], None] = lambda i, sample: None) -> list:
-    """The keys (row, sample) of all that pairs.py samples from now on, written down as each response ends,
-    before `after(i, sample)` is called."""
+def record_samples(monkeypatch, after: Callable[[int, Sample], None] = lambda i, sample: None,
+                   module: str = "pairs") -> list:
+    """The keys (row, sample) of all that a module (pairs, or responses) samples from now on, written down as
+    each response ends, before `after(i, sample)` is called."""
     keys: list[tuple[int, int]] = []
 
     def watched(*args, **kwargs) -> list[Sample]:
@@ -493,7 +496,7 @@ def record_samples(monkeypatch, after: Callable[[int, Sample], None] = lambda i,
         bound.arguments["on_finished"] = record
         return generate(*bound.args, **bound.kwargs)
 
-    monkeypatch.setattr("pairs.generate", watched)
+    monkeypatch.setattr(f"{module}.generate", watched)
     return keys
 
 
