@@ -86,7 +86,7 @@ def test_a_command_runs_to_its_end(command, folder):
 def test_every_option_that_is_named_exists(text):
     """Outside the commands, which are run: some program has the option."""
     fields = [field.name for program in SMALL for field in dataclasses.fields(arguments_of(program))]
-    flags = {"--" + name.replace("_", "-") for name in fields} | {"--help", "--nproc_per_node"}
+    flags = {"--" + name.replace("_", "-") for name in fields} | {"--help", "--nproc_per_node", "--max-restarts"}
     named = set(re.findall(r"(?<![-\w])--[a-z][a-z_-]*", text))
     assert named and named <= flags
 
