@@ -10,6 +10,7 @@ Legend: B pairs of a micro-batch, N rejected responses of a pair.
 """
 
 import dataclasses
+from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ from losses import OBJECTIVES, Group, response_logps, split_by_tokens
 from model import Decoder
 from negatives import Pair
 from run import UserError, progress, seed_from, shard, world
+from shard import is_sharded
+
+IDLE: Group = ([0], [[0]])  # of a pass in which a process has nothing to do: one token, and one predicted
 
 
 def training_rows(pairs: list[Pair], args) -> list[Pair]:
@@ -64,31 +68,50 @@ def groups_of(pair: Pair, args) -> list[Group]:
     return [(prompt, ids) for prompt in prompts]
 
 
-def pair_logps(model: Decoder, pairs: list[Pair], args) -> tuple[Tensor, Tensor]:
+def pair_logps(model: Decoder, pairs: list[Pair], args, passes: int = 1) -> tuple[Tensor, Tensor]:
     """log pi(y|x,c) of the chosen and the rejected responses, summed over tokens, and their token counts.
 
     (B, 1 + N) each, the chosen response first; (B, 1) where rejected responses are not used; log-probs
     (B, K, K) where every response is scored under every prompt: [:, i, j] = log pi(y_j | x, c_i).
+    passes: as `passes_together` counts them.
     """
     sets = [groups_of(pair, args) for pair in pairs]
-    groups = [group for groups in sets for group in groups]
-    chunks = list(split_by_tokens([[group] for group in groups], args.pass_tokens))
-    scored: list[list[Tensor]] = []  # of each group, the token log-probs of each response
+    chunks = passes_of(sets, args)
+    idle = max(0, passes - len(chunks))
+    scored = score_passes(model, chunks + [[IDLE]] * idle)
 
-    # A set of K prompts may be more than one pass. Its passes are then computed twice: now, keeping nothing
-    # but the log-probs, and once more, a pass at a time, when their gradients are known.
-    for chunk in chunks:
-        part = [groups[i] for i in chunk]
-        if len(chunks) == 1:
-            scored += response_logps(model, part)
-        else:
-            scored += checkpoint(response_logps, model, part, use_reentrant=False)
-
-    sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])  # (B * prompts * R,)
+    sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])
+    sums = sums[: len(sums) - idle]  # (B * prompts * R,); the gradient of the rest is 0
     lengths = [[len(ids) for ids in groups[0][1]] for groups in sets]
     lengths = torch.tensor(lengths, device=model.device)  # (B, R)
     logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, R)
     return logps if OBJECTIVES[args.method].every_prompt else logps[:, 0], lengths
+
+
+def passes_of(sets: list[list[Group]], args) -> list[list[Group]]:
+    """The groups of some pairs, cut into passes of --pass-tokens tokens."""
+    groups = [group for groups in sets for group in groups]
+    chunks = split_by_tokens([[group] for group in groups], args.pass_tokens)
+    return [[groups[i] for i in chunk] for chunk in chunks]
+
+
+def score_passes(model: Decoder, chunks: list[list[Group]]) -> list[list[Tensor]]:
+    """Of each group of each pass the token log-probs of each response, (R,).
+
+    A set of K prompts may be more than one pass. Its passes are then computed twice: now, keeping nothing but
+    the log-probs, and once more, a pass at a time, when their gradients are known.
+    """
+    if len(chunks) == 1:
+        return response_logps(model, chunks[0])
+    scored: list[list[Tensor]] = []
+    for chunk in chunks:
+        scored += checkpoint(response_logps, model, chunk, use_reentrant=False)
+    return scored
+
+
+def idle_passes(model: Decoder, passes: int) -> Tensor:
+    """A loss of 0, whose gradient is 0: the passes of a process that has nothing to do in these."""
+    return 0 * sum(tokens.sum() for [tokens] in score_passes(model, [[IDLE]] * passes))
 
 
 @torch.no_grad()
@@ -106,8 +129,11 @@ def all_logps(model: Decoder, pairs: list[Pair], args, label: str = "reference")
     table = torch.zeros(len(pairs), responses, dtype=dtype, device=model.device)  # (pairs, 1 + N)
     bar = progress(len(pairs), "pairs", label)
     for batch in epoch_batches(len(pairs), args, epoch=0):
-        for indices in micro_batches(pairs, batch, args):
-            table[indices], _ = pair_logps(model, [pairs[i] for i in indices], args)
+        for indices, passes in passes_together(model, pairs, batch, args):
+            if indices:
+                table[indices], _ = pair_logps(model, [pairs[i] for i in indices], args, passes)
+            else:
+                idle_passes(model, passes)
         bar.update(len(batch))
     bar.close()
     if world() > 1:
@@ -127,8 +153,25 @@ def epoch_batches(count: int, args, epoch: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, count, size)]
 
 
-def micro_batches(pairs: list[Pair], batch: list[int], args) -> list[list[int]]:
-    """This process's share of a batch, cut into passes of --pass-tokens tokens (see split_by_tokens)."""
-    mine = shard(batch)
+def micro_batches(pairs: list[Pair], batch: list[int], args, process: int | None = None) -> list[list[int]]:
+    """A process's share of a batch, this one's if none is named, cut into passes of --pass-tokens tokens (see
+    split_by_tokens)."""
+    mine = shard(batch, process)
     sets = [groups_of(pairs[i], args) for i in mine]
     return [[mine[k] for k in chunk] for chunk in split_by_tokens(sets, args.pass_tokens)]
+
+
+def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -> list[tuple[list[int], int]]:
+    """This process's micro-batches, each with the number of its passes.
+
+    Sharded weights are gathered for every pass by all processes. So all go through as many micro-batches of
+    as many passes as the one that has most: those that one lacks are empty here, and its missing passes are
+    made up by `pair_logps` and `idle_passes`. Each process computes this for all, and asks nobody.
+    """
+    if not is_sharded(model):
+        return [(indices, 1) for indices in micro_batches(pairs, batch, args)]
+    shares = [micro_batches(pairs, batch, args, process) for process in range(world())]
+    counts = [[len(passes_of([groups_of(pairs[i], args) for i in indices], args)) for indices in share]
+              for share in shares]
+    most = [max(column) for column in zip_longest(*counts, fillvalue=0)]
+    return list(zip_longest(micro_batches(pairs, batch, args), most, fillvalue=[]))

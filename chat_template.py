@@ -134,7 +134,7 @@ def limits(seconds: float, memory: int) -> Iterator[None]:
     try:
         if is_main:
             before = signal.signal(signal.SIGALRM, ring)
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second, should it be swallowed
+            signal.setitimer(signal.ITIMER_REAL, seconds)
         if size := address_space():
             resource.setrlimit(resource.RLIMIT_AS, (least(allowed[0], size + memory), allowed[1]))
         yield

@@ -5,9 +5,12 @@ What differs from the paper: nothing; it does not speak of terminals.
     python -m doctest console.py       runs the example below
 """
 
+import contextlib
 import os
 import reprlib
+import sys
 import typing
+from collections.abc import Iterator
 
 
 class Output:
@@ -37,9 +40,32 @@ class Output:
 
     def close_pipe(self) -> None:
         """Let the stream write to nowhere, what it still holds too."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+        send_nowhere(self.stream.fileno())
+
+
+def send_nowhere(descriptor: int) -> None:
+    """Let what is written to a file descriptor go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Inside, nothing reaches the error stream but what Python raises: libraries in other languages write
+    there themselves as they fail."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no such stream
+        yield
+        return
+    try:
+        sys.stderr.flush()
+        send_nowhere(2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 SHORT = reprlib.Repr()

@@ -22,9 +22,13 @@ from judge import Judge, JudgeArgs, infer, rewrite
 from run import (UserError, default_dtype, main, option, parse, rank, read_appended, read_jsonl, seed_from,
                  write_jsonl)
 from sample import Sampling
+from schema import TEXT, checked, listing
 from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer, template_variables
 
 # ------------------------------------------------------------------------- arguments
+
+MOST_SLOTS = 2**16
+
 
 @dataclass
 class DataArgs(JudgeArgs):
@@ -57,8 +61,9 @@ class DataArgs(JudgeArgs):
 
 def check(args: DataArgs) -> None:
     """UserError if an argument's value is out of range."""
-    if args.slots < 1 or args.limit < 0:
-        raise UserError(f"--slots {args.slots} must be at least 1 and --limit {args.limit} at least 0")
+    if not 1 <= args.slots <= MOST_SLOTS or args.limit < 0:
+        raise UserError(f"--slots {args.slots} must be from 1 to {MOST_SLOTS} and --limit {args.limit} at "
+                        "least 0")
     template_variables(args.template)  # for what it refuses
 
 
@@ -169,16 +174,15 @@ def infer_contexts(examples: list[Example], args: DataArgs) -> dict[str, list[st
     return items
 
 
+CONTEXT = dict(id=TEXT, items=listing(TEXT, least=1))  # a line of the file
+
+
 def read_contexts(file: Path) -> dict[str, list[str]]:
     """Example id -> the items of its context, from a file that `infer_contexts` wrote."""
     items = {}
     for line, row in read_jsonl(file):
-        texts = row.get("items")
-        well_formed = (isinstance(row.get("id"), str) and isinstance(texts, list) and texts
-                       and all(isinstance(text, str) for text in texts))
-        if not well_formed:
-            raise UserError(f"{file}:{line}: not a line of contexts, {{\"id\": text, \"items\": [texts]}}")
-        items[row["id"]] = texts
+        checked(row, CONTEXT, f"{file}:{line}")
+        items[row["id"]] = row["items"]
     return items
 
 

@@ -308,7 +308,7 @@ def load_paper_data(name: str, folder: str) -> Loaded:
     source = folder or str(download(data_set.hub, data_set.files, "dataset"))
     try:
         examples, remark = LOADERS[name](source)
-    except (KeyError, ValueError) as e:  # a column or a label is missing
+    except (LookupError, ValueError, TypeError, AttributeError, csv.Error) as e:  # other columns, other types
         raise UserError(f"{source} is not laid out as {data_set.hub} is: {type(e).__name__} {e}") from None
     counts = split_counts(examples)
     lines = [remark, f"{counts}; {data_set.note}. {data_set.terms}"]

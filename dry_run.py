@@ -5,6 +5,7 @@ What differs from the paper: it has nothing of the kind.
     python train.py --dry-run
 """
 
+import dataclasses
 import heapq
 import math
 import random
@@ -24,6 +25,7 @@ from model import Decoder
 from negatives import SAMPLED, Pair
 from pairs import check_negatives, make_pairs, pairs_for
 from run import default_device, peak_memory, rank, read_json, read_jsonl, world
+from shard import gathered
 from tokenizer import Tokenizer
 
 
@@ -87,6 +89,7 @@ def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:
     """Print what a process will need, predicted from the largest step of these rows; on GPUs also how many
     cards hold the model in parts, and what these cannot do. samples: whether the run samples its pairs."""
     config, device = read_config(source), default_device()
+    args = dataclasses.replace(args, max_new_tokens=sampling_for(args).max_new_tokens)
     steps = []
     for batch in epoch_batches(len(rows), args, epoch=0):
         sets = [[groups_of(rows[i], args) for i in chunk] for chunk in micro_batches(rows, batch, args)]
@@ -126,8 +129,8 @@ def estimate_sampling(args, model: Decoder, tokenizer: Tokenizer) -> tuple[list[
     per_example = 1 + args.n_neg * (args.neg in SAMPLED)  # responses that are sampled
     size = min(len(examples), max(8, args.slots * world() // per_example))
     few = random.Random(0).sample(examples, size)
-    pairs, statistics = make_pairs(model, tokenizer, few, args.neg, sampling_for(args), args.seed, args.slots,
-                                   args.n_neg)
+    pairs, statistics = make_pairs(gathered(model), tokenizer, few, args.neg, sampling_for(args), args.seed,
+                                   args.slots, args.n_neg)
     lengths = [len(response.ids) for pair in pairs for response in pair.responses]
     depth = decoding_depth(lengths, len(examples) * per_example // world(), args.slots)
     share = len(few) / len(examples)

@@ -25,6 +25,7 @@ import json
 import os
 import random
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -189,21 +190,29 @@ def retry_after(header: str | None, default: float) -> float:
 
 # ------------------------------------------------------------------------- addresses
 
+HOST = re.compile(r"(?:[^/?#]*:)?/*([^/?#]*)")  # with whatever stands before it
+SECRET = re.compile(r"api[-_]?key|auth|password|secret|token$|^(?:key|sig|code)$", re.IGNORECASE)  # its name
+
+
 def completions_address(url: str) -> str:
     """Where questions go: the base address with /chat/completions, before its query if it has one.
 
-    UserError if the address is malformed or holds a password.
+    UserError if the address is malformed, or holds a password or a key: it is saved with the results.
 
     >>> completions_address("https://x.openai.azure.com/openai/deployments/m?api-version=2024-10-21")
     'https://x.openai.azure.com/openai/deployments/m/chat/completions?api-version=2024-10-21'
     """
+    if "@" in HOST.match(url)[1]:
+        raise UserError("--judge-url holds a name or a password: put the key into OPENAI_API_KEY instead")
     try:
         parts = urllib.parse.urlsplit(url)
         _ = parts.port  # ValueError where it is no number
     except ValueError:
         raise UserError(f"--judge-url {url!r} is not an address") from None
-    if "@" in parts.netloc:
-        raise UserError("--judge-url holds a name or a password: put the key into OPENAI_API_KEY instead")
+    secrets = [name for name in urllib.parse.parse_qs(parts.query) if SECRET.search(name)]
+    if secrets:
+        raise UserError(f"--judge-url holds a secret, {secrets[0]}: put it into OPENAI_API_KEY instead, and "
+                        "name the header that carries it with --judge-key-header")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--judge-url {url!r} does not begin with http:// or https:// and a name")
     if not url.isascii() or not url.isprintable() or " " in url:
@@ -228,15 +237,50 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class Hasty(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Cuts its connection after some seconds, whatever is still on its way: a socket's own timeout begins
+    anew with every byte, and so never ends where a server sends a header's letter now and then."""
+
+    def __init__(self, seconds: float):
+        super().__init__()
+        self.seconds, self.socket = seconds, None
+        self.under_way = threading.Lock()
+
+    def __enter__(self) -> "Hasty":
+        self.under_way.acquire()
+        threading.Thread(target=self.cut_when_late, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.under_way.release()
+
+    def do_open(self, http_class, request, **options):
+        handler = self
+
+        class Connection(http_class):
+            def connect(self) -> None:
+                super().connect()
+                handler.socket = self.sock
+
+        return super().do_open(Connection, request, **options)
+
+    def cut_when_late(self) -> None:
+        if not self.under_way.acquire(timeout=self.seconds) and self.socket is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+
 def read_all(response, deadline: float) -> bytes:
     """The body of a response, by the deadline and of a sane size: some servers send a byte now and then."""
     body = b""
     while chunk := response.read1(2**16):
         body += chunk
-        if time.monotonic() > deadline:
-            raise TimeoutError("timed out")
+        if time.monotonic() >= deadline:
+            break
         if len(body) > LARGEST:
             raise TryAgain(f"an answer of more than {LARGEST} bytes")
+    if time.monotonic() >= deadline:  # what was cut then may look whole
+        raise TimeoutError("timed out")
     if response.length:  # the header promised more bytes than have come
         raise http.client.IncompleteRead(body, response.length)
     return body
@@ -349,9 +393,10 @@ class Endpoint:
         """What the server answers. TryAgain if it is busy, broken, silent or makes no sense; Refusal if it
         refuses. The key is masked in what it says then."""
         deadline = time.monotonic() + self.timeout
-        opener = urllib.request.build_opener(NoRedirect)
+        connection = Hasty(self.timeout)
+        opener = urllib.request.build_opener(NoRedirect, connection)
         try:
-            with opener.open(request, timeout=self.timeout) as response:
+            with connection, opener.open(request, timeout=self.timeout) as response:
                 return completion_of(read_all(response, deadline))
         except urllib.error.HTTPError as e:
             text = b""
@@ -364,7 +409,8 @@ class Endpoint:
                 raise TryAgain(problem, e.headers.get("Retry-After")) from None
             raise Refusal(e.code, said) from None
         except (OSError, http.client.HTTPException) as e:
-            raise TryAgain(masked(str(getattr(e, "reason", e)) or type(e).__name__)) from None
+            late = "timed out" if time.monotonic() >= deadline else ""
+            raise TryAgain(late or masked(str(getattr(e, "reason", e)) or type(e).__name__)) from None
 
     def change(self, refusal: Refusal, changes: frozenset[str]) -> bool:
         """Whether the request can be put otherwise, as the refusal wants it; it is from now on.

@@ -8,6 +8,7 @@ over. What is saved opens in other tools. What differs from the paper: nothing; 
 """
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Config, Decoder
-from run import UserError, main, rank, read_json, write_json
+from run import UserError, main, rank, read_json, sync, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "vocab.json", "merges.txt")
@@ -51,6 +52,8 @@ def find(name: str | Path) -> Path:
 
 def download(name: str, patterns: tuple[str, ...], kind: str = "model") -> Path:
     """The folder of a hub repository's files that match the patterns; kind is model or dataset."""
+    huggingface_hub.logging.set_verbosity_error()  # else it tells of each attempt
+    huggingface_hub.get_session().timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT  # else of none
     try:
         return Path(huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
     except GatedRepoError:
@@ -119,6 +122,9 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32,
                 raise UserError(f"{file}: {key} is {tuple(tensor.shape)}, config.json asks for {shapes[key]}")
             if not tensor.is_floating_point():
                 raise UserError(f"{file}: {key} holds {tensor.dtype}: quantised weights are not supported")
+            if key in shapes and not is_finite(tensor):
+                raise UserError(f"{file}: {key} holds values that are not finite: the model is damaged, take "
+                                "another copy of it")
             is_norm = key.endswith("norm.weight")
             kept = torch.promote_types(dtype, torch.float32) if is_norm else dtype
             weights[key] = tensor.to(device=device, dtype=kept)
@@ -128,6 +134,12 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32,
         raise UserError(f"{folder} holds {len(unknown)} unknown tensors, for example {min(unknown)}")
     model.load_state_dict(weights, strict=True, assign=True)
     return model
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, in one pass and without a copy."""
+    low, high = tensor.aminmax()
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -147,7 +159,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{index} has no weight_map from tensors to files")
     for name in names:  # nothing outside of the folder is read
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise UserError(f"{index}: {name!r} is not the name of a file beside it")
     return [folder / name for name in sorted(set(names))]
 
@@ -176,9 +188,12 @@ def save(weights: dict[str, Tensor], config: Config, folder: Path, source: Path,
     """
     if rank():
         return
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    config_file = temporary / "config.json"
+    spelling = "torch_dtype" if "torch_dtype" in config.raw else "dtype"
+    write_json(config_file, {**config.raw, spelling: str(dtype).removeprefix("torch.")})
     sizes = {key: torch.empty(w.shape, dtype=dtype, device="meta") for key, w in weights.items()}
     plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=max_file_size)
     for file, keys in plan.filename_to_tensors.items():
@@ -187,16 +202,23 @@ def save(weights: dict[str, Tensor], config: Config, folder: Path, source: Path,
             save_file(tensors, temporary / file, metadata={"format": "pt"})
         except SafetensorError as e:
             raise UserError(f"{temporary / file} could not be written: {e}") from None
+        shutil.copymode(config_file, temporary / file)  # else it could be read by nobody but its owner
     if plan.is_sharded:
         index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
         write_json(temporary / "model.safetensors.index.json", index)
-    spelling = "torch_dtype" if "torch_dtype" in config.raw else "dtype"
-    write_json(temporary / "config.json", {**config.raw, spelling: str(dtype).removeprefix("torch.")})
     for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (source / name).exists():
+        if (source / name).is_file():
             shutil.copyfile(source / name, temporary / name)
-    shutil.rmtree(folder, ignore_errors=True)
+
+    # On the disk before it has its name, and at every moment the old one or the new one is whole.
+    for path in (*temporary.iterdir(), temporary):
+        sync(path)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     temporary.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------- command line

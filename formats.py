@@ -23,7 +23,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from run import UserError, parse_json, read_jsonl
+from console import one_line, shown
+from run import UserError, parse_json, read_bytes, read_jsonl
 
 COLUMNS = dict(prompt=str, context=(str, list), reference=str, answer=str, user=str, id=str, split=str,
                chosen=str, rejected=str, system=str)
@@ -54,7 +55,7 @@ class OwnFile:
             lines.append(f"{path}: {len(places)} of {count} rows dropped: {reason} ({first_of(places)})")
         if self.unused:
             lines.append(f"{path}: columns not used: {', '.join(sorted(self.unused))}")
-        return lines
+        return [one_line(line) for line in lines]
 
 
 def first_of(places: list) -> str:
@@ -86,10 +87,7 @@ def read_own_file(path: Path) -> OwnFile:
 
 def read_objects(path: Path) -> list[tuple[int, str, dict]]:
     """(number, where, object) of every row: of a .jsonl file its line, of a JSON array its place."""
-    try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+    text = read_bytes(path).removeprefix(codecs.BOM_UTF8).strip()
     if text[:1] != b"[":
         return [(line, f"{path}:{line}", row) for line, row in read_jsonl(path)]
     try:
@@ -241,8 +239,8 @@ def turn_of(message: dict, where: str) -> Turn:
     """A message in the manner of OpenAI (role, content) or of ShareGPT (from, value)."""
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if role not in ROLES:
-        raise Dropped(f"a turn of {role!r}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise Dropped(f"a turn of {shown(role)}")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise Dropped("something else than text in a turn")

@@ -34,12 +34,13 @@ from typing import TypeVar
 
 import torch
 
-from endpoint import Completion, Endpoint, NoReply, Question
+from endpoint import SECRET, Completion, Endpoint, NoReply, Question
 from folder import find, load
 from replies import final_answer, read_choice, read_object, read_score
 from run import (UserError, broadcast, default_device, gather, main, option, parse, parse_json, progress,
                  rank, read_appended, read_json, seed_from, shard)
 from sample import Sample, Sampling, generate
+from schema import TEXT, optional, record
 from tokenizer import TEMPLATE_DATE, Tokenizer
 
 # ------------------------------------------------------------------------- asking a model
@@ -79,8 +80,11 @@ class Judge:
         self.tokenizer, self.model = None, None  # of a local judge; loaded at its first question
         if not args.judge:
             raise UserError("no judge is named: give --judge MODEL (and --judge-url for an endpoint)")
-        if args.judge_at_once < 1 or args.judge_timeout <= 0 or args.judge_tokens < 0:
-            raise UserError("--judge-at-once and --judge-timeout must be positive, --judge-tokens at least 0")
+        if not 1 <= args.judge_at_once <= 1024 or not 0 < args.judge_timeout <= 86_400:
+            raise UserError("--judge-at-once must be from 1 to 1024, --judge-timeout positive and at most a "
+                            "day, 86400")
+        if args.judge_tokens < 0:
+            raise UserError("--judge-tokens must be at least 0")
         if args.judge_url:
             options = request_options(args.judge_options)
             self.endpoint = Endpoint(args.judge_url, args.judge, args.judge_at_once, args.judge_timeout,
@@ -190,6 +194,9 @@ def request_options(text: str) -> dict:
         raise UserError(f"--judge-options {text!r} is not JSON: {e}") from None
     if not isinstance(options, dict):
         raise UserError(f"--judge-options {text!r} is not a JSON object")
+    secrets = [name for name in re.findall(r'"([^"]*)"\s*:', text) if SECRET.search(name)]
+    if secrets:  # they are saved with the results
+        raise UserError(f"--judge-options holds a secret, {secrets[0]}: put it into OPENAI_API_KEY instead")
     return options
 
 
@@ -222,15 +229,18 @@ def cache_row(key: str, judge: str, reply: Reply) -> dict:
     return dict(key=key, judge=judge, reply=reply)
 
 
+VERDICT = record(dict(key=TEXT, reply=TEXT, unread=optional(TEXT)))  # a line of the cache
+
+
 def read_cache(path: Path) -> dict[str, Reply]:
     """Key -> reply, from a judge's cache and from the files that other processes wrote beside it."""
     replies: dict[str, Reply] = {}
     for file in [path, *sorted(path.parent.glob(path.name + ".process-*"))]:
         for row in read_appended(file):
-            if "key" not in row or "reply" not in row:
+            if not VERDICT.holds(row):
                 raise UserError(f"{file} does not hold a judge's replies: name another --judge-cache")
             reply = row["reply"]
-            replies[row["key"]] = NoReply(row["unread"], reply) if "unread" in row else reply
+            replies[row["key"]] = NoReply(row["unread"], reply) if row.get("unread") else reply
     return replies
 
 

@@ -55,10 +55,10 @@ class LoRALinear(nn.Module):
     def merged(self, master_of: Callable[[Tensor], Tensor]) -> Tensor:
         """W + (alpha / r) B A, in fp32 at least: the matrix of a plain layer that computes the same (O, I).
 
-        master_of: parameter -> its master, see optimizer.MasterAdamW.
+        master_of: parameter -> its master, whole; see optimizer.MasterAdamW.
         """
         a, b = upcast(master_of(self.lora_A)), upcast(master_of(self.lora_B))
-        return torch.addmm(upcast(self.weight.detach()), b, a, alpha=self.scale)
+        return torch.addmm(upcast(master_of(self.weight).detach()), b, a, alpha=self.scale)
 
 
 def add_adapters(model: nn.Module, r: int, alpha: float, seed: int) -> None:
@@ -100,14 +100,14 @@ def save_adapter(model: nn.Module, master_of: Callable[[Tensor], Tensor], folder
     base: the model that the adapters belong to, a folder or a hub id. The folder appears whole, in the place
     of one that is there; process 0 alone writes.
     """
-    if run.rank():
-        return
     layers = adapted_layers(model)
     tensors = {}
     for name, layer in layers.items():
         for part in ADAPTER:
             master = master_of(getattr(layer, part)).detach()
             tensors[f"base_model.model.{name}.{part}.weight"] = master.to("cpu", torch.float32).contiguous()
+    if run.rank():  # having taken part in gathering the masters of a sharded model
+        return
     first = next(iter(layers.values()))
     config = dict(
         peft_type="LORA",

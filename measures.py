@@ -418,16 +418,17 @@ def evaluate(examples: list[Example], answers: Answers, judge: str = "") -> dict
 # ------------------------------------------------------------------------- what is not there
 
 MISSING = dict(  # why a number of a system or of a difference is not there
-    win_rate="no row has a check, a short `answer` (a number, a letter, a few words) or a judge's score",
+    win_rate="no row has a check, a short `answer` (a number, a letter, a few words), or a judge's score and "
+             "a `reference`",
     win_rate_length_matched="no row has a win rate and two responses within 20% of each other's length",
     context_gain="the system sees no context, or no row has one",
     self_bleu_4="there is one prompt only",
     self_bleu_4_within="no two rows have the same prompt",
     distinct_2="there is one prompt only",
-    length_controlled="fewer than two rows were judged",
+    length_controlled="fewer than two rows have a judge's score and a `reference`",
     entropy_right="no right answer says 'The answer is:'",
     entropy_wrong="no wrong answer says 'The answer is:'",
-    off_target="there is one context only",
+    off_target="there are no two contexts with checks",
 )
 
 

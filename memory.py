@@ -20,6 +20,7 @@ from torch import nn
 from fast import LOGITS_AT_ONCE
 from losses import Group, common_prefix_length
 from model import Config, Decoder
+from run import UserError, default_device
 
 PROGRAM = 0.45e9  # bytes of the interpreter and its libraries; on a GPU these are elsewhere
 # Of a step's only pass, and of several: the holes that a heap has after it, for each byte of its activations;
@@ -223,6 +224,25 @@ def out_of_reach(config: Config, args, card: float) -> list[str]:
         lines.append(f"measuring what the saved folder keeps: it takes all weights in fp32, "
                      f"{gb(sizes.total * FP32)}")
     return lines
+
+
+def require_copy(args, config: Config, what: str, remedy: str) -> None:
+    """UserError where `what` would take a copy of the whole model that this process's GPU cannot hold."""
+    number = getattr(torch, args.dtype).itemsize
+    if not fits_whole(config, number):
+        whole = Sizes.of(config, args.lora_rank).total * number
+        raise UserError(f"--shard: {what} takes a copy of the whole model in every process, {gb(whole)}, "
+                        f"more than this GPU holds: {remedy}")
+
+
+def fits_whole(config: Config, number: int) -> bool:
+    """Whether this process's GPU can hold all weights, numbers of so many bytes; a CPU's memory is not
+    asked."""
+    device = default_device()
+    if device.type != "cuda":
+        return True
+    card = torch.cuda.get_device_properties(device).total_memory
+    return Sizes.of(config, 0).total * number <= USABLE * card
 
 
 def gb(size: float) -> str:

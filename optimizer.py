@@ -4,6 +4,10 @@ MIPO trains at learning rates of 1e-7 to 1e-6 (section 5.2), where an update is 
 between two bf16 numbers: 1e-6 beside a weight of 0.02 is 1/122 of that distance. Rounded to the nearest bf16
 number, nearly everything that was learned would vanish from the forward pass and from the saved folder.
 Rounded up or down at random, with the nearer number the likelier, it is there in the mean over the weights.
+With --shard (shard.py) masters and moments are divided as the weights are, by rows, and each process updates
+its own. Noise is drawn for the whole tensor, of which a process takes its rows' part: the same numbers as in
+an undivided run. What is kept of a sharded run are whole tensors, so a checkpoint fits any number of
+processes.
 What differs from the paper: it says AdamW, linear warm-up over 3% of the steps and a cosine. That the cosine
 ends at 10%, betas of (0.9, 0.95), no weight decay and the clip at 1 are from the authors' scripts; masters
 and rounding are ours.
@@ -12,6 +16,7 @@ and rounding are ours.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 
 from lora import ADAPTER, adapted_layers
 from run import seed_from, world
+from shard import accumulate_in, collect, copy_own, is_sharded, local, shards, span, whole
 
 WATCHED = 2**20  # of how many weights `share_changed` looks at
 
@@ -34,7 +40,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 -> one of the two nearest bf16 numbers, the nearer one with the higher probability, so that the
-    result is right in the mean. On a generator's device; seeded alike, it rounds alike.
+    result is right in the mean. On a generator's device; seeded alike, it rounds alike. Of a sharded tensor
+    this process's rows, rounded as they are in the whole one.
 
     A bf16 number is the upper half of an fp32 number's bits. A random 16-bit number, added to the lower half,
     carries into the upper one with just the probability that is wanted.
@@ -42,8 +49,9 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     # Four 16-bit numbers are cut out of every 64 random bits, which a CPU draws one after another.
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits.random_(-(2**63), None, generator=generator)
-    noise = bits.view(torch.int16)[: x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
-    carried = x.view(torch.int32) + noise + 2**15
+    own = local(x)
+    noise = bits.view(torch.int16)[span(x)].view(own.shape)  # from -2^15 to 2^15 - 1
+    carried = own.view(torch.int32) + noise + 2**15
     return carried.bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
 
 
@@ -61,9 +69,7 @@ class MasterAdamW:
         exact = (torch.float32, torch.float64)
         self.masters = [p if p.dtype in exact else p.detach().float() for p in self.weights]
         for weight, master in zip(self.weights, self.masters, strict=True):
-            # A gradient in another type than its parameter: micro-batches add up in fp32 (torch 2.10 and
-            # later).
-            weight.grad_dtype = master.dtype
+            accumulate_in(master.dtype, weight)  # micro-batches add up in fp32
         self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
                                        fused=True)
         # The moments are made now, side by side: scattered among a step's tensors they would break up memory.
@@ -72,8 +78,7 @@ class MasterAdamW:
             self.adamw.state[master] = dict(step=torch.zeros((), device=master.device), **zeros)
         self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
         # About WATCHED weights, evenly spread, whose bf16 values are compared with those at the start.
-        stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
-        self.watched = [weight.detach().view(-1)[::stride] for weight in self.weights]
+        self.stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
         self.start = self.watched_values()
 
     @torch.no_grad()
@@ -89,63 +94,81 @@ class MasterAdamW:
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight is master:
                 continue
-            rounded = master if self.rounding == "nearest" else round_stochastically(master, generator)
-            weight.copy_(rounded)  # which rounds to the nearest, where it still has to
+            is_nearest = self.rounding == "nearest"
+            rounded = local(master) if is_nearest else round_stochastically(master, generator)
+            local(weight).copy_(rounded)  # which rounds to the nearest, where it still has to
 
     def watched_values(self) -> Tensor:
-        return torch.cat([values.bfloat16() for values in self.watched])  # (about WATCHED,)
+        """Those of them that this process holds: (about WATCHED,), or its share of that."""
+        values = []
+        for weight in self.weights:
+            first = -span(weight).start % self.stride  # of this process's numbers
+            values.append(local(weight.detach()).view(-1)[first :: self.stride].bfloat16())
+        return torch.cat(values)
 
     def share_changed(self) -> float:
         """The share of the trained weights whose bf16 value is no longer that of the start."""
-        return (self.watched_values() != self.start).float().mean().item()
+        changed = (self.watched_values() != self.start).float()
+        if not is_sharded(self.model):
+            return changed.mean().item()
+        counts = torch.tensor([changed.sum(), changed.numel()], device=changed.device)  # (2,)
+        dist.all_reduce(counts)
+        return (counts[0] / counts[1]).item()
 
     def zero_grad(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):
             weight.grad = master.grad = None
 
     def master_of(self, weight: Tensor) -> Tensor:
-        """The master of one of the model's parameters; a frozen one is its own."""
-        return self.masters_by_weight.get(weight, weight).detach()
+        """The master of one of the model's parameters, whole; a frozen one is its own."""
+        return whole(self.masters_by_weight.get(weight, weight).detach())
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a run needs to go on from here, by name: masters, moments, the working copy."""
+        for i, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
+            if weight is not master:
+                yield f"{i}.weight", weight.detach()
+            yield f"{i}.master", master.detach()
+            for name, value in self.adamw.state[master].items():
+                yield f"{i}.{name}", value
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a run needs to go on from here, bit for bit: masters, moments, the working copy."""
-        tensors = dict(start=self.start)
-        for i, (weight, master) in enumerate(zip(self.weights, self.masters, strict=True)):
-            tensors |= {f"{i}.weight": weight, f"{i}.master": master} if weight is not master else {
-                f"{i}.master": master}
-            tensors |= {f"{i}.{name}": value for name, value in self.adamw.state[master].items()}
-        return {name: tensor.detach() for name, tensor in tensors.items()}
+        """All that a run needs to go on from here, bit for bit; of a sharded model, see shard.collect."""
+        return collect(self.state(), self.model)
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Go on from what `tensors` gave. KeyError where they are another model's."""
-        own = self.tensors()
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for name, tensor in self.state():
+            copy_own(tensor, tensors[name])
 
     def weights_to_save(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights of the plain model in `dtype`: in its own type the copy that validation has scored,
         else the masters, rounded stochastically where they have to be. Adapters are merged into the weights
-        that they belong to, from their masters."""
+        that they belong to, from their masters. Of a sharded model, see shard.collect."""
+        return collect(self.rounded_weights(dtype), self.model)
+
+    def rounded_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """What `weights_to_save` gives, one weight after another, each whole."""
         generator = torch.Generator(self.masters[0].device)
         generator.manual_seed(seed_from("saving", self.seed))
+        weights = list(shards(self.model))
         adapted = adapted_layers(self.model)
-        state = {}
-        for name, weight in self.model.named_parameters():
+        for name, weight in weights:
             if name.endswith(ADAPTER):
                 continue
-            value = weight.detach() if weight.dtype == dtype else self.master_of(weight)
+            value = whole(weight.detach()) if weight.dtype == dtype else self.master_of(weight)
             if layer := adapted.get(name.removesuffix(".weight")):
                 value = layer.merged(self.master_of)
             if dtype == torch.bfloat16 and value.dtype != dtype:
                 value = round_stochastically(value, generator)
-            state[name] = value.to(dtype)
-        return state
+            yield name, value.to(dtype)
 
 
 def all_reduce_gradients(model: nn.Module) -> None:
-    """Sum gradients over processes; each loss is already divided by the whole batch."""
-    if world() == 1:
+    """Sum gradients over processes; each loss is already divided by the whole batch. Those of a sharded model
+    were summed as they came."""
+    if world() == 1 or is_sharded(model):
         return
     for p in model.parameters():
         if not p.requires_grad:  # frozen: it has no gradient, and is to have none

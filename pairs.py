@@ -37,6 +37,7 @@ from run import (UserError, broadcast, default_device, environment, fingerprint,
                  progress, rank, read_appended, read_json, read_jsonl, seed_from, shard, write_json,
                  write_jsonl)
 from sample import Sample, Sampling, generate
+from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, whole
 from tokenizer import Tokenizer
 
 GAINS = ("chosen", "chosen_per_token_micro", "rejected", "rejected_per_token_micro")
@@ -210,8 +211,8 @@ def read_sampled(folder: Path, count: int) -> dict[str, Pair]:
     were sampled: whatever else a pair was given is made anew."""
     pairs = {}
     for file in [folder / "pairs.jsonl", *folder.glob(SHARDS)]:
-        for row in read_appended(file):
-            pair = Pair.from_row(row)
+        for line, row in enumerate(read_appended(file), 1):
+            pair = read_pair(row, f"{file}:{line}")
             pair.rejected = pair.rejected[:count]
             pairs[pair.id] = pair
     return pairs
@@ -326,17 +327,55 @@ def save_pairs(folder: Path, pairs: list[Pair], meta: dict) -> None:
             file.unlink()
 
 
+RESPONSE = dict(text=TEXT, ids=TOKEN_IDS, finished=FLAG, prompt_ids=TOKEN_IDS,
+                gain=optional(real(-1e9, 1e9)))
+PAIR = dict(id=TEXT, prompt=TEXT, context=optional(TEXT), chosen=record(RESPONSE),
+            rejected=listing(record(RESPONSE)),
+            style=one_of("plain", "short", "math", "choice"), system=optional(TEXT))
+SAMPLED_WITH = dict(temperature=real(0, 1e6), top_p=real(0, 1), top_k=optional(whole(0, 2**31)),
+                    max_new_tokens=whole(1, 2**31))
+SETTINGS = dict(data=optional(TEXT), contexts=optional(TEXT), neg=optional(one_of(*NEGATIVES)),
+                n_neg=optional(whole(0, 2**31)), seed=optional(whole(-(2**31), 2**31)), date=optional(TEXT),
+                split=optional(one_of(*SPLITS)), sampling=optional(record(SAMPLED_WITH)))
+
+
+def read_meta(folder: Path) -> dict:
+    """pairs.json: settings, and statistics where the pairs are whole; UserError where it is anything else."""
+    file = folder / "pairs.json"
+    meta = checked(read_json(file), dict(settings=optional(OBJECT), statistics=optional(OBJECT)), str(file))
+    checked(meta.get("settings") or {}, SETTINGS, str(file))
+    return meta
+
+
+def read_pair(row: dict, where: str) -> Pair:
+    """The pair of a line of pairs.jsonl; UserError where it is none."""
+    try:
+        pair = Pair.from_row(row)
+    except (TypeError, KeyError, ValueError) as e:
+        raise UserError(f"{where}: not a pair ({type(e).__name__}: {e}); make the pairs anew with pairs.py"
+                        ) from None
+    parts = dict(chosen=vars(pair.chosen), rejected=[vars(response) for response in pair.rejected])
+    checked(vars(pair) | parts, PAIR, where)
+    if not all(response.ids for response in pair.responses):
+        raise UserError(f"{where}: a response without tokens; make the pairs anew with pairs.py")
+    return pair
+
+
 def load_pairs(folder: Path) -> list[Pair]:
-    """Read pairs.jsonl back, of this version or an earlier one."""
-    if read_json(folder / "pairs.json")["statistics"] is None:
-        raise UserError(f"{folder / 'pairs.jsonl'} is not whole: let the command that samples it finish")
-    pairs = []
-    for line, row in read_jsonl(folder / "pairs.jsonl"):
-        try:
-            pairs.append(Pair.from_row(row))
-        except (TypeError, KeyError, ValueError) as e:
-            raise UserError(f"{folder / 'pairs.jsonl'}:{line}: not a pair ({type(e).__name__}: {e}); "
-                            "make the pairs anew with pairs.py") from None
+    """Read pairs.jsonl back, of this version or an earlier one: as many pairs as pairs.json says, each once,
+    all with as many rejected responses."""
+    statistics, file = read_meta(folder).get("statistics"), folder / "pairs.jsonl"
+    if statistics is None:
+        raise UserError(f"{file} is not whole: let the command that samples it finish")
+    pairs = [read_pair(row, f"{file}:{line}") for line, row in read_jsonl(file)]
+    said = statistics.get("pairs", len(pairs))
+    if not pairs or said != len(pairs) or len({pair.id for pair in pairs}) < len(pairs):
+        raise UserError(f"{file} holds {len(pairs)} pairs, of {len({pair.id for pair in pairs})} rows, and "
+                        f"pairs.json says {said}: lines were lost or added, make the pairs anew")
+    for line, pair in enumerate(pairs, 1):
+        if len(pair.rejected) != len(pairs[0].rejected):
+            raise UserError(f"{file}: pair {line} has {len(pair.rejected)} rejected responses, the first one "
+                            f"{len(pairs[0].rejected)}: make the pairs anew")
     return pairs
 
 
@@ -378,7 +417,7 @@ def pairs_for(args: "PairArgs", split: str, folder: Path, model: Decoder | None 
         settings |= dict(round=round)
     file = folder / "pairs.json"
     if file.exists():
-        meta = read_json(file)
+        meta = read_meta(folder)
         refuse_other_settings(folder, meta["settings"], settings)
         if meta["statistics"] is not None:
             pairs = load_pairs(folder)

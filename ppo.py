@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from batches import epoch_order
+from batches import epoch_order, idle_passes
 from checkpoint import Checkpoints, StopSignal
 from contexts import examples_for, sampling_for
 from data import Example
@@ -44,6 +44,7 @@ from run import (Metrics, UserError, barrier, gather, option, peak_memory, progr
 from run_folder import begin_or_resume
 from sample import Sampler, Sampling
 from selection import save_model
+from shard import gathered, is_sharded, refresh, shard_weights
 from tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # of a rollout; fewer where the data set's own responses are shorter
@@ -184,7 +185,7 @@ def load_critic(source: Path, args, load_trainable: Callable[[Path, object], Dec
 
     load_trainable(source, args): the start model, with adapters where --lora-rank asks for them.
     """
-    critic = load_trainable(source, args)
+    critic = load_trainable(source, dataclasses.replace(args, shard=False))  # not before it has its head
     size = critic.config.hidden_size
     generator = torch.Generator().manual_seed(seed_from("critic", args.seed))
     weight = torch.empty(1, size).normal_(std=1 / (size + 1), generator=generator)  # (1, E)
@@ -192,7 +193,7 @@ def load_critic(source: Path, args, load_trainable: Callable[[Path, object], Dec
     critic.config = dataclasses.replace(critic.config, tie_word_embeddings=False)
     critic.lm_head = nn.Linear(size, 1, bias=False)
     critic.lm_head.weight = nn.Parameter(weight)
-    return critic
+    return shard_weights(critic) if args.shard else critic
 
 
 def policy_logps(model: Decoder, groups: list[Group]) -> list[Tensor]:
@@ -294,14 +295,18 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
     metrics.jsonl.
 
     args: the run's arguments, train.Args. state goes on from where it stands. Processes share the sampling
-    and the passes of every batch; rewards and advantages are computed by all, for all rollouts.
+    and the passes of every batch; rewards and advantages are computed by all, for all rollouts. Of sharded
+    models rollouts see copies with whole weights.
     """
+    policy, values = gathered(actor.model), gathered(critic.model)
+    if args.lora_rank:
+        reference = policy
     prompts = [tokenizer.chat(e.user_message(e.context), e.system) for e in examples]  # (x, c)
     bare_prompts = [tokenizer.chat(e.user_message(None), e.system) for e in examples]  # x
     batches = rollout_batches(len(examples), args)
     steps = args.ppo_epochs * sum(math.ceil(len(batch) / args.train_batch) for batch in batches)
     slots = min(args.slots, math.ceil(len(batches[0]) / world()))
-    sampler = Sampler(actor.model, prompts, rollout_sampling(args), tokenizer.stop_ids, slots)
+    sampler = Sampler(policy, prompts, rollout_sampling(args), tokenizer.stop_ids, slots)
     bar = progress(sum(map(len, batches)), "responses", "training")
     bar.update(sum(map(len, batches[: state.step])))
 
@@ -310,16 +315,18 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
 
         # 1. Rollouts: y ~ pi(.|x,c). The sampler's own log-probs round otherwise than those of training, so
         # they are computed again, as training will compute them.
+        refresh(policy, actor.model)
+        refresh(values, critic.model)
         mine = shard(batch)
         rows = [row for row, _ in mine]
         samples = sampler.sample([prompts[row] for row in rows], args.seed, mine)
         responses = [sample.ids for sample in samples]
         groups = [(prompts[row], [ids]) for row, ids in zip(rows, responses, strict=True)]
-        logps = in_passes(policy_logps, actor.model, groups, args)  # (R,) each
+        logps = in_passes(policy_logps, policy, groups, args)  # (R,) each
         information = [0.0] * len(mine)
         if REWARDS[args.method].information:
             bare_groups = [(bare_prompts[row], [ids]) for row, ids in zip(rows, responses, strict=True)]
-            bare_logps = in_passes(policy_logps, actor.model, bare_groups, args)  # (R,) each
+            bare_logps = in_passes(policy_logps, policy, bare_groups, args)  # (R,) each
             information = [mutual_information(*terms).item() for terms in zip(logps, bare_logps, strict=True)]
         columns = (
             rows,
@@ -328,7 +335,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
             [sample.finished for sample in samples],
             logps,
             reference_logps(reference, groups, args),
-            in_passes(response_values, critic.model, groups, args),
+            in_passes(response_values, values, groups, args),
             information,
         )
         rollouts = gather([Rollout(*fields) for fields in zip(*columns, strict=True)])  # B of all processes
@@ -429,11 +436,10 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
 
     Each loss is one mean over the whole batch, however it is cut into passes and processes.
     """
-    mine = shard(batch)
-    groups = [(prompts[rollout.row], [rollout.ids]) for rollout in mine]
+    passes = passes_of(batch, prompts, args)
     measured = []
-    for chunk in split_by_tokens([[group] for group in groups], args.pass_tokens):
-        old, part = [mine[i] for i in chunk], [groups[i] for i in chunk]
+    for old in passes:
+        part = [(prompts[rollout.row], [rollout.ids]) for rollout in old]
         logps = policy_logps(actor, part)  # (R,) each
         policy_losses = [policy_loss(new, rollout.logps, rollout.advantages, args.clip).mean()
                          for new, rollout in zip(logps, old, strict=True)]
@@ -449,7 +455,20 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
                 value_loss=value_losses[i].item(),
                 ratio_clipped=((ratio - 1).abs() > args.clip).float().mean().item(),
             ))
+    if is_sharded(actor):  # every pass is one of all processes: make up what others have more
+        most = max(len(passes_of(batch, prompts, args, process)) for process in range(world()))
+        for _ in range(most - len(passes)):
+            idle_passes(actor, 1).backward()
+            idle_passes(critic, 1).backward()
     return measured
+
+
+def passes_of(batch: list[Rollout], prompts: list[list[int]], args,
+              process: int | None = None) -> list[list[Rollout]]:
+    """A process's share of a batch, this one's if none is named, in passes of --pass-tokens tokens."""
+    mine = shard(batch, process)
+    sets = [[(prompts[rollout.row], [rollout.ids])] for rollout in mine]
+    return [[mine[i] for i in chunk] for chunk in split_by_tokens(sets, args.pass_tokens)]
 
 
 def update(optimizer: MasterAdamW, number: int, lr: float) -> float:

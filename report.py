@@ -122,12 +122,12 @@ def difference_line(name: str, d: dict) -> str:
 def judge_lines(name: str, verdicts: dict) -> list[str]:
     """What one judge could not be read on, how far it agrees with people, whom it prefers."""
     unread = ", ".join(f"{n} of {texts}" for texts, n in verdicts["unread"].items() if n) or "none"
+    if verdicts.get("unread_reasons"):
+        unread += f" ({'; '.join(f'{n} {why}' for why, n in verdicts['unread_reasons'].items())})"
     lines = [f"judge {name}: replies it could not be read from: {unread}"]
     if "items" in verdicts:
         lines[0] += "; systems are compared on the {shared} of {asked} items read for all".format(
             **verdicts["items"])
-    if verdicts.get("unread_reasons"):
-        lines[0] += "; " + "; ".join(f"{n} {why}" for why, n in verdicts["unread_reasons"].items())
     if "critic" in verdicts:
         strict, tolerant = (with_interval(verdicts["critic"][key], ".1f", 100)
                             for key in ("strict", "tie_tolerant"))
@@ -402,7 +402,7 @@ def strategy(arguments: dict) -> str:
     """A run's row in the paper's tables: its method and, of DPO, where rejected responses come from."""
     arguments = EARLY | arguments
     if arguments["method"] != "dpo":
-        return arguments["method"]
+        return arguments["method"] + " shuffled" * arguments.get("shuffle_rewards", False)
     count = f" N={arguments['n_neg']}" if arguments["n_neg"] > 1 else ""
     return arguments["neg"] + count + (" softmax" if arguments["softmax"] else "")
 

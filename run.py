@@ -257,9 +257,10 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(items: list) -> list:
-    """This process's share: the items are dealt out like cards, so that shares are alike."""
-    return items[rank() :: world()]
+def shard(items: list, process: int | None = None) -> list:
+    """A process's share, this one's if none is named: the items are dealt out like cards, so that shares are
+    alike."""
+    return items[rank() if process is None else process :: world()]
 
 
 def gather(share: list) -> list:
@@ -301,6 +302,15 @@ def write_atomic(path: Path, text: str) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or into a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:

@@ -99,4 +99,13 @@ def optional(kind: Kind) -> Kind:
 TEXT = Kind("a text", lambda x: isinstance(x, str))
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 OBJECT = Kind("an object", lambda x: isinstance(x, dict))
-TOKEN_IDS = listing(whole(0, 2**31 - 1))
+
+
+def are_token_ids(value) -> bool:
+    """Whether a value is a list of token ids. There are many and they are long, so it is read in one pass."""
+    if not isinstance(value, list) or not value:
+        return value == []
+    return set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**31
+
+
+TOKEN_IDS = Kind("a list of token ids", are_token_ids)

@@ -9,22 +9,24 @@ stop a response are taken. What differs from the paper: nothing; it does not des
     python sample.py --model DIR "What is inflation?"      renders a message and samples an answer
 """
 
+import contextlib
 import datetime
 import difflib
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from chat_template import ChatTemplate, template_source
+from console import silent_libraries
 from folder import find, read_object, refuse_pointer
 from replies import THOUGHTS_BEGIN, THOUGHTS_END
 from run import UserError, parse_json
-from schema import FLAG, OBJECT, TEXT, checked, optional
+from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, optional
 
 TEMPLATE_DATE = "2024-07-26"  # Llama 3's templates print the date: pinned, or prompts would change daily
 TEMPLATE_HELP = ("variables of the chat template, key=value ...; enable_thinking is false unless given, and "
@@ -90,16 +92,29 @@ def read_tokenizer(folder: Path, config: dict, kind: str) -> tokenizers.Tokenize
         hint = f" (it has {others[0]}: save it with transformers' AutoTokenizer)" if others else ""
         raise UserError(f"{folder} has no tokenizer.json{hint}")
     refuse_pointer(file)
-    try:
+    with failing_as_a_line(file):
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
         tokenizer.encode("x")
-    except Exception as e:  # the library has no class of its own for what is wrong with a file
-        raise UserError(f"{file} is not a tokenizer: {e}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if kind == "LlamaTokenizer" and isinstance(tokenizer.model, tokenizers.models.BPE):
         use_sentencepiece_spaces(tokenizer, config)
     return tokenizer
+
+
+@contextlib.contextmanager
+def failing_as_a_line(file: Path) -> Iterator[None]:
+    """Whatever the library finds wrong with a file is a UserError: it has no class of its own for that, and
+    where it panics, not even an Exception, and pages of its own on the error stream."""
+    try:
+        with silent_libraries():
+            yield
+    except UserError:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise UserError(f"{file} is not a tokenizer that can be used: {e}") from None
 
 
 def use_sentencepiece_spaces(tokenizer: tokenizers.Tokenizer, config: dict) -> None:
@@ -418,7 +433,7 @@ class Tokenizer:
         """How many tokens the model knows, from config.json; None where that is not there or does not say."""
         file = self.folder / "config.json"
         size = read_object(file).get("vocab_size") if file.exists() else None
-        return size if isinstance(size, int) else None
+        return size if type(size) is int and size > 0 else None
 
     def _stop_ids(self) -> frozenset[int]:
         """All of generation_config.json's (else config.json's) eos ids and the end-of-turn token."""
@@ -428,7 +443,7 @@ class Tokenizer:
             if eos is None:
                 continue
             ids = eos if isinstance(eos, list) else [eos]
-            if not all(type(id) is int and id >= 0 for id in ids):
+            if not TOKEN_IDS.holds(ids):
                 raise UserError(f"{file}: eos_token_id {eos!r} is not a token's id, nor a list of such")
             return frozenset([self.end_token, *ids])
         return frozenset([self.end_token])

@@ -461,10 +461,10 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
 
 
 def load_trainable(source: Path, args: Args) -> Decoder:
-    """The start model in --dtype, with adapters where --lora-rank asks for them, divided among processes where
-    --shard does."""
+    """The start model in --dtype, with adapters where --lora-rank asks for them, and divided among processes
+    where --shard does."""
     if args.shard and not args.pairs:
-        require_copy(args, read_config(source), "sampling", "make pairs elsewhere, and bring them with --pairs")
+        require_copy(args, read_config(source), "sampling", "make pairs elsewhere, and bring them by --pairs")
     device = torch.device("cpu") if args.shard else default_device()  # shards go on from there
     model = load(source, getattr(torch, args.dtype), device)
     model.checkpoint_activations = args.checkpoint_activations

@@ -28,8 +28,6 @@ import pytest
 import tokenizers
 import torch
 
-torch.set_num_threads(1)  # of each of the processes that share the tests, and of those they start
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not torch.cuda.is_available():  # before anyone imports Triton: its kernels run as numpy then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -45,9 +43,11 @@ from data import Example
 from measures import Answer
 from model import Config, Decoder, Packed
 from negatives import Pair, Response
-from run import Metrics, read_jsonl
+from run import Metrics, main, read_jsonl
 from sample import Sample, generate
 
+torch.set_num_threads(1)  # of each of the processes that share the tests, and of those they start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
@@ -312,6 +312,14 @@ def run_inside(program: Callable[[], None], folder: Path, *argv) -> None:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [f"{program.__module__}.py", *map(str, argv)])
         program()
+
+
+def leave(monkeypatch, program: Callable[[], None], *argv) -> int:
+    """Run a program as a script, inside this process; the exit code that it leaves with."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__module__}.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as left:
+        main(program)
+    return left.value.code
 
 
 def child_environment(**more: str) -> dict[str, str]:

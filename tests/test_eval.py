@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import eval as evaluation
 import judge as judging
 import responses
+from checks import honours, verify
 from data import Example, load_examples
 from eval import side_by_side
 from folder import load
@@ -27,7 +28,7 @@ from measures import RATE, SYSTEMS, evaluate, interval, paired_differences, syst
 from report import table
 from responses import respond
 from run import UserError, read_json, read_jsonl, write_json
-from sample import Sampling, generate
+from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
 from verdicts import judge_all
 
@@ -157,6 +158,79 @@ def test_cached_answers_are_not_sampled_again(answered, monkeypatch):
     assert sampled == [trained] and list(cached) == ["default", "prompted"]
     assert again["default"] is answers["default"] and again["prompted"] is answers["prompted"]
     assert [a.ids for a in again["trained"]] == [a.ids for a in answers["trained"]]
+
+
+# ------------------------------------------------------------------------------------------- system prompts
+
+def test_system_prompts_stand_in_every_prompt(answered, tiny, monkeypatch):
+    """Of sampling and of all three measurements, choices included; a prompt under two system prompts has two
+    default responses, and the other prompt that its gain is measured with is another prompt."""
+    base, _, tokenizer, _ = answered
+    examples = [dataclasses.replace(held_out(i, f"Question {i // 2}?", "A"), system=system)
+                for i, system in enumerate(("Be kind.", None, "Be kind.", "Be brief."))]
+    sampled, scored = [], []
+    monkeypatch.setattr(responses, "generate", lambda *a, **k: sampled.append(a[1]) or generate(*a, **k))
+    monkeypatch.setattr(responses, "group_logps", lambda model, groups, label: scored.append(
+        [prompt for prompt, _ in groups]) or [[0.0] * len(groups[0][1]) for _ in groups])
+    respond(base, None, tokenizer, examples, SAMPLING, SEED)
+
+    def prompts(contexts: bool, shift: int = 0) -> list[list[int]]:
+        asked = [dataclasses.replace(e, prompt=f"Question {(i // 2 + shift) % 2}?")
+                 for i, e in enumerate(examples)]
+        return [tokenizer.chat(e.user_message(e.context if contexts else None), e.system) for e in asked]
+
+    bare, full = prompts(contexts=False), prompts(contexts=True)
+    assert sampled == [bare, full] and len({tuple(ids) for ids in full}) == 4
+    assert scored == [bare, prompts(False, 1), full, prompts(True, 1), bare]
+    scored.clear()
+    asked = [dataclasses.replace(e, system="Be brief.") for e in CHOICE]
+    responses.choice_measures(base, tokenizer, asked, [answer("The answer is: A")] * 3)
+    texts = [tokenizer.show(ids) for prompts in scored for ids in prompts]
+    start = "<|im_start|>system\nBe brief.<|im_end|>"
+    assert len(texts) == 9 and all(text.startswith(start) for text in texts)
+
+
+def test_a_runs_system_prompt_and_template_are_its_evaluations_too(finished_run, data, call, tmp_path):
+    """From args.json unless the command names others; in the settings, so that --reuse compares them."""
+    file = finished_run.parent / "base"
+    shutil.copytree(read_json(finished_run / "args.json")["arguments"]["model"], file)
+    config = read_json(file / "tokenizer_config.json")
+    config["chat_template"] += "{% if add_generation_prompt and mood %}{{ mood }}{% endif %}"
+    write_json(file / "tokenizer_config.json", config)
+    arguments = dict(model=str(file), data=str(data), dtype="float32", max_new_tokens=2)
+    saved = arguments | dict(system="Be kind.", template=["mood=glad"])
+    write_json(finished_run / "args.json", dict(arguments=saved))
+    told = dict(system="Be brief.", template=("mood=sad",))
+    for more, system, mood in (({}, "Be kind.", "glad"), (told, "Be brief.", "sad")):
+        plan = evaluation.resolve(evaluation.Args(model=str(finished_run), **more))
+        assert {e.system for e in plan.examples} == {system}
+        assert plan.settings["template"] == [f"mood={mood}"] and plan.args.template == (f"mood={mood}",)
+    call("--model", finished_run, flags=[])
+    call("--model", finished_run, "--reuse", finished_run, "--out", tmp_path / "again", flags=[])
+    with pytest.raises(UserError, match=r"--reuse .*template \['mood=glad'\], not \['mood=sad'\]"):
+        call("--model", finished_run, "--reuse", finished_run, "--template", "mood=sad", "--out",
+             tmp_path / "other", flags=[])
+
+
+def test_thoughts_are_no_part_of_an_answer(answered, monkeypatch):
+    """Nor of what checks, judges and references say; their ids stay, and are measured."""
+    base, _, tokenizer, _ = answered
+    thought = "<think>She wants 9 words, in CAPITALS!! #### 9</think> "
+    ids = [*tokenizer.encode(thought + "freeze it."), tokenizer.end_token]
+    monkeypatch.setattr(responses, "generate", lambda *rest: [Sample(ids, [], True)])
+    [given] = respond(base, None, tokenizer, [held_out(0, "How?")], SAMPLING, SEED)["default"]
+    assert given.text == "freeze it." and given.ids == ids
+    for check in (LOWER, ["max_words", 2], ["starts_with", "freeze"]):
+        assert honours(check, thought + "freeze it.")
+    assert not honours(["emoji"], thought + "freeze it.") and not honours(LOWER, "<think>it never ends")
+    for example, right in ((MATH[0], "#### 8"), (Example("own", "q", "test", answer="8"), "8"),
+                           (Example("words", "q", "test", answer="eight"), "It is eight.")):
+        assert verify(example, thought + right) and not verify(example, f"<think>{right}</think> No")
+    judge, asked = Scripted(REF="3"), []
+    judge.ask = lambda questions, *rest: asked.extend(questions) or ["4"] * len(questions)
+    row = dataclasses.replace(TALK[0], reference=thought + "REF", human_rejected=thought + "REJECTED")
+    judge_all(judge, [row], {"default": [given]}, write_rubrics=False)
+    assert len(asked) == 3 and not any("CAPITALS" in user for _, user in asked)
 
 
 # ------------------------------------------------------------------------------------------- tasks
@@ -571,7 +645,8 @@ def test_a_judge_that_fails_later_costs_no_responses(finished_run, data, call, s
     judged = [*command, *judged_flags(server, tmp_path / "disturbed"), "--out", tmp_path / "cut"]
     with pytest.raises(UserError, match="401"):
         call(*judged)
-    assert sum(counts) == 10 and sorted(os.listdir(tmp_path / "cut")) == ["responses.jsonl", "unfinished.json"]
+    assert sum(counts) == 10
+    assert sorted(os.listdir(tmp_path / "cut")) == ["responses.jsonl", "unfinished.json"]
     with pytest.raises(UserError, match="has not ended"):
         call(*command, "--reuse", tmp_path / "cut", "--out", tmp_path / "other")
     counts.clear()

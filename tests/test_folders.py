@@ -369,7 +369,7 @@ REFUSED: dict[str, tuple[Change, str]] = {  # what is done to a folder, and what
     "config_is_a_text": (write("config.json", '"llama"'), "holds a str, not a JSON object"),
     "generation_config_is_a_list": (write("generation_config.json", [1]), "holds a list, not a JSON object"),
     "token_is_a_number": (template(TEMPLATE, bos_token=7), "7 is not a token"),
-    "added_tokens_are_a_list": (template(TEMPLATE, added_tokens_decoder=[1]), "are not readable"),
+    "added_tokens_are_a_list": (template(TEMPLATE, added_tokens_decoder=[1]), "not an object"),
     "added_token_is_a_text": (template(TEMPLATE, added_tokens_decoder={"1": "x"}), "not readable"),
     "template_is_a_number": (template(5), "no chat template"),
     "template_is_missing": (template(...), "no chat template"),

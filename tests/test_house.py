@@ -13,7 +13,8 @@ README = (ROOT / "README.md").read_text()
 ORDER = ("train", "dry_run", "ppo", "rewards", "run_folder", "checkpoint", "revise", "selection", "batches",
          "eval", "responses", "verdicts", "report", "measures", "diversity", "pairs", "negatives",
          "contexts", "rows", "data", "formats", "judge", "endpoint", "checks", "sample", "tokenizer",
-         "replies", "memory", "losses", "folder", "model", "optimizer", "lora", "schema", "run", "fast")
+         "chat_template", "replies", "memory", "losses", "folder", "model", "optimizer", "lora", "shard",
+         "schema", "run", "console", "fast")
 METHOD = ("losses", "negatives", "pairs", "train", "model", "sample")  # the path from a prompt to a trained model
 FILES = sorted(ROOT.glob("*.py"))
 FOLDERS = ("assets", "bench", "results", "tests")

@@ -92,6 +92,16 @@ def test_metrics_say_how_far_the_own_context_stands_out():
     assert metrics["accuracy"].item() == 0.5  # response 0 is likelier with the other's context
 
 
+@pytest.mark.parametrize("method", ["infonce", "sami"])
+def test_a_mean_is_over_the_tokens_of_the_response(method):
+    """--reduce mean: log pi(y_j | x, c_i) is divided by the length of y_j, whatever i is."""
+    means, lengths = random_logps(2, 3), torch.tensor([[2, 5, 9], [4, 1, 7]])
+    sums = torch.stack([set_ * of_set for set_, of_set in zip(means, lengths, strict=True)])  # columns j
+    loss_of, args = OBJECTIVES[method].loss, arguments(method=method, reduce="mean")
+    expected = dict(infonce=infonce, sami=sami)[method](means, args.temperature_loss)[0]
+    torch.testing.assert_close(loss_of(sums, None, lengths, args)[0], expected)
+
+
 @pytest.mark.parametrize("loss_of", [infonce, sami])
 def test_gradients_agree_with_finite_differences(loss_of):
     """torch's own check, in fp64."""

@@ -6,19 +6,18 @@ import json
 import re
 import shutil
 import signal
-import sys
 import types
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, record_samples
+from conftest import ROOT, leave, record_samples
 
 import eval as evaluation
 import pairs
 import sample
 import train
 from pairs import load_pairs
-from run import main, read_json
+from run import read_json
 
 TINY = ROOT / "assets" / "tiny"
 PROGRAMS = dict(train=train.program, eval=evaluation.program, sample=sample.program, pairs=pairs.program)
@@ -61,14 +60,6 @@ def place(tmp_path, monkeypatch) -> Path:
     weights.write_bytes(weights.read_bytes()[:100_000])
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def leave(monkeypatch, program, *argv: str) -> int:
-    """Run a program as a script, inside this process; the exit code that it leaves with."""
-    monkeypatch.setattr(sys, "argv", [f"{program.__module__}.py", *argv])
-    with pytest.raises(SystemExit) as left:
-        main(program)
-    return left.value.code
 
 
 @pytest.mark.parametrize("command", MISTAKES)

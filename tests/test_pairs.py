@@ -212,7 +212,7 @@ def test_a_useless_rejected_response_is_drawn_again(make_of, tiny):
     assert [[response.ids for response in pair.rejected] for pair in made] == [
         [no, so], [no, so], [no, no], [no, no]]
     assert statistics["dropped"] == {"empty": 0, "identical": 0}
-    assert statistics["redrawn"] == 0 + 2 + 8 + 8
+    assert statistics["redrawn"] == 0 + 2 + 8 + 8 and statistics["unfinished"] == 0
     for pair in made:
         assert all(response.finished and response.gain is not None for response in pair.rejected)
         assert all(response.prompt_ids == chat_ids(tiny, pair.prompt) for response in pair.rejected)
@@ -365,10 +365,11 @@ def test_pairs_of_earlier_versions_are_read(tmp_path):
     no_style = {key: value for key, value in OLD_ROW.items() if key != "style"} | dict(id="r3")
     only_chosen = OLD_ROW | dict(id="r4", rejected=[], rejected_ids=[], source_ids=[], finished=[True],
                                  gain_rejected=[])
-    folder = write_pairs(tmp_path, [OLD_ROW, no_gains, no_style, only_chosen])
+    folder = write_pairs(tmp_path / "old", [OLD_ROW, no_gains, no_style])
     chosen = Response("Because.", [7, 8, 1], True, [5, 6], 1.5)
     rejected = [Response("No.", [9, 1], True, [5], -0.5), Response("So", [10], False, [4, 6], 0.25)]
-    first, second, third, fourth = load_pairs(folder)
+    first, second, third = load_pairs(folder)
+    [fourth] = load_pairs(write_pairs(tmp_path / "chosen", [only_chosen]))
     assert first == Pair("r1", "Why?", "I am old.", chosen, rejected, "short")
     assert first.prompt_ids == [5, 6]
     bare = [dataclasses.replace(response, gain=None) for response in first.responses]

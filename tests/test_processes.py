@@ -37,11 +37,11 @@ class PlainSGD:
 
     def __init__(self, model: Decoder):
         self.model = model
-        self.weights = list(model.parameters())
+        self.weights = [p for p in model.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def step(self, number: int, lr: float) -> None:
-        for p in self.model.parameters():
+        for p in self.weights:
             p -= lr * p.grad
 
     def zero_grad(self) -> None:
@@ -84,10 +84,10 @@ def experiment(folder: Path, scratch: Path, method: str, pass_tokens: int, count
         patch.setattr(train, "all_reduce_gradients", reduce_scaled)
         patch.setattr(train, "clip_grad_norm_", clip_recorded)
         train.train(PlainSGD(model), pairs, reference, args, Metrics(file), train.State())
-    weights = flat(model.parameters())
+    result = dict(weights=flat(model.parameters()), reference=reference)
     if rank():
-        return dict(weights=weights)
-    return dict(weights=weights, gradients=gradients, metrics=[row for _, row in read_jsonl(file)])
+        return result
+    return result | dict(gradients=gradients, metrics=[row for _, row in read_jsonl(file)])
 
 
 def experiment_in_bf16(folder: Path, scratch: Path) -> dict:
@@ -157,7 +157,8 @@ def without_clock(row: dict) -> dict:
 
 @pytest.mark.parametrize(("method", "pass_tokens", "count"), EXPERIMENTS)
 def test_two_processes_are_one(method, pass_tokens, count, two, tiny, tmp_path):
-    """Gradients of every step, weights after it, loss, margin and norm; an idle process keeps up."""
+    """Gradients of every step, weights after it, loss, margin and norm; an idle process keeps up. Both know
+    the reference of all pairs, which later epochs divide among them in other ways."""
     expected = experiment(tiny, tmp_path, method, pass_tokens, count)
     first, second = (result[method, pass_tokens, count] for result in two)
     total = count * (3 if method == "pairwise" else 1)
@@ -166,6 +167,8 @@ def test_two_processes_are_one(method, pass_tokens, count, two, tiny, tmp_path):
     assert_same_gradients(first["gradients"], expected["gradients"])
     torch.testing.assert_close(first["weights"], expected["weights"], rtol=0, atol=1e-10)
     assert torch.equal(first["weights"], second["weights"])
+    torch.testing.assert_close(first["reference"], expected["reference"], rtol=0, atol=1e-10)
+    assert torch.equal(first["reference"], second["reference"])
     for a, b in zip(first["metrics"], expected["metrics"], strict=True):
         assert a.keys() == b.keys() >= {"loss", "grad_norm"}
         assert without_clock(a) == pytest.approx(without_clock(b), rel=1e-6, abs=1e-9)

@@ -125,13 +125,15 @@ def test_the_paired_difference_leads_and_every_system_has_its_n():
     block = dict(systems=dict(default=row, prompted=row, trained=row),
                  differences={name: difference | dict(mcnemar_p=None)
                               for name in ("prompted - default", "trained - prompted")})
-    judges = dict(J=dict(unread=dict(trained=3), items=dict(asked=20, shared=17)))
+    judges = dict(J=dict(unread=dict(trained=3), items=dict(asked=20, shared=17),
+                         unread_reasons={"filtered": 2, "too long": 1}))
     lines = table(dict(parts=dict(all=block), contexts=[], judges=judges)).splitlines()
     assert lines[1] == "all rows"
     assert lines[2].startswith("trained - prompted: win rate +30.0 [+25.0, +35.0] (n = 9)")
     assert "within a prompt +0.300 [+0.250, +0.350]" in lines[3]
     assert [line.split()[:3] for line in lines[7:10]] == [[name, "7", "50.0"] for name in block["systems"]]
-    assert "3 of trained; systems are compared on the 17 of 20 items read for all" in lines[-1]
+    assert lines[-1] == ("judge J: replies it could not be read from: 3 of trained (2 filtered; 1 too long); "
+                         "systems are compared on the 17 of 20 items read for all")
 
 
 def test_a_dash_in_the_table_has_its_reason():
@@ -218,6 +220,26 @@ def test_a_run_named_twice_or_copied_counts_once(tmp_path):
     assert win_rates(text)["missing"] == "80.0 [70.0, 90.0] (93.26)"
     for again in (first, copy):
         assert f"{again}: default, prompted, missing: the same settings and seed as in {first}" in text
+
+
+def test_how_a_judge_is_asked_makes_no_other_experiment(tmp_path):
+    """Its room to think, its options and its key's header: seeds of one experiment stay in one row."""
+    runs = [write_run(tmp_path / "a", 0, 0.8),
+            write_run(tmp_path / "b", 1, 0.9, test_seed=1, judge_tokens=2000)]
+    result = read_json(tmp_path / "b" / "eval.json")
+    result["arguments"] |= dict(judge_tokens=2000, judge_options="{}", judge_key_header="api-key")
+    write_json(tmp_path / "b" / "eval.json", result)
+    assert set(win_rates(report(runs, tmp_path / "out"))) == {"default", "prompted", "missing"}
+
+
+def test_a_run_of_an_early_version_is_reported(tmp_path):
+    """Its arguments name no method: DPO with one rejected response was all there was."""
+    run = write_run(tmp_path / "a", 0, 0.8, "random")
+    written = read_json(tmp_path / "a" / "args.json")
+    for key in ("method", "n_neg", "softmax"):
+        del written["arguments"][key]
+    write_json(tmp_path / "a" / "args.json", written)
+    assert win_rates(report([run], tmp_path / "out"))["random"] == "80.0 [70.0, 90.0] (89.68)"
 
 
 @pytest.mark.parametrize("more", [dict(pairs="runs/swapped"), dict(lr=1e-5), dict(limit=300),

@@ -225,9 +225,9 @@ def test_the_reference_is_scored_in_the_micro_batches_of_the_first_epoch(fit, mo
     """The same pairs side by side, so that even rounding is the same; the second epoch has its own."""
     chunks, pair_logps = [], batches.pair_logps
 
-    def watched(model: Decoder, pairs: list[Pair], args: Args) -> tuple[Tensor, Tensor]:
+    def watched(model: Decoder, pairs: list[Pair], *rest) -> tuple[Tensor, Tensor]:
         chunks.append([pair.id for pair in pairs])
-        return pair_logps(model, pairs, args)
+        return pair_logps(model, pairs, *rest)
 
     for module in (batches, train):
         monkeypatch.setattr(module, "pair_logps", watched)
