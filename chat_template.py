@@ -71,7 +71,7 @@ class ChatTemplate:
             return
         except UserError:
             raise
-        except TimeoutError:
+        except OutOfTime:
             reason = f"it takes more than {SECONDS} seconds"
         except MemoryError:
             reason = f"it takes more than {MEMORY:,} bytes"
@@ -119,15 +119,19 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 # ------------------------------------------------------------------------- limits
 
+class OutOfTime(BaseException):
+    """No Exception, for jinja passes over these where it computes constants."""
+
+
 @contextlib.contextmanager
 def limits(seconds: float, memory: int) -> Iterator[None]:
-    """TimeoutError after so many seconds, MemoryError beyond so many more bytes than the process has now.
+    """OutOfTime after so many seconds, MemoryError beyond so many more bytes than the process has now.
 
     Only the main thread can be told by an alarm, and only Linux says how much a process has: elsewhere the
     other limit stands alone.
     """
     def ring(number: int, frame) -> None:
-        raise TimeoutError
+        raise OutOfTime
 
     is_main = threading.current_thread() is threading.main_thread()
     allowed = resource.getrlimit(resource.RLIMIT_AS)

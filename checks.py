@@ -26,7 +26,8 @@ from tokenizer import without_thoughts
 
 # Scripts that are written without spaces between words: Thai and Lao, Burmese, Khmer, kana and bopomofo, Han.
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u312f\u31a0-\u31bf"
-                      "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+                      "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+                      "\U00020000-\U0003ffff]")
 JOINERS = "\u200c\u200d"  # they hold letters of a word, or the parts of an emoji, together
 
 

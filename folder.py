@@ -164,6 +164,13 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
+def check_weights(folder: Path) -> None:
+    """UserError where a file of weights is missing or not whole; no more than a first tensor is read."""
+    for file in weight_files(folder):
+        for _ in read_tensors(file):
+            break
+
+
 def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of everything in a safetensors file, one at a time."""
     if not file.is_file():

@@ -47,9 +47,17 @@ SHARDS = "pairs.jsonl.process-*"  # what processes other than the first have sam
 
 # ------------------------------------------------------------------------- making pairs
 
-def make_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], neg: str, sampling: Sampling,
-               seed: int, slots: int = 128, n_neg: int = 1,
-               folder: Path | None = None) -> tuple[list[Pair], dict]:
+def make_pairs(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    neg: str,
+    sampling: Sampling,
+    seed: int,
+    slots: int = 128,
+    n_neg: int = 1,
+    folder: Path | None = None,
+) -> tuple[list[Pair], dict]:
     """One chosen and `n_neg` rejected responses for every example; useless pairs dropped, gains measured.
 
     Responses are sampled, or taken from a file that brings them; folder: see `sample_pairs`. Returns the
@@ -121,8 +129,16 @@ def usable_rows(tokenizer: Tokenizer, examples: list[Example], neg: str, seed: i
     return examples, [of_row[example.id] for example in examples]
 
 
-def sample_pairs(model: Decoder, tokenizer: Tokenizer, examples: list[Example], negatives: list[list[str]],
-                 sampling: Sampling, seed: int, slots: int, folder: Path | None) -> list[Pair]:
+def sample_pairs(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    examples: list[Example],
+    negatives: list[list[str]],
+    sampling: Sampling,
+    seed: int,
+    slots: int,
+    folder: Path | None,
+) -> list[Pair]:
     """Sample every example's chosen response, and a rejected one for each of its `negatives` (user messages).
 
     With a folder, every pair is written as it becomes whole, and those found there are not sampled again.

@@ -44,7 +44,7 @@ from contexts import examples_for
 from dry_run import dry_run
 from eval import Args as EvalArgs
 from eval import evaluation
-from folder import find, load, read_config
+from folder import check_weights, find, load, read_config
 from lora import add_adapters
 from losses import OBJECTIVES, token_count
 from memory import require_copy
@@ -353,6 +353,7 @@ def program() -> None:
         print(f"{missing}: the run will not be evaluated")
     source = find(args.model)
     read_config(source)
+    check_weights(source)
     barrier()  # all processes have looked at the folder before one of them writes there
     given = given_pairs(args, source) if args.pairs else None
     if args.dry_run:

@@ -104,6 +104,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(call_train, work
         call_train(*flags)
     monkeypatch.undo()
     assert [row["step"] for row in metrics_of(work / "o")] == list(range(1, 8))
+    assert [path.name for path in (work / "o" / "checkpoints").glob("step-*")] == ["step-0-000006"]
     monkeypatch.chdir(work)
     assert_same_results(call_train(*flags, "--resume"), expected)
 
@@ -223,11 +224,11 @@ def test_a_checkpoint_that_could_not_be_written_leaves_the_last_one(function, tm
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_never_become_a_checkpoint(value, tmp_path):
-    """The earlier one stays."""
+    """One number is enough; the earlier one stays."""
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, 1.0)
     with pytest.raises(UserError, match="no longer finite"):
-        save(checkpoints, 2, value)
+        checkpoints.save(dict(x=torch.tensor([0.0, value])), dataclasses.asdict(train.State(step=2)))
     assert checkpoints.load()[1]["step"] == 1
 
 

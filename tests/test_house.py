@@ -15,7 +15,7 @@ ORDER = ("train", "dry_run", "ppo", "rewards", "run_folder", "checkpoint", "revi
          "contexts", "rows", "data", "formats", "judge", "endpoint", "checks", "sample", "tokenizer",
          "chat_template", "replies", "memory", "losses", "folder", "model", "optimizer", "lora", "shard",
          "schema", "run", "console", "fast")
-METHOD = ("losses", "negatives", "pairs", "train", "model", "sample")  # the path from a prompt to a trained model
+METHOD = ("losses", "negatives", "pairs", "train", "model", "sample")  # from a prompt to a model
 FILES = sorted(ROOT.glob("*.py"))
 FOLDERS = ("assets", "bench", "results", "tests")
 ALL_FILES = FILES + [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]

@@ -29,9 +29,10 @@ from data import Example, load_examples
 from folder import find, load
 from judge import Judge, JudgeArgs
 from model import Decoder
-from optimizer import MasterAdamW, all_reduce_gradients
+from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from ppo import (Rollout, explained_variance, gae, kl_penalty, load_critic, policy_logps, policy_loss,
-                 response_values, rollout_batches, token_rewards, training_batches, value_loss, whiten)
+                 response_values, rollout_batches, token_rewards, training_batches, update, value_loss,
+                 whiten)
 from rewards import check_data, mutual_information, rewards_of
 from run import Metrics, UserError, main, rank, read_json, read_jsonl, world
 from sample import generate
@@ -422,11 +423,19 @@ def test_shuffled_rewards_are_the_same_rewards(tiny, tmp_path, monkeypatch):
     assert sorted(seen[True]) == pytest.approx(sorted(seen[False])) and seen[True] != seen[False]
 
 
-def test_rewards_are_clipped_and_counted(tiny, tmp_path):
-    """A clip that every second reward exceeds: the share is in metrics.jsonl, the mean is of what was earned
-    before."""
+def test_rewards_are_clipped_and_counted(tiny, tmp_path, monkeypatch):
+    """A clip that every reward exceeds, above or below: the share is in metrics.jsonl, the mean is of what
+    was earned before."""
     free = experiment(tiny, tmp_path, "ppo-mi")["metrics"][0]
+    earned: list[float] = []
+
+    def record(reward, *rest) -> Tensor:
+        earned.append(reward)
+        return token_rewards(reward, *rest)
+
+    monkeypatch.setattr(ppo, "token_rewards", record)
     clipped = experiment(tiny, tmp_path, "ppo-mi", reward_clip=1e-9)["metrics"][0]
+    assert set(earned) == {1e-9, -1e-9}
     assert free["reward_clipped"] == 0 and clipped["reward_clipped"] == 1
     assert clipped["reward"] == free["reward"]
 
@@ -442,6 +451,20 @@ def test_a_batch_starts_at_the_policy_that_sampled_it(tiny, tmp_path, monkeypatc
     monkeypatch.setattr(ppo, "policy_loss", record)
     experiment(tiny, tmp_path, "rlvr", train_batch=3, ppo_epochs=2, count=3)
     assert max(ratios[:3]) < 1e-12 < min(ratios[3:])
+
+
+def test_actor_and_critic_have_learning_rates_of_their_own(tiny, tmp_path, monkeypatch):
+    """Both follow the schedule over all updates: two passes over batches of 3, 3 and 1 in twos are ten."""
+    rates = []
+
+    def record(optimizer, number: int, lr: float) -> float:
+        rates.append(lr)
+        return update(optimizer, number, lr)
+
+    monkeypatch.setattr(ppo, "update", record)
+    experiment(tiny, tmp_path, "rlvr", critic_lr=0.01)
+    for given, peak in ((rates[::2], 0.1), (rates[1::2], 0.01)):
+        assert given == [learning_rate(i, 10, peak) for i in range(10)]
 
 
 def test_an_update_that_is_not_finite_is_skipped(tiny, tmp_path, monkeypatch, capsys):

@@ -51,7 +51,8 @@ def test_every_program_is_shown():
 def test_a_command_runs_to_its_end(command, folder):
     """In their order, on the embedded model: exit code 0, and the file that is written last is there.
 
-    Of commands that need the hub the arguments are parsed: test_datasets.py has a hub of its own.
+    Of commands that need the hub or many GPUs the arguments are parsed: test_datasets.py has a hub of its
+    own, test_shard.py several processes.
     """
     command = command.split("&& ")[-1]
     if "pytest" in command:
@@ -59,7 +60,8 @@ def test_a_command_runs_to_its_end(command, folder):
         return
     argv = shlex.split(command.replace("MODEL", "tiny").replace("JUDGE", "tiny"))
     program = next(word for word in argv if word in SMALL)
-    if "--data" in argv and argv[argv.index("--data") + 1] in DATA:
+    needs_hub = "--data" in argv and argv[argv.index("--data") + 1] in DATA
+    if needs_hub or "--shard" in argv:
         assert parse_all(arguments_of(program), argv[argv.index(program) + 1 :])
         return
     if "--pairs" not in argv:
@@ -88,7 +90,8 @@ def test_a_command_runs_to_its_end(command, folder):
 def test_every_option_that_is_named_exists(text):
     """Outside the commands, which are run: some program has the option."""
     fields = [field.name for program in SMALL for field in dataclasses.fields(arguments_of(program))]
-    flags = {"--" + name.replace("_", "-") for name in fields} | {"--help", "--nproc_per_node", "--max-restarts"}
+    flags = {"--" + name.replace("_", "-") for name in fields}
+    flags |= {"--help", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv-backend", "--rdzv-endpoint"}
     named = set(re.findall(r"(?<![-\w])--[a-z][a-z_-]*", text))
     assert named and named <= flags
 

@@ -551,6 +551,15 @@ def test_uniform_numbers_depend_on_seed_row_and_sample_alone():
         assert not torch.equal(uniform_numbers(*other, 100), first)
 
 
+def test_every_token_is_drawn_by_its_own_number(tiny):
+    """Token t is what number t of the response's stream makes of the logits before it."""
+    model, prompt, s = load(tiny), [3, 4, 5], Sampling(1.0, 1.0, 10)
+    (response,) = generate(model, [prompt], s, frozenset(), 0, [(2, 1)])
+    logits = sequence_logits(model, torch.tensor(prompt + response.ids))[len(prompt) - 1 : -1]
+    ids, _ = sample_token(logits, uniform_numbers(0, 2, 1, 10), s)
+    assert ids.tolist() == response.ids
+
+
 def test_streams_use_all_bits_of_their_seed(monkeypatch):
     """Keys that are equal in their lower 32 bits give different numbers, as torch's generator would not."""
     key = 12345

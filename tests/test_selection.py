@@ -16,7 +16,7 @@ from folder import load
 from pairs import load_pairs
 from run import read_json
 from sample import Sample
-from selection import Selection
+from selection import Selection, mean_margin
 from tokenizer import Tokenizer
 from train import Args, resolve
 
@@ -98,6 +98,13 @@ def test_a_bf16_model_is_saved_as_it_was_validated(call_train, script, dpo_run):
 
 
 # ------------------------------------------------------------------------- scores
+
+def test_a_margin_is_against_the_mean_of_the_rejected_responses():
+    """By hand: 1 - (-1 - 2) / 2 and 0 - (4 + 0) / 2, and the mean of both."""
+    start = [[-9.0, -5.0, -6.0], [-1.0, -7.0, -2.0]]
+    now = [[-8.0, -6.0, -8.0], [-1.0, -3.0, -2.0]]
+    assert mean_margin(now, start) == pytest.approx((2.5 - 2.0) / 2)
+
 
 def test_the_choice_never_sees_the_test_part(call_train, tiny, own_data, monkeypatch):
     """No test prompt becomes ids; scores are the validation pairs' by transformers' full logits."""
