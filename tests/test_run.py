@@ -388,7 +388,7 @@ def test_an_interrupted_line_is_removed_wherever_it_was_cut(ascii, tmp_path):
         (tmp_path / "a.jsonl").write_bytes(text[:end])
         whole = (end >= first) + (end >= len(text) - 1)  # all but its line end is a whole row
         assert read_appended(tmp_path / "a.jsonl") == ROWS[:whole]
-        Metrics(tmp_path / "a.jsonl").log(end=end)
+        Metrics(tmp_path / "a.jsonl", whole).log(end=end)
         assert [row for _, row in read_jsonl(tmp_path / "a.jsonl")] == [*ROWS[:whole], dict(end=end)]
 
 
@@ -454,14 +454,14 @@ def test_fingerprint_is_twelve_hex_digits_of_the_values():
 # ------------------------------------------------------------------------------------------- metrics
 
 def test_metrics_are_on_disk_as_soon_as_they_are_logged(tmp_path):
-    """One JSON object a line, readable while the file is open; a second Metrics appends."""
+    """One JSON object a line, readable while the file is open; a second Metrics keeps as many as it is told."""
     first = Metrics(tmp_path / "m.jsonl")
     for step in range(3):
         first.log(step=step, loss=step / 2)
         lines = (tmp_path / "m.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == [dict(step=i, loss=i / 2) for i in range(step + 1)]
-    Metrics(tmp_path / "m.jsonl").log(step=3)
-    assert [row["step"] for _, row in read_jsonl(tmp_path / "m.jsonl")] == [0, 1, 2, 3]
+    Metrics(tmp_path / "m.jsonl", rows=2).log(step=9)
+    assert [row["step"] for _, row in read_jsonl(tmp_path / "m.jsonl")] == [0, 1, 9]
 
 
 def test_progress_without_a_terminal_is_about_ten_lines(capsys):

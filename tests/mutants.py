@@ -1,0 +1,397 @@
+"""mutants.py - whether the tests see what they are there to see: one line of the method's path is broken at a
+time, and the tests that are named beside it must fail.
+
+The path is what a run of train.py computes with: pairs, batches, log-probs, objectives, optimizer, sampling,
+PPO, adapters, checkpoints, the choice of a model. A mutation is a line that someone could have written: a
+sign, an index off by one, a mask, a wrong axis, swapped arguments, a forgotten detach or gather, another
+seed, a sum for a mean. It is applied to a copy of the project in a temporary folder, where pytest runs; tests
+that fail or take more than two minutes have killed it. Without any mutation all named tests must pass there,
+which is tried first. What differs from the paper: it has nothing of the kind.
+
+    python tests/mutants.py [--only TEXT] [--out FILE]      a quarter of an hour; writes results/mutants.json
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import queue
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+# Nothing of the project is imported here: tests must find the files of their copy, not those that stand here.
+ROOT = Path(__file__).parents[1]
+SECONDS = 120  # of one run of tests
+AT_ONCE = 2  # runs
+LEFT_OUT = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache")
+LOG = "mutants.log"  # in a copy: what pytest has printed
+# Every run of pytest is forked from a process that has loaded these: that takes longer than most tests.
+LIBRARIES = ["matplotlib.pyplot", "numpy", "peft", "pytest", "safetensors.torch", "torch",
+             "torch.distributed.fsdp", "transformers", "transformers.models.llama.modeling_llama",
+             "trl.trainer.dpo_trainer"]
+
+# ------------------------------------------------------------------------- mutations
+
+MODEL = "test_model.py::test_logits_are_transformers"
+EQUATIONS = ("test_ppo.py::test_gae_is_the_discounted_sum_of_td_errors "
+             "test_ppo.py::test_whitened_advantages_have_mean_zero_and_variance_one_over_all_tokens "
+             "test_ppo.py::test_the_score_lands_on_the_last_token test_ppo.py::test_losses_are_numpys")
+PROCESSES = "test_processes.py::test_two_processes_are_one[dpo-8192-5]"
+LOGPS = ("test_fast.py::test_linear_logps_are_the_log_softmax "
+         "test_fast.py::test_the_gradient_of_linear_logps_is_that_of_finite_differences")
+LAYERS = ("test_fast.py::test_the_gradient_of_attention_is_that_of_finite_differences "
+          "test_fast.py::test_rms_norm_is_pytorchs test_fast.py::test_swiglu_is_silu_times_up")
+# Of each file: (what stands in it once, what is put there, the tests that must notice).
+MUTATIONS = {
+    "losses.py": [
+        ("rewards = beta * (logps - reference)", "rewards = beta * (logps + reference)", "test_dpo.py"),
+        ("log_share = rewards.log_softmax(-1)", "log_share = rewards.log_softmax(0)", "test_dpo.py"),
+        ("loss = -(1 - label_smoothing) *", "loss = (1 - label_smoothing) *", "test_dpo.py"),
+        ("label_smoothing * log_share[:, 1:].mean(-1)", "label_smoothing * log_share[:, 1:].sum(-1)",
+         "test_dpo.py"),
+        ("accuracy=chosen > rejected.amax(-1)", "accuracy=chosen > rejected.amin(-1)", "test_dpo.py"),
+        ("accuracy_rejected=(rejected < 0)", "accuracy_rejected=(rejected > 0)", "test_losses.py"),
+        ("logp_rejected=logps[:, 1:].mean(-1)", "logp_rejected=logps.mean(-1)", "test_losses.py"),
+        ("{name: value.detach().float() for", "{name: value.float() for", "test_losses.py"),
+        ("args.nll * logps[:, 0] / lengths[:, 0]", "args.nll * logps[:, 0]", "test_dpo.py"),
+        ("log_share = scores.log_softmax(-2)", "log_share = scores.log_softmax(-1)", "test_infonce.py"),
+        ("over_contexts(logps / temperature)", "over_contexts(logps * temperature)", "test_infonce.py"),
+        ("logps.sum(-2) - own) / (count - 1)", "logps.sum(-2) - own) / count", "test_infonce.py"),
+        ("information=math.log(count) - over", "information=math.log(count) + over", "test_infonce.py"),
+        ("logps / lengths[:, None, :]", "logps / lengths[:, :, None]",
+         "test_infonce.py::test_a_mean_is_over_the_tokens_of_the_response"),
+        ('"sft": Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="tokens")',
+         '"sft": Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="pairs")',
+         "test_sft.py"),
+        ("*range(len(ids), len(ids) + len(response) - 1)]",
+         "*range(len(ids) - 1, len(ids) + len(response) - 2)]", "test_losses.py"),
+        ("longest = min(map(len, sequences)) - 1", "longest = min(map(len, sequences))", "test_losses.py"),
+        ("(len(prefixes) + len(groups)) * root", "len(groups) * root", "test_losses.py"),
+    ],
+    "negatives.py": [
+        ("[example.user_message(None)] * n_neg", "[example.user_message(example.context)] * n_neg",
+         "test_pairs.py::test_missing_is_the_bare_prompt"),
+        ("[example.user_message(other.context) for", "[other.user_message(other.context) for",
+         "test_pairs.py::test_random_is_the_same_prompt_with_the_context_of_another_row"),
+        ("bool(other.context) and other.context != example.context", "bool(other.context)",
+         "test_pairs.py::test_random_is_the_same_prompt_with_the_context_of_another_row"),
+        ('seed_from("random", seed, i)', 'seed_from("random", i)',
+         "test_pairs.py::test_random_is_the_same_prompt_with_the_context_of_another_row"),
+        ("range(m, n - m + 1)", "range(m - 1, n - m + 1)", "test_negatives.py"),
+        ("dataclasses.replace(pairs[j].chosen, gain=None)", "dataclasses.replace(pairs[i].chosen, gain=None)",
+         "test_negatives.py"),
+        ("len(pair.chosen.ids) - pair.chosen.finished", "len(pair.chosen.ids)", "test_negatives.py"),
+        ('seed_from("noise", seed, i, k)', 'seed_from("noise", seed, i)', "test_negatives.py"),
+    ],
+    "pairs.py": [
+        ("right = examples[i].user_message(examples[i].context)", "right = examples[i].user_message(None)",
+         "test_pairs.py"),
+        ("keys = [(i, k + 1) for i in shard(short)]", "keys = [(i, k) for i in shard(short)]",
+         "test_pairs.py"),
+        ("response.ids != pair.chosen.ids", "response.ids != pair.chosen.prompt_ids", "test_pairs.py"),
+        ("response.gain = logp - logp_without", "response.gain = logp_without - logp", "test_pairs.py"),
+        ("with_context_groups.append((pair.prompt_ids, ids))",
+         "with_context_groups.append((pair.rejected[0].prompt_ids, ids))", "test_pairs.py"),
+        ("means[side] = total / len(responses)", "means[side] = total / len(pairs)",
+         "test_negatives.py::test_every_negative_has_its_own_gain"),
+        ("unfinished=1 - sum(", "unfinished=sum(",
+         "test_pairs.py::test_a_useless_rejected_response_is_drawn_again"),
+        ('seed_from("round", seed, round) if round else seed', "seed", "test_rounds.py"),
+    ],
+    "batches.py": [
+        ("prompts = [pair.prompt_ids]  # (x, c)", "prompts = [pair.rejected[0].prompt_ids]  # (x, c)",
+         "test_train.py::test_the_first_gradient_is_a_naive_dpo_gradient"),
+        ("rejected=[response]) for pair", "rejected=pair.rejected) for pair",
+         "test_train.py::test_a_training_row_keeps_its_own_rejected_response_whole"),
+        ("if objective.uses_rejected else [pair.chosen]", "if True else [pair.chosen]", "test_sft.py"),
+        ("[response.prompt_ids for response in responses]", "[pair.prompt_ids for response in responses]",
+         "test_infonce.py"),
+        ('seed_from("order", seed, epoch)', 'seed_from("order", seed)',
+         "test_train.py::test_epoch_order_is_a_permutation_of_seed_and_epoch_alone"),
+        ("order[i : i + size]", "order[i : i + size - 1]",
+         "test_train.py::test_batches_are_an_epoch_in_its_order"),
+        ("epoch_batches(len(pairs), args, epoch=0)", "epoch_batches(len(pairs), args, epoch=1)",
+         "test_train.py::test_the_reference_is_scored_in_the_micro_batches_of_the_first_epoch"),
+        ("mine = shard(batch, process)", "mine = batch", PROCESSES),
+        ("dist.all_reduce(table)  #", "pass  #", PROCESSES),
+    ],
+    "train.py": [
+        ("(loss.sum() / divisor).backward()", "loss.mean().backward()",
+         "test_train.py::test_cutting_a_batch_into_micro_batches_changes_nothing"),
+        ("reference[indices], lengths, args)", "reference[: len(indices)], lengths, args)",
+         "test_train.py::test_the_first_step_is_at_the_reference_exactly"),
+        ("divisor = sum(len(pairs[i].chosen.ids) for i in batch)",
+         "divisor = sum(len(pairs[i].chosen.ids) - 1 for i in batch)", "test_sft.py"),
+        ('means["loss"] *= len(batch) / divisor', 'means["loss"] *= 1', "test_sft.py"),
+        ("for row in measured) / len(batch) for name", "for row in measured) for name",
+         "test_train.py::test_metrics_are_means_over_the_pairs_of_a_batch"),
+        ("clip_grad_norm_(optimizer.weights, 1.0)", "clip_grad_norm_(optimizer.weights, 10.0)",
+         "test_train.py::test_the_first_gradient_is_a_naive_dpo_gradient"),
+        ("learning_rate(number, len(batches), args.lr)", "learning_rate(number + 1, len(batches), args.lr)",
+         "test_train.py::test_the_schedule_reaches_the_optimizer"),
+        ("optimizer.step(state.step, lr)", "optimizer.step(0, lr)", "test_train.py"),
+        ("        optimizer.zero_grad()", "        pass",
+         "test_train.py::test_training_goes_on_after_a_skipped_step"),
+        ("state.skipped_in_a_row == 5", "state.skipped_in_a_row == 6",
+         "test_train.py::test_five_in_a_row_stop_the_run"),
+        ("epoch_batches(len(pairs), args, epoch)]", "epoch_batches(len(pairs), args, 0)]",
+         "test_train.py::test_metrics_have_a_line_a_step"),
+        ("all_reduce_gradients(model)", "pass", PROCESSES),
+        ("measured = gather(measured)", "measured = list(measured)", PROCESSES),
+        ("enumerate(batches[state.batch :], state.batch)", "enumerate(batches, 0)",
+         "test_checkpoint.py::test_a_run_that_was_stopped_ends_with_the_same_bits[dpo-3]"),
+        ("since_best >= args.patience", "since_best > args.patience",
+         "test_selection.py::test_early_stopping_keeps_the_best_step"),
+    ],
+    "model.py": [
+        ("quarter_turn = torch.cat((-b, a), dim=-1)", "quarter_turn = torch.cat((b, -a), dim=-1)", MODEL),
+        (".triu(n - m + 1)", ".triu(n - m + 2)",
+         "test_model.py::test_causal_attention_is_a_masked_softmax"),
+        ("past + root + prefix)", "past + prefix)",
+         "test_model.py::test_packed_groups_are_each_sequence_alone"),
+        ("prefix_part = add(prefix, root_part, past + root)", "prefix_part = add(prefix, None, past + root)",
+         "test_model.py::test_packed_groups_are_each_sequence_alone"),
+        ("if before := seen[self.parents[i]]:", "if before := seen[None]:",
+         "test_model.py::test_packed_groups_are_each_sequence_alone"),
+        ("keep * frequency + (1 - keep) *", "(1 - keep) * frequency + keep *", MODEL),
+        ("k = rotate(self.k_norm(k), cos, sin)", "k = rotate(k, cos, sin)", MODEL),
+        ("return x + self.mlp(self.post_attention_layernorm(x))", "return x + self.mlp(x)", MODEL),
+        ("return self.model.norm(x)", "return x", MODEL),
+    ],
+    "sample.py": [
+        ('seed_from(seed, row, sample)', 'seed_from(seed, row)',
+         "test_sample.py::test_uniform_numbers_depend_on_seed_row_and_sample_alone"),
+        ("probs = logits.softmax(-1)", "probs = (logits / (sampling.temperature or 1)).softmax(-1)",
+         "test_sample.py::test_logps_are_a_scoring_pass"),
+        ("likely.cumsum(-1) < mass", "likely.cumsum(-1) <= mass", "test_sample.py::test_top_p_on_halves"),
+        ("least = likely[:, -1:]", "least = likely[:, :1]",
+         "test_sample.py::test_filter_is_the_sorted_nucleus"),
+        ("unused = places > lengths[:, None]", "unused = places > lengths[:, None] + 1",
+         "test_sample.py::test_logps_are_a_scoring_pass"),
+        ("self.positions = cache.shared_length + lengths", "self.positions = lengths",
+         "test_sample.py::test_what_all_prompts_begin_with_changes_nothing"),
+        ("is_full = column + 1 ==", "is_full = column + 2 ==",
+         "test_sample.py::test_a_sample_ends_at_the_first_stop_id_or_at_the_limit"),
+        ("tensor[:, target] = tensor[:, source]", "tensor[:, source] = tensor[:, target]",
+         "test_sample.py::test_slots_and_order_change_nothing"),
+        ("self.cache.lengths[:busy] += 1", "self.cache.lengths[:busy] += 0",
+         "test_sample.py::test_logps_are_a_scoring_pass"),
+        ("self.uniform[slots, column], self.sampling", "self.uniform[slots, 0], self.sampling",
+         "test_sample.py::test_every_token_is_drawn_by_its_own_number"),
+    ],
+    "optimizer.py": [
+        ("math.ceil(0.03 * steps)", "math.floor(0.03 * steps)", "test_optimizer.py"),
+        ("peak * (step + 1) / warmup", "peak * step / warmup", "test_optimizer.py"),
+        ("0.1 + 0.45 * (1 + math.cos", "0.1 + 0.45 * (1 - math.cos", "test_optimizer.py"),
+        ("+ noise + 2**15", "+ noise", "test_optimizer.py"),
+        ('seed_from("rounding", self.seed, number)', 'seed_from("rounding", self.seed)', "test_optimizer.py"),
+        ("accumulate_in(master.dtype, weight)", "accumulate_in(weight.dtype, weight)", "test_optimizer.py"),
+        ("weight_decay=0.0", "weight_decay=0.01", "test_optimizer.py"),
+        ("betas=(0.9, 0.95)", "betas=(0.9, 0.999)", "test_optimizer.py"),
+        ("if weight.dtype == dtype else self.master_of(weight)", "if False else self.master_of(weight)",
+         "test_optimizer.py"),
+        ("dist.all_reduce(p.grad)", "dist.all_reduce(p.grad, dist.ReduceOp.MAX)", PROCESSES),
+    ],
+    "ppo.py": [
+        ("return logps - reference", "return reference - logps", EQUATIONS),
+        ("rewards[-1] += reward", "rewards[0] += reward", EQUATIONS),
+        ("delta + gamma * gae_lambda * advantage", "delta + gae_lambda * advantage", EQUATIONS),
+        ("return advantages, advantages + values", "return advantages, advantages - values", EQUATIONS),
+        ("(own - tokens.mean()) * scale", "(own - own.mean()) * scale", EQUATIONS),
+        ("-torch.minimum(ratio * advantages", "-torch.maximum(ratio * advantages", EQUATIONS),
+        ("0.5 * torch.maximum((values", "0.5 * torch.minimum((values", EQUATIONS),
+        ("before += range(last, last + len(response))", "before += range(last - 1, last - 1 + len(response))",
+         "test_ppo.py::test_values_are_of_the_states_before_the_tokens"),
+        ("min(args.reward_clip, reward))", "reward)", "test_ppo.py::test_rewards_are_clipped_and_counted"),
+        ("(sum(policy_losses) / len(batch))", "(sum(policy_losses) / len(part))",
+         "test_ppo.py::test_passes_and_slots_change_nothing"),
+        ("critic_lr = learning_rate(state.updates, steps, args.critic_lr)", "critic_lr = lr",
+         "test_ppo.py::test_actor_and_critic_have_learning_rates_of_their_own"),
+        ("numbers = range(epoch * args.rollouts,", "numbers = range(0 * args.rollouts,",
+         "test_ppo.py::test_every_prompt_is_sampled_once_a_pass"),
+    ],
+    "rewards.py": [
+        ("return (logps - bare_logps).sum()", "return (logps - bare_logps).mean()",
+         "test_ppo.py::test_mutual_information_is_transformers"),
+        ("usual = fmean(readable) if readable else 0.0", "usual = 0.0",
+         "test_ppo.py::test_an_unreadable_verdict_earns_the_mean_of_its_batch"),
+        ("own + args.mi_weight * nats", "own + nats",
+         "test_ppo.py::test_information_is_added_with_its_weight"),
+    ],
+    "lora.py": [
+        ("self.alpha, self.scale = alpha, alpha / r", "self.alpha, self.scale = alpha, alpha",
+         "test_lora.py::test_a_layer_adds_its_scaled_update"),
+        ("b, a, alpha=self.scale)", "b, a, alpha=1.0)", "test_lora.py::test_merged_it_computes_the_same"),
+        ("layer.enabled = False", "layer.enabled = True",
+         "test_lora.py::test_without_its_adapters_it_is_the_start_model"),
+        ("model.requires_grad_(False)", "model.requires_grad_(True)",
+         "test_lora.py::test_frozen_weights_have_no_gradient"),
+        ("a=math.sqrt(5)", "a=0", "test_lora.py::test_adapters_start_as_pefts_do"),
+    ],
+    "checkpoint.py": [
+        ("state.step % every == 0", "(state.step + 1) % every == 0",
+         "test_checkpoint.py::test_a_run_that_was_killed_goes_on_from_its_last_checkpoint"),
+        ("names[: -self.keep]", "names[: 1 - self.keep]",
+         "test_checkpoint.py::test_only_the_newest_are_kept"),
+        ("tensor.isfinite().all()", "tensor.isfinite().any()",
+         "test_checkpoint.py::test_weights_that_are_not_finite_never_become_a_checkpoint"),
+        ('raise damaged(file, "is not what was written', 'print(file, "is not what was written',
+         "test_checkpoint.py::test_a_damaged_checkpoint_is_refused_by_name"),
+        ("if was != given:", "if was != given and was is None:",
+         "test_checkpoint.py::test_a_changed_argument_is_refused_by_name"),
+    ],
+    "selection.py": [
+        ('score > self.best["score"]', 'score >= self.best["score"]',
+         "test_selection.py::test_the_best_of_four_candidates_is_kept"),
+        ("if example.split == part]", "if example.split != part]",
+         "test_run_folder.py::test_pairs_that_are_test_examples_are_refused"),
+        ("total += chosen - sum(rejected) / len(rejected)", "total += chosen - sum(rejected)",
+         "test_selection.py::test_a_margin_is_against_the_mean_of_the_rejected_responses"),
+        ("dpo(logps, self.reference, self.args.beta)", "dpo(self.reference, logps, self.args.beta)",
+         "test_selection.py::test_the_choice_never_sees_the_test_part"),
+    ],
+    "fast.py": [
+        ("torch.logaddexp(lse, slice_lse)", "torch.maximum(lse, slice_lse)", LOGPS),
+        ("slice_forward(logits, targets - start)", "slice_forward(logits, targets)", LOGPS),
+        ("d[rows, targets[rows]] += grad[rows]", "d[rows, targets[rows]] -= grad[rows]", LOGPS),
+        ("d_weight[start : start + len(part)] = d.T", "d_weight[start : start + len(part)] = -d.T", LOGPS),
+        ("(d_out @ v.transpose(1, 2) - row_sum)", "(d_out @ v.transpose(1, 2) + row_sum)", LAYERS),
+        ("(mean_square + eps).rsqrt()", "mean_square.rsqrt() + eps", LAYERS),
+        ("h.sub_(unit.mul_(mean))", "h.add_(unit.mul_(mean))", LAYERS),
+        ("silu_backward(grad * up, gate)", "silu_backward(grad * gate, up)", LAYERS),
+        ("torch.searchsorted(cumulative, target, right=True)", "torch.searchsorted(cumulative, target)",
+         "test_fast.py::test_invert_cumulative_is_the_inverse"
+         " test_fast.py::test_invert_cumulative_finds_a_column_with_mass_at_both_ends"),
+        ("return column, target - before", "return column, target",
+         "test_fast.py::test_invert_cumulative_is_the_inverse"),
+        ("total * tl.exp(maximum - base) +", "total +",
+         "test_fast.py::test_the_running_maximum_crosses_blocks"),
+    ],
+}
+
+
+# ------------------------------------------------------------------------- runs
+
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@dataclass
+class Mutation:
+    """A line that is broken, and what became of it."""
+
+    file: str
+    old: str
+    new: str
+    tests: list[str]
+    outcome: str = ""  # killed, timeout (killed too), survived, or broken: no test could run
+    by: str = ""  # the first test that failed
+    seconds: float = 0.0
+
+
+def mutations(folder: Path, only: str) -> list[Mutation]:
+    """All of the table, or those whose file, old or new text holds `only`. An old text that does not stand in
+    its file exactly once ends the program: the code has moved on, and the table has to follow."""
+    chosen = []
+    for file, rows in MUTATIONS.items():
+        source = (folder / file).read_text()
+        for old, new, tests in rows:
+            if source.count(old) != 1 or "\n" in old:
+                sys.exit(f"{file} holds {old!r} {source.count(old)} times, not once: bring tests/mutants.py "
+                         "up to date")
+            if any(only in text for text in (file, old, new)):
+                chosen.append(Mutation(file, old, new, [f"tests/{name}" for name in tests.split()]))
+    if not chosen:
+        sys.exit(f"--only {only!r}: there is no such mutation")
+    return chosen
+
+
+def pytest_in(folder: Path, tests: list[str]) -> None:
+    """Run pytest in a copy of the project, in a process of its own."""
+    os.setsid()  # with all processes that tests start
+    os.chdir(folder)
+    sys.path[0] = str(folder)
+    sys.dont_write_bytecode = False  # a copy serves many runs
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    import pytest  # here, as the process that only starts others needs none of it
+
+    sys.exit(pytest.main(["-x", "-q", "-n", "0", "--tb=no", "-p", "no:cacheprovider", *tests]))
+
+
+def run_tests(folder: Path, tests: list[str], seconds: float = SECONDS) -> tuple[str, str]:
+    """(outcome, by), as in Mutation, of tests in a copy of the project."""
+    process = FORKS.Process(target=pytest_in, args=(folder, tests))
+    process.start()
+    process.join(seconds)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        return "timeout", f"took more than {seconds} s"
+    if process.exitcode == 0:
+        return "survived", ""
+    output = (folder / LOG).read_text(errors="replace")
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.M)
+    if process.exitcode == 1 and failed:
+        return "killed", failed[1]
+    return "broken", output[-500:]
+
+
+def try_mutation(mutation: Mutation, folders: queue.Queue) -> None:
+    """Break the line in a copy that is free, run its tests, mend the line, and print what became of it."""
+    folder = folders.get()
+    file = folder / mutation.file
+    source = file.read_text()
+    started = time.perf_counter()
+    file.write_text(source.replace(mutation.old, mutation.new))
+    mutation.outcome, mutation.by = run_tests(folder, mutation.tests)
+    mutation.seconds = round(time.perf_counter() - started, 1)
+    file.write_text(source)
+    folders.put(folder)
+    print(f"{mutation.outcome:8} {mutation.seconds:5.1f} s  {mutation.file}: {mutation.new}  "
+          f"({mutation.by})", flush=True)
+
+
+def program() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default="", help="mutations whose file, old or new text holds this")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "mutants.json")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():  # as conftest.py, but before LIBRARIES import Triton
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    FORKS.set_forkserver_preload(LIBRARIES)
+    with tempfile.TemporaryDirectory() as scratch:
+        folders: queue.Queue = queue.Queue()
+        for i in range(AT_ONCE):
+            folders.put(shutil.copytree(ROOT, Path(scratch) / str(i), ignore=LEFT_OUT))
+        first = Path(scratch) / "0"
+        table = mutations(first, args.only)
+
+        # A test that fails anyway kills nothing.
+        tests = sorted({name for mutation in table for name in mutation.tests})
+        print(f"{len(table)} mutations; first {len(tests)} files and tests without any", flush=True)
+        outcome, by = run_tests(first, tests, SECONDS * len(tests))
+        if outcome != "survived":
+            sys.exit(f"without any mutation the tests do not pass: {outcome}, {by}")
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda mutation: try_mutation(mutation, folders), table))
+
+    counts = Counter(mutation.outcome for mutation in table)
+    results = dict(counts=counts, mutations=[asdict(mutation) for mutation in table])
+    args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(f"{args.out}: {dict(counts)}")
+    if counts.keys() - {"killed", "timeout"}:
+        sys.exit("a mutation has survived, or could not be tried: it needs a test")
+
+
+if __name__ == "__main__":
+    program()
