@@ -464,15 +464,13 @@ def test_an_endpoint_that_refuses_is_named(status, serve, place, monkeypatch, ca
 # ------------------------------------------------------------------------- the hub
 
 class BadHub(FakeHub):
-    """owner/none is not there, owner/gated is closed, owner/slow is silent, owner/cut ends in the middle."""
+    """owner/none is not there, owner/gated is closed, owner/cut ends in the middle."""
 
     def answer(self, path: str) -> None:
         if "/none" in path:
             self.send(404, b"", **{"X-Error-Code": "RepoNotFound"})
         elif "/gated" in path:
             self.send(403, b"", **{"X-Error-Code": "GatedRepo"})
-        elif "/slow" in path:
-            self.rfile.read(1)  # until the client has had enough
         elif "/revision/" in path:
             self.send(200, json.dumps(dict(id="owner/cut", sha="0" * 40,
                                            siblings=[dict(rfilename="config.json")])).encode())
@@ -498,7 +496,6 @@ def hub():
 HUB = {
     "none": ({}, "neither a folder nor a repository on the hub"),
     "gated": ({}, "owner/gated is gated: accept its licence on the hub and set HF_TOKEN"),
-    "slow": ({}, "the hub cannot be reached"),
     "cut": ({}, "owner/cut"),
     "tiny": (dict(HF_HUB_OFFLINE="1"), "the hub cannot be reached"),
 }
@@ -506,7 +503,7 @@ HUB = {
 
 @pytest.mark.parametrize("name", HUB)
 def test_a_bad_hub_is_one_line(name, hub, tmp_path):
-    """Not there, closed, silent, cut off in a download, off line: in a process of its own."""
+    """Not there, closed, cut off in a download, off line: in a process of its own."""
     environment, words = HUB[name]
     switches = ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY",
                 "HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")  # the latter two in seconds

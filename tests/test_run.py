@@ -454,7 +454,7 @@ def test_fingerprint_is_twelve_hex_digits_of_the_values():
 # ------------------------------------------------------------------------------------------- metrics
 
 def test_metrics_are_on_disk_as_soon_as_they_are_logged(tmp_path):
-    """One JSON object a line, readable while the file is open; a second Metrics keeps as many as it is told."""
+    """One JSON object a line, readable while the file is open; a second one keeps the rows it is told."""
     first = Metrics(tmp_path / "m.jsonl")
     for step in range(3):
         first.log(step=step, loss=step / 2)
