@@ -125,7 +125,8 @@ class OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def limits(seconds: float, memory: int) -> Iterator[None]:
-    """OutOfTime after so many seconds, MemoryError beyond so many more bytes than the process has now.
+    """OutOfTime after so many seconds of the processor (on a crowded machine those of the clock would refuse
+    good templates), MemoryError beyond so many more bytes than the process has now.
 
     Only the main thread can be told by an alarm, and only Linux says how much a process has: elsewhere the
     other limit stands alone.
@@ -137,15 +138,15 @@ def limits(seconds: float, memory: int) -> Iterator[None]:
     allowed = resource.getrlimit(resource.RLIMIT_AS)
     try:
         if is_main:
-            before = signal.signal(signal.SIGALRM, ring)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            before = signal.signal(signal.SIGPROF, ring)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
         if size := address_space():
             resource.setrlimit(resource.RLIMIT_AS, (least(allowed[0], size + memory), allowed[1]))
         yield
     finally:
         if is_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
         resource.setrlimit(resource.RLIMIT_AS, allowed)
 
 

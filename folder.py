@@ -53,7 +53,8 @@ def find(name: str | Path) -> Path:
 def download(name: str, patterns: tuple[str, ...], kind: str = "model") -> Path:
     """The folder of a hub repository's files that match the patterns; kind is model or dataset."""
     huggingface_hub.logging.set_verbosity_error()  # else it tells of each attempt
-    huggingface_hub.get_session().timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT  # else of none
+    hooks = huggingface_hub.get_session().event_hooks
+    huggingface_hub.get_session().event_hooks = hooks | dict(request=[*hooks["request"], limit_time])
     try:
         return Path(huggingface_hub.snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
     except GatedRepoError:
@@ -66,6 +67,13 @@ def download(name: str, patterns: tuple[str, ...], kind: str = "model") -> Path:
             raise  # the disk, not the hub
         raise UserError(f"{name} is not a folder here, and the hub cannot be reached ({type(e).__name__}): "
                         "name a folder, or try again on line") from None
+
+
+def limit_time(request) -> None:
+    """Give a request to the hub the time of a download where it has no limit, as the first one of all has."""
+    seconds = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {kind: limit or seconds for kind, limit in limits.items()}
 
 
 # ------------------------------------------------------------------------- reading

@@ -42,6 +42,7 @@ from tokenizer import Tokenizer
 
 GAINS = ("chosen", "chosen_per_token_micro", "rejected", "rejected_per_token_micro")
 DRAWS = 10  # rejected responses drawn at most, before an example is given up
+MOST_NEGATIVES = 1000  # of a chosen response
 SHARDS = "pairs.jsonl.process-*"  # what processes other than the first have sampled
 
 
@@ -475,8 +476,8 @@ class Args(PairArgs):
 def check(args: PairArgs) -> None:
     """UserError where the arguments contradict each other."""
     contexts.check(args)
-    if args.n_neg < 0:
-        raise UserError(f"--n-neg {args.n_neg} must be at least 0")
+    if not 0 <= args.n_neg <= MOST_NEGATIVES:
+        raise UserError(f"--n-neg {args.n_neg} must be from 0 to {MOST_NEGATIVES}")
 
 
 def check_negatives(examples: list[Example], args: PairArgs) -> None:

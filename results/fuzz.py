@@ -4,7 +4,7 @@ Each reader gets inputs that its own format begins with and chance has changed: 
 sizes, parts cut, doubled and exchanged, bytes flipped. A fault is any error but the reader's own refusal, or
 more than a second of work. Inputs follow from the seed alone.
 
-    python results/fuzz.py             a million inputs, about half an hour on one core; writes fuzz.json
+    python results/fuzz.py             a million inputs, about ten minutes of one core; writes fuzz.json
 """
 
 import argparse

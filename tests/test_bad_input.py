@@ -324,7 +324,8 @@ ARGUMENTS = {
     "train --limit -1": "--limit -1 at least 0",
     "train --slots 0": "--slots 0 must be from 1 to 65536",
     "train --slots 1000000": "--slots 1000000 must be from 1 to 65536",
-    "train --n-neg -1": "--n-neg -1 must be at least 0",
+    "train --n-neg -1": "--n-neg -1 must be from 0 to 1000",
+    "train --n-neg 1000000": "--n-neg 1000000 must be from 0 to 1000",
     "train --method dop": "invalid choice: 'dop'",
     "train --dtype float16": "invalid choice: 'float16'",
     "train --label-smoothing 0.5": "--label-smoothing must be in [0, 0.5)",
@@ -464,13 +465,15 @@ def test_an_endpoint_that_refuses_is_named(status, serve, place, monkeypatch, ca
 # ------------------------------------------------------------------------- the hub
 
 class BadHub(FakeHub):
-    """owner/none is not there, owner/gated is closed, owner/cut ends in the middle."""
+    """owner/none is not there, owner/gated is closed, owner/slow is silent, owner/cut ends in the middle."""
 
     def answer(self, path: str) -> None:
         if "/none" in path:
             self.send(404, b"", **{"X-Error-Code": "RepoNotFound"})
         elif "/gated" in path:
             self.send(403, b"", **{"X-Error-Code": "GatedRepo"})
+        elif "/slow" in path:
+            self.server.ended.wait(60)
         elif "/revision/" in path:
             self.send(200, json.dumps(dict(id="owner/cut", sha="0" * 40,
                                            siblings=[dict(rfilename="config.json")])).encode())
@@ -486,16 +489,17 @@ class BadHub(FakeHub):
 def hub():
     """The address of BadHub."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BadHub)
-    server.asked = []
-    server.daemon_threads = True
+    server.asked, server.ended, server.daemon_threads = [], threading.Event(), True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
+    server.ended.set()
     server.shutdown()
 
 
 HUB = {
     "none": ({}, "neither a folder nor a repository on the hub"),
     "gated": ({}, "owner/gated is gated: accept its licence on the hub and set HF_TOKEN"),
+    "slow": ({}, "the hub cannot be reached"),
     "cut": ({}, "owner/cut"),
     "tiny": (dict(HF_HUB_OFFLINE="1"), "the hub cannot be reached"),
 }

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from run import UserError
+from run import UserError, read_json
 from schema import FLAG, TEXT, TOKEN_IDS, checked, either, listing, one_of, optional, real, record, whole
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -42,6 +42,13 @@ def test_the_fuzzer_sees_a_fault(monkeypatch):
     [(fault, kind)] = result["kinds_of_faults"].items()
     assert fault == "IndexError: no such place" and 10 < kind["count"] == result["faults"] < 40
 
+
+
+def test_the_large_run_is_on_record():
+    """A million inputs or more in all, every reader in them, no fault."""
+    record = read_json(ROOT / "results" / "fuzz.json")
+    assert record["all"]["inputs"] >= 1_000_000 and record["all"]["faults"] == 0
+    assert record["readers"].keys() == fuzz.READERS.keys()
 
 
 # ------------------------------------------------------------------------- schemas
