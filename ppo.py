@@ -517,7 +517,7 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
 
     load_trainable(source, args): the start model, as train.py trains it.
     """
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     checkpoints = Checkpoints(folder, args.keep)
     saved, tensors = begin_or_resume([args], folder, checkpoints)
     state = State(**saved)
@@ -551,6 +551,7 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
         tokens=state.tokens,
         seconds_training=state.seconds,
         seconds=time.perf_counter() - start,
+        processor_seconds=time.process_time() - processor,
         peak_memory_gb=peak_memory() / 1e9,
     )
     write_json(folder / "summary.json", summary)

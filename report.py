@@ -43,7 +43,8 @@ def cell(runs: list[dict], key: str, scale: float, form: str) -> str:
     if not values:
         return "-"
     if len(values) > 1:
-        return f"{np.mean(values):{form}} ± {np.std(values, ddof=1):{form}} ({len(values)} seeds)"
+        deviation = format(np.std(values, ddof=1), form.lstrip("+"))
+        return f"{np.mean(values):{form}} ± {deviation} ({len(values)} seeds)"
     measurement = runs[0][key]
     return with_interval(measurement, form, scale) if isinstance(measurement, dict) else f"{values[0]:{form}}"
 

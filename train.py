@@ -396,7 +396,7 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
     given: the pairs of --pairs.
     """
     args = grid[0]
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     checkpoints = Checkpoints(folder, args.keep)
     saved, tensors = begin_or_resume(grid, folder, checkpoints)
     state = State(**saved)
@@ -448,6 +448,7 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
         seconds_pairs=seconds["pairs"],
         seconds_reference=seconds["reference"],
         seconds=time.perf_counter() - start,
+        processor_seconds=time.process_time() - processor,
         peak_memory_gb=peak_memory() / 1e9,
     )
     if selection:

@@ -97,7 +97,8 @@ def kill_until_whole(folder: Path, model: str, flags: list[str], log: Path, long
     kills: Counter = Counter()
     while True:
         child = start(folder, model, flags, log)
-        deadline = time.perf_counter() + rng.uniform(0, longest)
+        # Half of the kills come early, for sampling is short.
+        deadline = time.perf_counter() + rng.uniform(0, longest if rng.random() < 0.5 else 0.1 * longest)
         while time.perf_counter() < deadline:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:

@@ -3,10 +3,11 @@
     python results/run.py methods-tiny                        every method on the embedded model, three seeds
     python results/run.py methods-tiny infonce sami           some of its rows
     python results/run.py methods-tiny --at-once 2            two runs at a time
-    python eval.py --report runs/methods-tiny/*/*             the table, from the runs' eval.json
+    python results/methods.py results/methods-tiny            the table and a picture
 
-A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files, args.json,
-summary.json and eval.json, are copied to results/TABLE/ROW/seedS, from which tables can be drawn again.
+A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files (SMALL) are copied
+to results/TABLE/ROW/seedS, from which methods.py draws the table again. Rows with a scripted judge need
+scripted_judge.py to run beside them, and OPENAI_API_KEY=none.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("args.json", "summary.json", "eval.json")
+SMALL = ("args.json", "summary.json", "eval.json", "divergence.json")
 PYTHON = sys.executable
 
 
@@ -47,7 +48,30 @@ class Table:
 # The defaults of --model tiny, spelled out, as its own name would also evaluate every run from the beginning.
 TINY = "--model assets/tiny --lr 2e-4"
 TINY_PPO = "--critic-lr 1e-3 --rollout-batch 32 --train-batch 16"
+SCRIPTED = "--judge scripted --judge-url http://127.0.0.1:8099/v1"
+SMALL_PPO = "--rollout-batch 8 --train-batch 8 --critic-lr 1e-4"
 TABLES = {
+    # Every method end to end on a real model: what a prompt costs, not what it gains.
+    "methods-smollm2-small": Table(
+        seeds=(0,),
+        train="--model SmolLM2-135M-Instruct --data demo --limit 24 --max-new-tokens 48 --lr 1e-5",
+        base="mipo-random",
+        test="--limit 32",
+        rows={
+            "mipo-random": Row("--neg random"),
+            "mipo-missing": Row("--neg missing"),
+            "mipo-reshuffle": Row("--neg reshuffle"),
+            "mipo-softmax-3": Row("--neg random --n-neg 3 --softmax"),
+            "sft": Row("--method sft --neg random"),
+            "sft-revise": Row("--method sft-revise --neg random"),
+            "infonce": Row("--method infonce --neg random"),
+            "infonce-4": Row("--method infonce --neg random --n-neg 3"),
+            "sami": Row("--method sami --neg random"),
+            "ppo-mi": Row(f"--method ppo-mi {SMALL_PPO}"),
+            "rlvr": Row(f"--method rlvr {SMALL_PPO}"),
+            "rlaif": Row(f"--method rlaif {SCRIPTED} {SMALL_PPO}"),
+            "rlaif-mi": Row(f"--method rlaif-mi {SCRIPTED} {SMALL_PPO}"),
+        }),
     "methods-tiny": Table(
         seeds=(0, 1, 2),
         train=TINY,
@@ -100,6 +124,8 @@ def run(name: str, row_name: str, seed: int) -> None:
         base = place / table.base / f"seed{seed}"
         reuse = ["--reuse", base] if row_name != table.base else []
         command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
+    if not (folder / "divergence.json").exists():
+        command("results/divergence.py", folder, log)
     kept.mkdir(parents=True, exist_ok=True)
     for file in SMALL:
         shutil.copy(folder / file, kept / file)
