@@ -46,12 +46,13 @@ from checks import verify
 from contexts import DataArgs, examples_for, note_of, sampling_for, warn_of_templates
 from contexts import check as check_data
 from data import OWN_FILES, SPLITS, Example
+from figures import entropy_figure, gain_figure, judges_figure
 from folder import find, load, read_config
 from formats import first_of
 from judge import Judge, weight_times
 from measures import RATE, Answers, evaluate, groups_of, interval, wins
 from pairs import ready_pairs
-from report import entropy_figure, gain_figure, judges_figure, report, table
+from report import report, table
 from responses import group_logps, read_answers, remove_samples, respond, write_responses
 from rows import fitting_pairs, fitting_rows
 from run import (UserError, barrier, default_device, default_dtype, environment, fingerprint, main, option,

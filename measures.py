@@ -219,6 +219,22 @@ def self_bleus(texts: list[str], prompts: list[str], baseline: list[str] | None 
 
 # ------------------------------------------------------------------------- the numbers
 
+def mean_of(row: dict, key: str) -> float | None:
+    """A measurement of a system, whether or not it has an interval; None where there is none."""
+    measurement = row.get(key)
+    return measurement["mean"] if isinstance(measurement, dict) else measurement
+
+
+def with_interval(measurement: dict | None, form: str, scale: float = 1) -> str:
+    """63.1 [58.0, 68.2]: a mean with its interval, if it has one; - where there is no mean."""
+    if measurement is None or measurement["mean"] is None:
+        return "-"
+    if measurement["low"] is None:
+        return format(scale * measurement["mean"], form)
+    mean, low, high = (format(scale * measurement[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def or_nan(value):
     """A value of a JSON file, which has null for NaN."""
     return math.nan if value is None else value

@@ -30,13 +30,13 @@ from batches import epoch_order, idle_passes
 from checkpoint import Checkpoints, StopSignal
 from contexts import examples_for, sampling_for
 from data import Example
+from figures import learning_curve
 from folder import load
 from judge import Judge
 from losses import Group, common_prefix_length, response_logps, split_by_tokens
 from lora import adapters_off
 from model import Decoder, Packed
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
-from report import learning_curve
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
 from run import (Metrics, UserError, barrier, gather, option, peak_memory, progress, rank,

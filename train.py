@@ -44,6 +44,7 @@ from contexts import examples_for
 from dry_run import dry_run
 from eval import Args as EvalArgs
 from eval import evaluation
+from figures import learning_curve
 from folder import check_weights, find, load, read_config
 from lora import add_adapters
 from losses import OBJECTIVES, token_count
@@ -52,7 +53,6 @@ from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from negatives import SAMPLED, Pair
 from pairs import PairArgs, check_negatives, pairs_for, round_seed
-from report import learning_curve
 from revise import check_revisable, revise
 from rewards import check_data
 from rows import missing_part

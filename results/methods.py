@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import BLACK, BLUE, GREY, cell, markdown_row, pyplot, save_figure
+from figures import BLACK, BLUE, GREY, pyplot, save_figure
+from report import cell, markdown_row
 from run import read_json, write_atomic
 
 COLUMNS = (  # heading, key of a system in eval.json, scale, format

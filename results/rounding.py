@@ -25,7 +25,7 @@ from losses import sequence_logps
 from model import Decoder
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
-from report import pyplot, save_figure
+from figures import pyplot, save_figure
 from run import (Metrics, default_dtype, environment, main, peak_memory, read_json, read_jsonl, seed_from,
                  write_json)
 from selection import mean_margin

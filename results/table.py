@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import markdown_row, mean_of, with_interval
+from measures import mean_of, with_interval
+from report import markdown_row
 from run import read_json
 
 COLUMNS = {  # heading -> key of eval.json, format

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 ORDER = ("train", "dry_run", "ppo", "rewards", "run_folder", "checkpoint", "revise", "selection", "batches",
-         "eval", "responses", "verdicts", "report", "measures", "diversity", "pairs", "negatives",
+         "eval", "responses", "verdicts", "report", "figures", "measures", "diversity", "pairs", "negatives",
          "contexts", "rows", "data", "formats", "judge", "endpoint", "checks", "sample", "tokenizer",
          "chat_template", "replies", "memory", "losses", "folder", "model", "optimizer", "lora", "shard",
          "schema", "run", "console", "fast")
@@ -73,7 +73,7 @@ def test_imports_run_downwards(name):
 
 def test_the_report_needs_no_model():
     """Statistics, tables and figures are made of files that other programs wrote."""
-    assert imports(ROOT / "report.py") <= {"data", "judge", "measures", "run"}
+    assert imports(ROOT / "report.py") <= {"data", "figures", "judge", "measures", "run"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=names(FILES))

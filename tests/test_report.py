@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from figures import entropy_figure, gain_figure, judges_figure, spread
 from measures import NO_INTERVAL
-from report import entropy_figure, gain_figure, judges_figure, report, spread, table
+from report import report, table
 from run import UserError, read_json, write_json
 
 PNG = b"\x89PNG"
@@ -42,7 +43,7 @@ def trained_run(tmp_path):
 def drawn_texts(monkeypatch) -> list[str]:
     """Fills with all texts of the figures that are saved from now on."""
     texts: list[str] = []
-    monkeypatch.setattr("report.save_figure", lambda figure, file: texts.extend(
+    monkeypatch.setattr("figures.save_figure", lambda figure, file: texts.extend(
         text.get_text() for text in figure.findobj(match=lambda artist: hasattr(artist, "get_text"))))
     return texts
 
