@@ -4,7 +4,8 @@ The one place that says which responses of a pair are scored, and under which pr
 arguments, train.Args.
 What differs from the paper: nothing.
 
-Legend: B pairs of a micro-batch, N rejected responses of a pair.
+Legend: B pairs of a micro-batch, N rejected responses of a pair, K = 1 + N its responses that are scored (1
+        where rejected ones are not used), R tokens of one response.
 
     python train.py --dry-run      shows a pair as the model sees it
 """
@@ -23,7 +24,7 @@ from negatives import Pair
 from run import UserError, progress, seed_from, shard, world
 from shard import is_sharded
 
-IDLE: Group = ([0], [[0]])  # of a pass in which a process has nothing to do: one token, and one predicted
+IDLE: Group = ([0], [[0]])  # the dummy pass of a process with no work left: one token, and one predicted
 
 
 def training_rows(pairs: list[Pair], args) -> list[Pair]:
@@ -56,8 +57,8 @@ def distinct_sets(pairs: list[Pair], args) -> list[Pair]:
 def groups_of(pair: Pair, args) -> list[Group]:
     """The prompts and responses of a pair that are scored together.
 
-    All responses under the right prompt (x, c), also those sampled under another one: this is the heart of
-    the method (section 4.2). InfoNCE and SAMI score all of them under each other's prompts too.
+    Every response is scored under the right prompt (x, c), even those sampled under another: this is the
+    heart of the method (section 4.2). InfoNCE and SAMI score all of them under each other's prompts too.
     """
     objective = OBJECTIVES[args.method]
     responses = pair.responses if objective.uses_rejected else [pair.chosen]
@@ -81,10 +82,10 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, passes: int = 1) -> tupl
     scored = score_passes(model, chunks + [[IDLE]] * idle)
 
     sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])
-    sums = sums[: len(sums) - idle]  # (B * prompts * R,); the gradient of the rest is 0
+    sums = sums[: len(sums) - idle]  # (B * prompts * K,); the gradient of the rest is 0
     lengths = [[len(ids) for ids in groups[0][1]] for groups in sets]
-    lengths = torch.tensor(lengths, device=model.device)  # (B, R)
-    logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, R)
+    lengths = torch.tensor(lengths, device=model.device)  # (B, K)
+    logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, K)
     return logps if OBJECTIVES[args.method].every_prompt else logps[:, 0], lengths
 
 
@@ -96,10 +97,10 @@ def passes_of(sets: list[list[Group]], args) -> list[list[Group]]:
 
 
 def score_passes(model: Decoder, chunks: list[list[Group]]) -> list[list[Tensor]]:
-    """Of each group of each pass the token log-probs of each response, (R,).
+    """For each group of each pass the token log-probs of each response, (R,).
 
-    A set of K prompts may be more than one pass. Its passes are then computed twice: now, keeping nothing but
-    the log-probs, and once more, a pass at a time, when their gradients are known.
+    A set of K prompts may be more than one pass. Its passes are then computed twice: once keeping only the
+    log-probs, and again, pass by pass, when their gradients are known.
     """
     if len(chunks) == 1:
         return response_logps(model, chunks[0])
@@ -110,7 +111,7 @@ def score_passes(model: Decoder, chunks: list[list[Group]]) -> list[list[Tensor]
 
 
 def idle_passes(model: Decoder, passes: int) -> Tensor:
-    """A loss of 0, whose gradient is 0: the passes of a process that has nothing to do in these."""
+    """A loss of 0 with a gradient of 0: dummy passes of a process that has no work left."""
     return 0 * sum(tokens.sum() for [tokens] in score_passes(model, [[IDLE]] * passes))
 
 
@@ -154,7 +155,7 @@ def epoch_batches(count: int, args, epoch: int) -> list[list[int]]:
 
 
 def micro_batches(pairs: list[Pair], batch: list[int], args, process: int | None = None) -> list[list[int]]:
-    """A process's share of a batch, this one's if none is named, cut into passes of --pass-tokens tokens (see
+    """A process's share of a batch, by default this one's, cut into passes of --pass-tokens tokens (see
     split_by_tokens)."""
     mine = shard(batch, process)
     sets = [groups_of(pairs[i], args) for i in mine]
@@ -164,9 +165,9 @@ def micro_batches(pairs: list[Pair], batch: list[int], args, process: int | None
 def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -> list[tuple[list[int], int]]:
     """This process's micro-batches, each with the number of its passes.
 
-    Sharded weights are gathered for every pass by all processes. So all go through as many micro-batches of
-    as many passes as the one that has most: those that one lacks are empty here, and its missing passes are
-    made up by `pair_logps` and `idle_passes`. Each process computes this for all, and asks nobody.
+    Sharded weights are gathered for every pass by all processes. So every process runs as many micro-batches,
+    of as many passes, as the busiest one: micro-batches that it lacks are empty here, and `pair_logps` and
+    `idle_passes` make up its missing passes. Each process computes this for all, without communication.
     """
     if not is_sharded(model):
         return [(indices, 1) for indices in micro_batches(pairs, batch, args)]

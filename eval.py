@@ -12,14 +12,15 @@ Win rate, the share of responses that
 Where the data allow it there are also self-BLEU-4 and distinct-2 (Tables 3, 4), the judge's own accuracy on
 human preferences (Table 7), its comparisons of trained and prompted responses in both orders (Fig. 3), the
 entropy over the answer letters (Figs. 4, 5), and accuracy by log p(choice|question) - log p(choice).
-Differences are paired, row by row, and come first; those of accuracies have McNemar's exact test. Every
-number has a 95% interval over users or prompts, in the demo over prompts and contexts crossed (measures.py,
-`interval`).
+Differences are paired, row by row, and come first; those of accuracies have McNemar's exact test. Win rates,
+gains, self-BLEU and differences have 95% intervals over users or prompts, in the demo over prompts and
+contexts crossed (measures.py, `interval`).
 
-A gain must not come from degenerate text. So there are the length, the unfinished share, the base model's
-likelihood, the win rate at equal length, `off_target` (how often a response honours contexts that it was not
-given) and `prompt_gain` (how much it depends on the question). The context gain of Eq. 14,
+A gain must not come from degenerate text. So we also report the length, the unfinished share, the base
+model's likelihood, the win rate at equal length, `off_target` (how often a response honours contexts that it
+was not given) and `prompt_gain` (how much it depends on the question). The context gain of Eq. 14,
 log pi_ref(y|x,c) - log pi_ref(y|x), is measured under the base model: under the trained one it can be gamed.
+responses.py samples and measures the answers, measures.py computes the numbers, verdicts.py asks judges.
 
 What differs from the paper: data with checks need no judge; intervals, paired differences and the columns
 against degenerate text are added.
@@ -28,9 +29,9 @@ against degenerate text are added.
     python eval.py --report RUN RUN ...            the paper's tables over runs and seeds
 
 Writes responses.jsonl, eval.json and figures to the run folder (or --out) and prints a table. A judge's
-endpoint is asked one question before anything is sampled. Responses are kept as they end and written before
-they are judged: whatever happens, to the evaluation or to its judge, the same command goes on from them. The
-results of another evaluation are not replaced; only those of some rows (--limit) give way to those of more.
+endpoint is asked one question before anything is sampled. Responses are saved as they finish, before they are
+judged; the same command, run again, resumes. Another evaluation's results are never replaced, except those of
+some rows (--limit) by those of more.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ from figures import entropy_figure, gain_figure, judges_figure
 from folder import find, load, read_config
 from formats import first_of
 from judge import Judge, weight_times
-from measures import RATE, Answers, evaluate, groups_of, interval, wins
+from measures import RATE, Answers, evaluate, clusters_of, interval, wins
 from pairs import ready_pairs
 from report import report, table
 from responses import group_logps, read_answers, remove_samples, respond, write_responses
@@ -90,7 +91,7 @@ def check(args: Args) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """One evaluation, with everything settled that its arguments leave to the run, the data or a default."""
+    """One evaluation with all defaults resolved: from its arguments, the run and the data."""
 
     args: Args  # with every default filled in
     run: Path  # the run's folder, or the bare model
@@ -104,32 +105,31 @@ class Plan:
     judges: list[Judge]
     settings: dict  # what decides the base model's responses
     note: dict  # what the data's contexts are
-    cached: Answers  # what --reuse brings
+    cached: Answers  # what --reuse supplies
 
     @property
     def reuses_itself(self) -> bool:
-        """Whether --reuse names the run's own folder: all its responses are judged anew, none is sampled."""
+        """Whether --reuse names the run's own folder: its responses are judged again, and none is sampled."""
         return bool(self.args.reuse) and Path(self.args.reuse).resolve() == self.run.resolve()
 
     @property
-    def responses(self) -> Path:
+    def responses_file(self) -> Path:
         """The file of the responses."""
         return self.out / f"responses{self.suffix}.jsonl"
 
     @property
-    def finished(self) -> Path:
+    def numbers_file(self) -> Path:
         """The file of the numbers, which is written last."""
         return self.out / f"eval{self.suffix}.json"
 
     @property
-    def unfinished(self) -> Path:
-        """A file for as long as the evaluation has not ended: what decides its responses, and whether these
-        are all sampled."""
+    def progress_file(self) -> Path:
+        """A file that exists while the evaluation runs: its settings, and whether sampling is done."""
         return self.out / f"unfinished{self.suffix}.json"
 
     @property
-    def settled(self) -> dict:
-        """What `unfinished` holds. Models are known by the times at which their weights were written."""
+    def progress(self) -> dict:
+        """What the progress file holds. Models are known by the times at which their weights were written."""
         models = [self.base, *([str(self.trained)] if self.trained else [])]
         return dict(settings=self.settings, arguments=dataclasses.asdict(self.args),
                     weights={model: weight_times(model) for model in models})
@@ -144,33 +144,8 @@ class Plan:
 def resolve(args: Args) -> Plan:
     """Settle which model, data and settings the arguments mean; UserError where that is impossible."""
     run = Path(args.model)
-    base, trained, trained_with, name = args.model, None, {}, args.model
-    if (run / "args.json").exists():
-        if not (run / "model").is_dir():
-            raise UserError(f"{run} is a run without a trained model: it has not finished")
-        saved = read_json(run / "args.json")
-        trained_with = saved["arguments"]
-        name, base, trained = trained_with["model"], base_of(args, run, saved), run / "model"
-    else:
-        find(args.model)  # a wrong name is told first
-        if not args.out:
-            raise UserError(f"{run} is a bare model, not a run: say where results go with --out FOLDER")
-        if args.reuse:
-            raise UserError(f"--reuse brings the base model's responses, and {run} is a bare model: none is "
-                            "left")
-        if args.base:
-            raise UserError(f"--base is the model that a run started from, and {run} is a bare model")
-    defaults = dict(data="demo", date=TEMPLATE_DATE, max_new_tokens=None, dtype=default_dtype())
-    defaults |= trained_with
-    if trained_with.get("save_dtype") == "float32":
-        defaults["dtype"] = "float32"  # what was saved is read without rounding it again
-    data = defaults["data"]
-    if args.data is None and data.endswith(OWN_FILES) and not Path(data).exists():
-        raise UserError(f"{run} was trained on {data}, which is not here: say where it is with --data FILE")
-    keys = ("data", "date", "max_new_tokens", "dtype", "system")
-    left_out = {key: defaults.get(key) for key in keys if getattr(args, key) is None}
-    template = args.template or tuple(defaults.get("template", ()))
-    args = dataclasses.replace(args, template=template, **left_out)
+    name, base, trained, trained_with = models_of(args, run)
+    args = filled_in(args, run, trained_with)
     sampling = sampling_for(args, evaluation=True)
     args = dataclasses.replace(args, temperature=sampling.temperature, top_p=sampling.top_p)
 
@@ -199,8 +174,42 @@ def resolve(args: Args) -> Plan:
     return dataclasses.replace(plan, cached=cached_answers(plan)) if args.reuse else plan
 
 
+def models_of(args: Args, run: Path) -> tuple[str, str, Path | None, dict]:
+    """What --model names, a run or a bare model: the base model's name, where it is, the trained model's
+    folder, and the arguments it was trained with."""
+    if (run / "args.json").exists():
+        if not (run / "model").is_dir():
+            raise UserError(f"{run} is a run without a trained model: it has not finished")
+        saved = read_json(run / "args.json")
+        return saved["arguments"]["model"], base_of(args, run, saved), run / "model", saved["arguments"]
+    find(args.model)  # report a wrong name first
+    if not args.out:
+        raise UserError(f"{run} is a bare model, not a run: say where results go with --out FOLDER")
+    if args.reuse:
+        raise UserError(f"--reuse supplies the base model's responses, and {run} is a bare model: none is "
+                        "left")
+    if args.base:
+        raise UserError(f"--base is the model that a run started from, and {run} is a bare model")
+    return args.model, args.model, None, {}
+
+
+def filled_in(args: Args, run: Path, trained_with: dict) -> Args:
+    """The arguments, with what they leave open taken from the run's own or from a default."""
+    defaults = dict(data="demo", date=TEMPLATE_DATE, max_new_tokens=None, dtype=default_dtype())
+    defaults |= trained_with
+    if trained_with.get("save_dtype") == "float32":
+        defaults["dtype"] = "float32"  # what was saved is read without rounding it again
+    data = defaults["data"]
+    if args.data is None and data.endswith(OWN_FILES) and not Path(data).exists():
+        raise UserError(f"{run} was trained on {data}, which is not here: say where it is with --data FILE")
+    keys = ("data", "date", "max_new_tokens", "dtype", "system")
+    left_out = {key: defaults.get(key) for key in keys if getattr(args, key) is None}
+    template = args.template or tuple(defaults.get("template", ()))
+    return dataclasses.replace(args, template=template, **left_out)
+
+
 def base_of(args: Args, run: Path, saved: dict) -> str:
-    """The model that a run started from: --base; the folder that it was then, by its absolute path; a hub id.
+    """The model that a run started from: --base, else the folder recorded then, else the hub id.
 
     saved: the run's args.json. What was a folder is never looked for on the hub.
     """
@@ -220,9 +229,9 @@ def examples_that_fit(examples: list[Example], base: str, args: Args, sampling: 
     """The examples whose prompts, with and without the context, leave room for a response."""
     tokenizer = Tokenizer(base, args.date, args.template)
     warn_of_templates(examples, tokenizer)
-    places = read_config(find(base)).max_position_embeddings
+    positions = read_config(find(base)).max_position_embeddings
     return fitting_rows(examples, lambda e: [e.user_message(e.context), e.user_message(None)], tokenizer,
-                        places, sampling.max_new_tokens)
+                        positions, sampling.max_new_tokens)
 
 
 # ------------------------------------------------------------------------- earlier evaluations
@@ -230,7 +239,7 @@ def examples_that_fit(examples: list[Example], base: str, args: Args, sampling: 
 def refuse_to_replace(plan: Plan) -> None:
     """UserError where the folder holds another evaluation than this one, or verdicts that this one does not
     ask for. An evaluation of some rows (--limit) gives way to one of more rows."""
-    for file in (plan.unfinished, plan.finished):
+    for file in (plan.progress_file, plan.numbers_file):
         if not file.exists():
             continue
         earlier = read_json(file)
@@ -272,7 +281,7 @@ def has_fewer_rows(plan: Plan, earlier: dict) -> bool:
 
 
 def cached_answers(plan: Plan) -> Answers:
-    """What --reuse brings: the base model's answers of another evaluation, or all of the run's own.
+    """What --reuse supplies: the base model's answers of another evaluation, or all of the run's own.
 
     Raises UserError where that evaluation had other settings, or its rows are not these examples.
     """
@@ -286,14 +295,14 @@ def cached_answers(plan: Plan) -> Answers:
     return read_answers(folder / f"responses{suffix}.jsonl", plan.examples, plan.reuses_itself)
 
 
-def begun(plan: Plan) -> dict:
-    """What this very evaluation has left in `unfinished`, nothing where it begins. What other weights have
-    answered counts for nothing."""
-    earlier = read_json(plan.unfinished) if plan.unfinished.exists() else {}
+def read_progress(plan: Plan) -> dict:
+    """What an interruption of this evaluation has left in its progress file, {} where there is none. Answers
+    from other weights are ignored."""
+    earlier = read_json(plan.progress_file) if plan.progress_file.exists() else {}
     if earlier.get("settings") != plan.settings:  # there was none, or one of fewer rows
         return {}
-    if earlier["weights"] != plan.settled["weights"]:
-        print(f"{plan.out}: the models have been written anew since: everything is sampled again")
+    if earlier["weights"] != plan.progress["weights"]:
+        print(f"{plan.out}: the models have been written again since: everything is sampled again")
         return {}
     return earlier
 
@@ -301,9 +310,8 @@ def begun(plan: Plan) -> dict:
 # ------------------------------------------------------------------------- the evaluation
 
 def pairs_of_data(plan: Plan) -> dict | None:
-    """The share of the data's own pairs whose margin is positive: of which training has made the chosen
-    response likelier, against the rejected one (the accuracy that DPO reports). None where there are no pairs
-    or no trained model."""
+    """The share of the data's own pairs for which training raised the chosen response's log-prob relative to
+    the rejected one's (DPO's accuracy). None where there are no pairs or no trained model."""
     if plan.trained is None or any(e.chosen is None or e.rejected is None for e in plan.examples):
         return None
     args, ratios = plan.args, []
@@ -315,23 +323,23 @@ def pairs_of_data(plan: Plan) -> dict | None:
         chosen, rejected = np.array(group_logps(model, groups, "pairs of the data")).reshape(-1, 2).T
         ratios.append(chosen - rejected)  # (pairs,)
     kept = {pair.id for pair in pairs}
-    groups = groups_of([e for e in plan.examples if e.id in kept])
+    groups = clusters_of([e for e in plan.examples if e.id in kept])
     positive = (ratios[1] > ratios[0]).astype(float)  # (pairs,)
     return interval(positive, **groups, bounds=RATE)
 
 
 def all_answers(plan: Plan) -> Answers:
-    """Every system's answers: those that --reuse brings or an interruption has left, the others sampled.
+    """Every system's answers: those that --reuse supplies or an interruption has left, the others sampled.
 
     Judges are asked one question first, and answers are written before they are judged: what a judge refuses
     costs no sampling.
     """
     if "trained" in plan.cached:
         return plan.cached
-    args, earlier = plan.args, begun(plan)
+    args, earlier = plan.args, read_progress(plan)
     if earlier.get("sampled"):
-        print(f"{plan.responses} holds this evaluation's responses: none is sampled again")
-        return read_answers(plan.responses, plan.examples, with_trained=True)
+        print(f"{plan.responses_file} holds this evaluation's responses: none is sampled again")
+        return read_answers(plan.responses_file, plan.examples, with_trained=True)
     for judge in plan.judges:
         judge.check_endpoint()
     dtype, device = getattr(torch, args.dtype), default_device()
@@ -342,14 +350,14 @@ def all_answers(plan: Plan) -> Answers:
     barrier()  # all processes have looked at the folder before one of them writes there
     plan.out.mkdir(parents=True, exist_ok=True)
     if not earlier:
-        remove_samples(plan.responses)
-        write_json(plan.unfinished, dict(plan.settled, sampled=False))
+        remove_samples(plan.responses_file)
+        write_json(plan.progress_file, dict(plan.progress, sampled=False))
     barrier()
     answers = respond(base, trained, tokenizer, plan.examples, plan.sampling, args.seed, args.slots,
-                      plan.cached, plan.responses)
-    write_responses(plan.responses, plan.examples, answers)
-    write_json(plan.unfinished, dict(plan.settled, sampled=True))
-    remove_samples(plan.responses)
+                      plan.cached, plan.responses_file)
+    write_responses(plan.responses_file, plan.examples, answers)
+    write_json(plan.progress_file, dict(plan.progress, sampled=True))
+    remove_samples(plan.responses_file)
     return answers
 
 
@@ -363,7 +371,7 @@ def measure(plan: Plan) -> tuple[Answers, dict]:
         answers, verdicts[judge.args.judge] = judge_all(judge, examples, answers, args.rubrics)
     result = evaluate(examples, answers, plan.deciding_judge)
     if plan.reuses_itself:  # other judges' verdicts stay
-        earlier = read_json(plan.run / plan.finished.name)
+        earlier = read_json(plan.run / plan.numbers_file.name)
         verdicts = earlier.get("judges", {}) | verdicts
     result |= dict(pairs=pairs_of_data(plan), settings=plan.settings, arguments=dataclasses.asdict(args),
                    run=plan.trained_with, judges=verdicts, data=plan.note, environment=environment(),
@@ -375,8 +383,8 @@ def write(plan: Plan, answers: Answers, result: dict) -> None:
     """Write responses.jsonl, eval.json and the figures; print the table and some answers."""
     out, suffix, examples = plan.out, plan.suffix, plan.examples
     out.mkdir(parents=True, exist_ok=True)
-    write_responses(plan.responses, examples, answers)
-    write_json(plan.finished, result)
+    write_responses(plan.responses_file, examples, answers)
+    write_json(plan.numbers_file, result)
     won = {system: wins(examples, rows, plan.deciding_judge) for system, rows in answers.items()}
     if not rank():
         judges_figure(out / f"judges{suffix}.png", result["judges"])
@@ -387,11 +395,12 @@ def write(plan: Plan, answers: Answers, result: dict) -> None:
                            max(len(e.choices) for e in examples))
         if out == plan.run and not suffix and (plan.run / "summary.json").exists():
             gain_figure(plan.run, plan.run / "gain.png")
-        plan.unfinished.unlink(missing_ok=True)
+        plan.progress_file.unlink(missing_ok=True)
     print(table(result))
     if "trained" in answers:
         print(side_by_side(examples, answers, won))
-    print(f"\n{result['seconds']:.0f} s; written: {plan.finished.name} and {plan.responses.name} in {out}")
+    written = f"{plan.numbers_file.name} and {plan.responses_file.name}"
+    print(f"\n{result['seconds']:.0f} s; written: {written} in {out}")
 
 
 def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[str, np.ndarray],

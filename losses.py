@@ -1,18 +1,17 @@
-"""losses.py - the objectives, and the log-probabilities of responses that they are made of.
+"""losses.py - the objectives, and the response log-probabilities they use.
 
-    dpo      Eqs. 5, 8 and 10: with MIPO's pairs its optimum is pointwise mutual information (Eqs. 9, 14)
+    dpo      Eqs. 5, 8 and 10: with MIPO's pairs its optimal reward is pointwise mutual information (9, 14)
     sft      token cross-entropy on the chosen responses
     infonce  Eq. 6: which of K contexts a response was sampled with
     sami     Eq. 7: that, and which of K responses was sampled with a context
 
-Each is a pure function of small tensors, one row a pair. Below them stand the functions that produce these
-tensors: `token_logps`, hidden states -> the log-prob of each target token, and `response_logps`, which scores
-all responses of a prompt with the prompt computed once. What differs from the paper: nothing in the
-mathematics. The partition term of Eq. 11 cancels in the difference; Eq. 6 and Eq. 7 are written as
-cross-entropies, which are larger by the constant log K; and any K >= 2 is taken, where the authors' code
-takes 2.
+Each is a pure function of small tensors, one row per pair. The functions below them produce these tensors:
+`token_logps`, hidden states -> the log-prob of each target token, and `response_logps`, which scores all
+responses to a prompt and computes the prompt once. What differs from the paper: nothing in the mathematics.
+The partition term of Eq. 11 cancels in the difference; Eqs. 6 and 7 are written as cross-entropies, which are
+larger by the constant log K; and any K >= 2 is accepted, where the authors' code supports only 2.
 
-Legend: B pairs, N rejected responses of a pair, K = 1 + N its contexts and responses, T tokens,
+Legend: B pairs, N rejected responses of a pair, K = 1 + N responses of a pair and their contexts, T tokens,
         R tokens of one response, E hidden size, V vocabulary.
 
     python losses.py           DPO at the reference: loss ln 2, margin 0
@@ -42,7 +41,7 @@ def dpo(logps: Tensor, reference: Tensor, beta: float, label_smoothing: float = 
     the end token, never averaged over length; column 0 is the chosen response. label_smoothing: the share of
     pairs in which one of the rejected responses is taken to be the better one.
 
-    Returns the loss of each pair (B,) and, detached, one value a pair (B,) of every metric. At pi = pi_ref
+    Returns the loss of each pair (B,) and, detached, one value per pair (B,) for each metric. At pi = pi_ref
     the loss is ln(1 + N) and the margin 0.
     """
     # Eq. 11: r = beta log(pi / pi_ref) + beta log Z(x, c). The last term is the same for all responses of a
@@ -95,10 +94,10 @@ def over_responses(scores: Tensor) -> Tensor:
 def infonce(logps: Tensor, temperature: float = 100.0) -> Loss:
     """Information noise-contrastive estimation over the contexts of one prompt (Eq. 6, plus log K).
 
-    logps (B, K, K): logps[:, i, j] = log pi(y_j | x, c_i), where y_j was sampled with c_j. No reference: the
-    temperature does what 1 / beta does in DPO, and must not be 1, where the gradient at the start model is
-    zero in the mean (the softmax is then the true posterior of the context). The authors divide sums over
-    tokens by 100.
+    logps (B, K, K): logps[:, i, j] = log pi(y_j | x, c_i), where y_j was sampled with c_j. There is no
+    reference: the temperature plays the part of 1 / beta in DPO. Do not use 1: there the softmax is already
+    the true posterior over contexts, so that the expected gradient at the start model is zero. The authors
+    divide sums over tokens by 100.
 
     Returns the loss of each set (B,) and metrics (B,), detached.
     """
@@ -110,8 +109,8 @@ def sami(logps: Tensor, temperature: float = 1.0) -> Loss:
     """Self-supervised alignment with mutual information (Eq. 7, plus log K): InfoNCE over contexts and over
     responses, in equal parts. logps and results as in `infonce`.
 
-    At temperature 1 learning starts in the second part, which the lengths of responses dominate where logps
-    are sums over tokens, as the authors' are.
+    At temperature 1 only the term over responses has a gradient at the start model; with log-probs summed
+    over tokens, as the authors' are, differences in length dominate it.
     """
     scores = logps / temperature
     loss = (over_contexts(scores) + over_responses(scores)) / 2  # (B,)
@@ -152,7 +151,7 @@ class Objective:
 
 
 def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
-    """dpo, and where --nll asks for it the chosen response's negative log-likelihood a token beside it."""
+    """dpo, plus --nll times the chosen response's negative log-likelihood per token."""
     loss, metrics = dpo(logps, reference, args.beta, args.label_smoothing)
     if args.nll:
         loss = loss - args.nll * logps[:, 0] / lengths[:, 0]
@@ -161,7 +160,7 @@ def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
 
 
 def sft_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
-    """sft, which needs nothing but log-probs."""
+    """sft, which needs only log-probs."""
     return sft(logps)
 
 
@@ -198,16 +197,16 @@ def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     hidden (T, E) in the compute type, weight (V, E), targets (T,) int64 -> (T,) in fp32 (in fp64 from fp64).
     It equals (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1), but the
-    logits never exist all at once: fast.py computes them slice by slice, in both directions.
+    logits never exist all at once: fast.py computes them slice by slice, forward and backward.
     """
     return fast.linear_logps(hidden, weight, targets)
 
 
 def response_logps(model: Decoder, groups: list[Group]) -> list[list[Tensor]]:
-    """Log-probs of the tokens of every response after its group's prefix: one (R,) tensor a response.
+    """Log-probs of the tokens of every response after its group's prefix: one (R,) tensor per response.
 
-    Equal, in value and gradient, to scoring each prefix + response alone, but every prefix is computed once,
-    and so is what all prefixes begin with (a chat template, worked examples). Only positions that predict a
+    Equal in value and gradient to scoring each prefix + response alone, but each prefix, and whatever all
+    prefixes share (a chat template, worked examples), is computed once. Only positions that predict a
     response token reach the output layer. A response's last token predicts nothing and is not fed at all.
 
     With one group, prefix [5, 6] and responses [[7, 8], [9]], what is fed and what is predicted from it are
@@ -258,10 +257,10 @@ def token_count(groups: list[Group]) -> int:
 
 
 def split_by_tokens(sets: list[list[Group]], max_tokens: int) -> Iterator[list[int]]:
-    """Indices of sets of groups, in order, as many at a time as hold at most `max_tokens` tokens; at least
-    one.
+    """Yield lists of indices, in order; each chunk holds at most `max_tokens` tokens, but at least one set.
 
-    What all prefixes of a chunk begin with is computed once for all of them, and is not counted.
+    A set is the groups of one pair. What all prefixes of a chunk share is computed once for all of them, and
+    is not counted.
     """
     chunk: list[int] = []
     used, prefixes = 0, []

@@ -26,7 +26,7 @@ SYSTEMS = ("default", "prompted", "trained")
 
 @dataclass(frozen=True)
 class Answer:
-    """One system's response to one example, with what models and judges make of it.
+    """One system's response to one example, with what models and judges measured of it.
 
     Log-probabilities are sums over the response's tokens, in nats. NaN: there is nothing to measure.
     """
@@ -56,7 +56,7 @@ INTERVALS = ("95%, Student's t with (effective clusters - 1) degrees of freedom;
 
 def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
              bounds: tuple[float, float] | None = None) -> dict:
-    """Mean of the values (rows,) and its 95% interval. NaN is left out.
+    """Mean of the values (rows,) and its 95% interval. NaNs are ignored.
 
     clusters: the user or prompt of each row. Rows of one cluster are not independent, so the variance is that
     of the mean when whole clusters are left out, `jackknife`. crossed: a second grouping, where the claim is
@@ -64,8 +64,8 @@ def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
     but never less than either of the first two. bounds: RATE or DIFFERENCE, for values that are 0 or 1 and
     their differences, where `bounded` serves better; None for all others.
 
-    The quantile is Student's t with one degree of freedom less than the effective number of clusters, the
-    smaller of two. One cluster tells nothing: the ends are then the bounds, or None.
+    The quantile is Student's t with (effective clusters - 1) degrees of freedom, using the smaller of the two
+    groupings. One cluster tells nothing: the ends are then the bounds, or None.
     """
     keep = ~np.isnan(values)
     if not keep.any():
@@ -98,7 +98,7 @@ def numbered(labels: np.ndarray) -> np.ndarray:
 
 
 def jackknife(values: np.ndarray, group: np.ndarray) -> tuple[float, float]:
-    """The variance of the mean, and how many groups of equal size would tell as much as these.
+    """The variance of the mean, and the effective number of equal-sized groups.
 
     (G - 1) / G times the sum of squared changes of the mean as each of G groups is left out (Quenouille and
     Tukey; MacKinnon and White's HC3 for clusters). Kish's effective number: n^2 / sum of squared sizes.
@@ -113,12 +113,12 @@ def jackknife(values: np.ndarray, group: np.ndarray) -> tuple[float, float]:
 
 
 def effective_rows(values: np.ndarray, variance: float, units: float) -> float:
-    """As how many independent rows these tell about their mean (Korn and Graubard, 1998).
+    """The effective number of independent rows (Korn and Graubard, 1998).
 
-    The number of rows over the design effect: the variance over the one of independent rows, at least 1.
-    A handful of events (rows unlike the commonest value) can show too small an effect by chance, and equal
-    values show none. So it is averaged with the greatest one, that of clusters whose rows all agree, which
-    counts as two events.
+    The number of rows n over the design effect d, the variance over that of independent rows, at least 1.
+    With few events (rows unlike the commonest value) d may be small by chance, and equal values show none at
+    all. So, our own rule, d is averaged over the events with two more of the greatest design effect,
+    n / units, that of clusters whose rows all agree: (events * d + 2 n / units) / (events + 2).
     """
     n = len(values)
     independent = float(values.var()) / max(1, n - 1)
@@ -131,8 +131,8 @@ def effective_rows(values: np.ndarray, variance: float, units: float) -> float:
 def bounded(values: np.ndarray, n: float, t: float, bounds: tuple[float, float]) -> tuple[float, float]:
     """Centre and half width of the interval of values between `bounds` that are worth n rows.
 
-    Rates: Wilson's (1927). Differences: the normal one after one row at either bound was added, as Agresti
-    and Min (2005) do for paired rates. Both have a width where all values are equal.
+    Rates: Wilson's (1927). Differences: a normal interval after adding one row at each bound, as Agresti and
+    Min (2005) do for paired rates. Both have positive width even if all values are equal.
     """
     mean = float(values.mean())
     if bounds == RATE:
@@ -145,7 +145,7 @@ def bounded(values: np.ndarray, n: float, t: float, bounds: tuple[float, float])
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t, for whole degrees of freedom from 1 on, to 0.004.
+    """The 97.5% quantile of Student's t for whole degrees of freedom from 1 on, accurate to 0.004.
 
     From 3 on by Cornish and Fisher's expansion around the normal quantile (Abramowitz and Stegun, 26.7.5).
     """
@@ -195,7 +195,8 @@ def length_controlled(outcomes: np.ndarray, longer: np.ndarray) -> float | None:
 
 
 def jackknife_interval(estimates: np.ndarray) -> dict:
-    """An estimate of all prompts and its interval, from those that leave out one prompt: (1 + prompts,)."""
+    """The full estimate and its interval, from estimates (1 + prompts,): the full one, then those that leave
+    out one prompt."""
     without, count = estimates[1:], len(estimates) - 1
     result = dict(mean=float(estimates[0]), low=None, high=None, n=count)
     if count > 2:
@@ -241,11 +242,11 @@ def or_nan(value):
 
 
 def cluster_of(e: Example) -> str:
-    """Rows that are not independent: all of one user, or where users are unknown all of one prompt."""
+    """The key of rows that depend on each other: the user, or the prompt if users are unknown."""
     return e.user or e.prompt
 
 
-def groups_of(examples: list[Example]) -> dict:
+def clusters_of(examples: list[Example]) -> dict:
     """`interval`'s clusters and, in the demo, where all prompts meet the same contexts, what crosses them."""
     contexts = [e.context_id for e in examples]
     return dict(clusters=[cluster_of(e) for e in examples], crossed=contexts if all(contexts) else None)
@@ -284,7 +285,7 @@ def scores_of(answers: list[Answer], judge: str) -> tuple[np.ndarray, np.ndarray
 def off_target(examples: list[Example], answers: list[Answer]) -> float | None:
     """How often a response passes the checks of contexts that it was not given.
 
-    Where this rises as much as the win rate, there is no gain.
+    If this rises as much as the win rate, nothing was gained.
     """
     checks = {e.context_id: e.check for e in examples if e.check}
     passed = [honours(check, answer.text) for e, answer in zip(examples, answers, strict=True)
@@ -294,7 +295,7 @@ def off_target(examples: list[Example], answers: list[Answer]) -> float | None:
 
 def system_row(examples: list[Example], answers: list[Answer], judge: str = "") -> dict:
     """All numbers of one system: win rate, quality, and what only some data have."""
-    groups = groups_of(examples)
+    groups = clusters_of(examples)
     texts, prompts = [answer.text for answer in answers], [e.prompt for e in examples]
     won = wins(examples, answers, judge)
     tokens = np.array([len(answer.ids) for answer in answers])
@@ -328,7 +329,7 @@ def system_row(examples: list[Example], answers: list[Answer], judge: str = "") 
 
 
 def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict:
-    """Accuracy by other readings than the win rate's, and the shares that strict and flexible reading miss.
+    """Accuracy under other readings of the answers, and the shares with no readable answer.
 
     flexible: answers in any form. last_marker: of math, what follows the last #### of the whole response,
     where a model may have gone on to questions of its own. Answers of a user's own file are read in one way.
@@ -344,7 +345,7 @@ def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict
         right = [float(final == e.answer) for e, final in zip(examples, finals, strict=True)]
         return interval(np.array(right), **groups, bounds=RATE)
 
-    groups = groups_of(examples)
+    groups = clusters_of(examples)
     strict, flexible = read(flexible=False), read(flexible=True)
     unparsed = np.array([float(final is None) for final in strict])
     columns = dict(flexible=share_right(flexible),
@@ -359,7 +360,7 @@ def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict
 
 def judged_columns(examples: list[Example], answers: list[Answer], judge: str) -> dict:
     """The judge's mean score; strict wins, ties, and the win rate at the reference's length."""
-    groups = groups_of(examples)
+    groups = clusters_of(examples)
     scores, references = scores_of(answers, judge)
     unknown = np.isnan(scores - references)
     ties = scores[~unknown] == references[~unknown]
@@ -376,10 +377,9 @@ def paired_differences(examples: list[Example], answers: list[Answer], baseline:
     """Row by row, answers - baseline: win rate, over all rows and where lengths match; context gain; score;
     and of the systems self-BLEU-4.
 
-    The gain per token is macro: a mean over responses, each divided by its own length. It has another name
-    than a ratio of sums (micro), as `nll_per_token` is one.
+    macro: a mean of each response's gain over its own length; micro, in pairs.py, is a ratio of sums.
     """
-    groups = groups_of(examples)
+    groups = clusters_of(examples)
     won = wins(examples, answers, judge) - wins(examples, baseline, judge)
     tokens, baseline_tokens = (np.array([len(a.ids) for a in system]) for system in (answers, baseline))
     gain, baseline_gain = (np.array([a.gain for a in system]) for system in (answers, baseline))
@@ -407,24 +407,24 @@ def evaluate(examples: list[Example], answers: Answers, judge: str = "") -> dict
     judge: whose scores decide the win rate, in data that have neither checks nor final answers.
     """
     def select(indices: list[int]) -> tuple[list[Example], Answers]:
-        chosen = {system: [rows[i] for i in indices] for system, rows in answers.items()}
-        return [examples[i] for i in indices], chosen
+        selected = {system: [rows[i] for i in indices] for system, rows in answers.items()}
+        return [examples[i] for i in indices], selected
 
-    crossed = groups_of(examples)["crossed"] is not None
+    crossed = clusters_of(examples)["crossed"] is not None
     intervals = dict(kind=INTERVALS, clusters="users" if all(e.user for e in examples) else "prompts",
                      crossed="contexts" if crossed else None)
     result: dict = dict(intervals=intervals, parts={}, contexts=[])
     for part in ("all", *sorted({e.group for e in examples if e.group})):
-        subset, chosen = select([i for i, e in enumerate(examples) if part in ("all", e.group)])
-        systems = {system: system_row(subset, rows, judge) for system, rows in chosen.items()}
+        subset, selected = select([i for i, e in enumerate(examples) if part == "all" or e.group == part])
+        systems = {system: system_row(subset, rows, judge) for system, rows in selected.items()}
         differences = {}
-        for baseline, system in itertools.pairwise(system for system in SYSTEMS if system in chosen):
-            differences[f"{system} - {baseline}"] = paired_differences(subset, chosen[system],
-                                                                       chosen[baseline], judge)
+        for baseline, system in itertools.pairwise(system for system in SYSTEMS if system in selected):
+            differences[f"{system} - {baseline}"] = paired_differences(subset, selected[system],
+                                                                       selected[baseline], judge)
         result["parts"][part] = dict(systems=systems, differences=differences)
     for _, context_id in sorted({(e.group, e.context_id) for e in examples if e.check}, key=str):
-        subset, chosen = select([i for i, e in enumerate(examples) if e.context_id == context_id])
-        rates = {system: float(wins(subset, rows).mean()) for system, rows in chosen.items()}
+        subset, selected = select([i for i, e in enumerate(examples) if e.context_id == context_id])
+        rates = {system: float(wins(subset, rows).mean()) for system, rows in selected.items()}
         first = subset[0]
         result["contexts"].append(dict(context_id=context_id, group=first.group, check=first.check,
                                        n=len(subset), context=first.context, **rates))
@@ -449,7 +449,7 @@ MISSING = dict(  # why a number of a system or of a difference is not there
 
 
 def gaps(rows: dict[str, dict]) -> list[str]:
-    """A line for each number that some systems (or differences: name -> its numbers) do not have, and why."""
+    """One line per missing number: which systems or differences (name -> its numbers) lack it, and why."""
     def is_missing(value) -> bool:
         return value is None or (isinstance(value, dict) and value["mean"] is None)
 

@@ -25,7 +25,7 @@ from tokenizer import Tokenizer
 
 NEGATIVES = ("missing", "random", "reshuffle", "noise")
 SAMPLED = ("missing", "random")  # those whose rejected responses are sampled from a prompt
-REPEATS = 100  # so many draws in a row of what has been drawn before mean that there is nothing else
+REPEATS = 100  # after so many duplicates in a row no distinct row is taken to be left
 
 
 # ------------------------------------------------------------------------- pairs
@@ -37,7 +37,7 @@ class Response:
     text: str
     ids: list[int]
     finished: bool  # whether the model ended it
-    prompt_ids: list[int]  # what it was sampled from; empty for noise, and where a file does not say
+    prompt_ids: list[int]  # the prompt it was sampled from; empty for noise, and where a file does not say
     gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair
 
 
@@ -63,22 +63,6 @@ class Pair:
         """The chosen response, then the rejected ones."""
         return [self.chosen, *self.rejected]
 
-    @classmethod
-    def from_row(cls, row: dict) -> "Pair":
-        """A line of pairs.jsonl. Files of earlier versions hold parallel lists in the place of responses."""
-        if "chosen_ids" not in row:
-            fields = row | dict(chosen=Response(**row["chosen"]),
-                                rejected=[Response(**response) for response in row["rejected"]])
-            return cls(**fields)
-        finished = row["finished"]
-        gains = [row["gain_chosen"], *(row["gain_rejected"] or [None] * len(row["rejected"]))]
-        texts = [row["chosen"], *row["rejected"]]
-        ids = [row["chosen_ids"], *row["rejected_ids"]]
-        prompts = [row["prompt_ids"], *row["source_ids"]]
-        columns = zip(texts, ids, finished, prompts, gains, strict=True)
-        chosen, *rejected = (Response(*values) for values in columns)
-        return cls(row["id"], row["prompt"], row["context"], chosen, rejected, row.get("style", "plain"))
-
 
 # ------------------------------------------------------------------------- where rejected responses come from
 
@@ -92,33 +76,36 @@ def negative_messages(examples: list[Example], neg: str, seed: int, n_neg: int =
     for i, example in enumerate(examples):
         if neg == "missing":
             messages.append([example.user_message(None)] * n_neg)  # (i) y_r ~ pi_ref(.|x)
-            continue
-        others = other_rows(examples, i, seed, n_neg)
-        if example.context:
+        elif neg == "random" and example.context:
+            others = other_rows(examples, i, seed, n_neg)
             messages.append([example.user_message(other.context) for other in others])  # (ii) pi_ref(.|x, c')
-        else:
+        elif neg == "random":
+            others = other_rows(examples, i, seed, n_neg)
             messages.append([other.user_message(None) for other in others])  # pi_ref(.|x')
+        else:
+            raise ValueError(f"negative_messages: nothing says how {neg} is sampled")
     return messages
 
 
 def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[Example]:
-    """`count` rows by seed that differ from row i: in the context or, where it has none, in the prompt; and
-    in the user, where there are users. They differ from each other too, as long as there are others.
+    """`count` seeded random rows whose context (without contexts: whose prompt) differs from row i's and
+    which are another user's, if users are known; distinct from each other where possible.
 
     A larger count begins with the rows of a smaller one, so that --n-neg 3 extends --n-neg 1.
     """
     rng = random.Random(seed_from("random", seed, i))
     others: list[Example] = []
     seen: set[str] = set()
-    repeats = 0  # draws in a row that had been drawn before
-    for _ in range(100 * (count + len(examples))):  # by rejection: nearly every row will do
+    repeats = 0  # duplicates in a row
+    # Nearly every row will do, so rows are drawn until enough do; where none does, the draws are bounded.
+    for _ in range(100 * (count + len(examples))):
         other = rng.choice(examples)
         if not is_other(examples[i], other):
             continue
         what = other.context or other.prompt
         repeats = repeats + 1 if what in seen else 0
         if 0 < repeats < REPEATS:
-            continue
+            continue  # a duplicate, and a distinct row may still turn up
         others.append(other)
         seen.add(what)
         if len(others) == count:
@@ -137,8 +124,8 @@ def is_other(example: Example, other: Example) -> bool:
 
 
 def add_reshuffled(pairs: list[Pair], seed: int, n_neg: int) -> None:
-    """Fill in rejected responses: the chosen ones of other rows, `n_neg` times in another order (section 4.2,
-    (iii)).
+    """Fill in rejected responses: the chosen ones of other rows, `n_neg` times, each time in a different
+    order (section 4.2, (iii)).
 
     Each order is a derangement: no row keeps its own response or gets one of equal text, and every response
     is used once. Rows of equal text stand side by side in runs of at most m rows, so that rotating the list

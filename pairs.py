@@ -1,8 +1,8 @@
 """pairs.py - making the contrastive pairs that MIPO trains on (sections 4.1 and 4.2 of the paper).
 
 Responses are sampled from the reference model itself: a chosen one with the right prompt, and --n-neg
-rejected ones as negatives.py says. Every response keeps the prompt that it really came from, and its *context
-gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises (Eq. 14).
+rejected ones (see negatives.py). Every response keeps the prompt that it was really sampled from, and its
+*context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises (Eq. 14).
 What differs from the paper: it does not give sampling settings; ours are the data sets' (data.py), from the
 authors' scripts where there are any. A rejected response that is empty or equals the chosen one is drawn
 again.
@@ -41,9 +41,9 @@ from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, opti
 from tokenizer import Tokenizer
 
 GAINS = ("chosen", "chosen_per_token_micro", "rejected", "rejected_per_token_micro")
-DRAWS = 10  # rejected responses drawn at most, before an example is given up
+DRAWS = 10  # rejected responses that are drawn for an example before it is given up
 MOST_NEGATIVES = 1000  # of a chosen response
-SHARDS = "pairs.jsonl.process-*"  # what processes other than the first have sampled
+PROCESS_FILES = "pairs.jsonl.process-*"  # what processes other than the first have sampled
 
 
 # ------------------------------------------------------------------------- making pairs
@@ -59,37 +59,38 @@ def make_pairs(
     n_neg: int = 1,
     folder: Path | None = None,
 ) -> tuple[list[Pair], dict]:
-    """One chosen and `n_neg` rejected responses for every example; useless pairs dropped, gains measured.
+    """One chosen and `n_neg` rejected responses for every example; useless pairs are dropped, and context
+    gains are measured.
 
-    Responses are sampled, or taken from a file that brings them; folder: see `sample_pairs`. Returns the
+    Responses are sampled, or taken from a file that supplies them; folder: see `sample_pairs`. Returns the
     pairs and their statistics: counts, unfinished share, seconds, context gain, how often the demo's contexts
     are honoured.
     """
     start = time.perf_counter()
     contexts.warn_of_templates(examples, tokenizer)
-    redrawn, given, places = 0, len(examples), model.config.max_position_embeddings
+    redrawn, given, positions = 0, len(examples), model.config.max_position_embeddings
     if examples[0].chosen is not None:
         pairs = ready_pairs(tokenizer, examples)
     else:
         new_tokens = sampling.max_new_tokens
-        examples, messages = usable_rows(tokenizer, examples, neg, seed, n_neg, places, new_tokens)
-        first = [row[:n_neg] for row in messages]
-        pairs = sample_pairs(model, tokenizer, examples, first, sampling, seed, slots, folder)
+        examples, messages = usable_rows(tokenizer, examples, neg, seed, n_neg, positions, new_tokens)
+        first_draws = [row[:n_neg] for row in messages]
+        pairs = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots, folder)
         if n_neg and neg in SAMPLED:
             redrawn = redraw(model, tokenizer, pairs, messages, n_neg, sampling, seed, slots)
     sampled = [response for pair in pairs for response in pair.responses]
     seconds_sampling = time.perf_counter() - start
 
     # Pairs of reshuffle and noise have no rejected response yet: only an empty chosen one can drop them here.
-    is_filled_in = n_neg > 0 and neg not in SAMPLED and examples[0].rejected is None
-    pairs, dropped = drop_useless(pairs, needs_rejected=n_neg > 0 and not is_filled_in)
+    fill_in_later = n_neg > 0 and neg not in SAMPLED and examples[0].rejected is None
+    pairs, dropped = drop_useless(pairs, needs_rejected=n_neg > 0 and not fill_in_later)
     if not pairs:
         raise UserError(f"no pair is left of {given} examples: {dropped}")
-    if is_filled_in and neg == "reshuffle":
+    if fill_in_later and neg == "reshuffle":
         add_reshuffled(pairs, seed, n_neg)
-    elif is_filled_in:
+    if fill_in_later and neg == "noise":
         add_noise(pairs, tokenizer, seed, n_neg)
-    pairs = fitting_pairs(pairs, examples, places)
+    pairs = fitting_pairs(pairs, examples, positions)
     unusable = given - len(pairs) - sum(dropped.values())
     if unusable:
         dropped["unusable"] = unusable  # no context, or too long
@@ -113,20 +114,20 @@ def make_pairs(
     return pairs, statistics
 
 
-def usable_rows(tokenizer: Tokenizer, examples: list[Example], neg: str, seed: int, n_neg: int, places: int,
-                new_tokens: int) -> tuple[list[Example], list[list[str]]]:
+def usable_rows(tokenizer: Tokenizer, examples: list[Example], neg: str, seed: int, n_neg: int,
+                positions: int, new_tokens: int) -> tuple[list[Example], list[list[str]]]:
     """The rows that can be sampled, and the messages that each one's rejected responses may be drawn from.
 
     Rows are dropped by their own prompts first, so that no other row borrows a context that is too long.
     """
     if n_neg:
         examples = rows_with_contexts(examples, neg)
-    examples = fitting_rows(examples, lambda e: [e.user_message(e.context)], tokenizer, places, new_tokens)
+    examples = fitting_rows(examples, lambda e: [e.user_message(e.context)], tokenizer, positions, new_tokens)
     messages = negative_messages(examples, neg, seed, max(n_neg, DRAWS) if n_neg else 0)
     if not messages[0]:
         return examples, messages
     of_row = {example.id: row for example, row in zip(examples, messages, strict=True)}
-    examples = fitting_rows(examples, lambda e: of_row[e.id], tokenizer, places, new_tokens)
+    examples = fitting_rows(examples, lambda e: of_row[e.id], tokenizer, positions, new_tokens)
     return examples, [of_row[example.id] for example in examples]
 
 
@@ -142,8 +143,8 @@ def sample_pairs(
 ) -> list[Pair]:
     """Sample every example's chosen response, and a rejected one for each of its `negatives` (user messages).
 
-    With a folder, every pair is written as it becomes whole, and those found there are not sampled again.
-    Several processes share the work, each with a file of its own; the text is that of one process.
+    With a folder, each pair is written once complete, and those found there are not sampled again. Several
+    processes share the work, each with a file of its own; the result is that of one process.
     """
     done: dict[str, Pair] = {}
     if folder and not rank():
@@ -162,7 +163,7 @@ def sample_pairs(
     responses: dict[int, dict[int, Response]] = {i: {} for i in todo}
     pairs: dict[int, Pair] = {}
 
-    name = SHARDS.replace("*", str(rank())) if rank() else "pairs.jsonl"
+    name = PROCESS_FILES.replace("*", str(rank())) if rank() else "pairs.jsonl"
     with open(folder / name if folder else os.devnull, "a", encoding="utf-8") as file:
 
         def on_finished(job: int, sample: Sample) -> None:
@@ -193,9 +194,9 @@ def redraw(model: Decoder, tokenizer: Tokenizer, pairs: list[Pair], messages: li
            sampling: Sampling, seed: int, slots: int) -> int:
     """Replace rejected responses that teach nothing, in place, by further draws; return how many were drawn.
 
-    A pair that is short of good ones draws again until it has had DRAWS, one for each of its `messages`, and
-    then repeats those that it has. So whether a row can be used does not depend on n_neg: 1, 3 or 10 rejected
-    responses are compared on the same rows.
+    A pair with too few useful responses draws again, up to DRAWS in total, one for each of its `messages`,
+    and then repeats those that it has. So whether a row can be used does not depend on n_neg: 1, 3 or 10
+    rejected responses are compared on the same rows.
     """
     drawn = 0
     for pair in pairs:
@@ -225,9 +226,9 @@ def is_useful(response: Response, pair: Pair) -> bool:
 
 def read_sampled(folder: Path, count: int) -> dict[str, Pair]:
     """The pairs that interrupted sampling left in a folder, by id, with the `count` rejected responses that
-    were sampled: whatever else a pair was given is made anew."""
+    were sampled: everything else is computed again."""
     pairs = {}
-    for file in [folder / "pairs.jsonl", *folder.glob(SHARDS)]:
+    for file in [folder / "pairs.jsonl", *folder.glob(PROCESS_FILES)]:
         for line, row in enumerate(read_appended(file), 1):
             pair = read_pair(row, f"{file}:{line}")
             pair.rejected = pair.rejected[:count]
@@ -236,7 +237,7 @@ def read_sampled(folder: Path, count: int) -> dict[str, Pair]:
 
 
 def ready_pairs(tokenizer: Tokenizer, examples: list[Example]) -> list[Pair]:
-    """The pairs of a file that brings the chosen responses as text, and maybe the rejected ones."""
+    """The pairs of a file that supplies the chosen responses as text, and maybe the rejected ones."""
     pairs = []
     for example in examples:
         turns = example.user_message(example.context), example.system
@@ -286,19 +287,19 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
             example = dataclasses.replace(example, prompt=other)
         bare_messages.append(example.user_message(None))
 
-    with_context_groups, without_groups = [], []
+    groups, bare_groups = [], []  # the responses after the prompt with its context, and without
     for pair, message in zip(pairs, bare_messages, strict=True):
         ids = [response.ids for response in pair.responses]
-        with_context_groups.append((pair.prompt_ids, ids))
-        without_groups.append((tokenizer.chat(message, pair.system), ids))
-    bar = progress(2 * len(shard(pairs)), "passes", "context gain")
-    with_context = gather(sequence_logps(model, shard(with_context_groups), bar=bar))
-    without_context = gather(sequence_logps(model, shard(without_groups), bar=bar))
+        groups.append((pair.prompt_ids, ids))
+        bare_groups.append((tokenizer.chat(message, pair.system), ids))
+    bar = progress(2 * len(shard(pairs)), "prompts", "context gain")
+    logps = gather(sequence_logps(model, shard(groups), bar=bar))
+    bare_logps = gather(sequence_logps(model, shard(bare_groups), bar=bar))
     bar.close()
 
-    for pair, a, b in zip(pairs, with_context, without_context, strict=True):
-        for response, logp, logp_without in zip(pair.responses, a, b, strict=True):
-            response.gain = logp - logp_without
+    for pair, of_pair, bare_of_pair in zip(pairs, logps, bare_logps, strict=True):
+        for response, logp, bare_logp in zip(pair.responses, of_pair, bare_of_pair, strict=True):
+            response.gain = logp - bare_logp  # log pi_ref(y|x,c) - log pi_ref(y|x)
     means = {}
     chosen = [pair.chosen for pair in pairs]
     rejected = [response for pair in pairs for response in pair.rejected]
@@ -340,7 +341,7 @@ def save_pairs(folder: Path, pairs: list[Pair], meta: dict) -> None:
     write_jsonl(folder / "pairs.jsonl", (dataclasses.asdict(pair) for pair in pairs))
     write_json(folder / "pairs.json", meta)
     if not rank():
-        for file in folder.glob(SHARDS):  # pairs.jsonl has it all
+        for file in folder.glob(PROCESS_FILES):  # pairs.jsonl has it all
             file.unlink()
 
 
@@ -357,7 +358,8 @@ SETTINGS = dict(data=optional(TEXT), contexts=optional(TEXT), neg=optional(one_o
 
 
 def read_meta(folder: Path) -> dict:
-    """pairs.json: settings, and statistics where the pairs are whole; UserError where it is anything else."""
+    """pairs.json: settings, and statistics once the pairs are complete. UserError where it is anything else.
+    """
     file = folder / "pairs.json"
     meta = checked(read_json(file), dict(settings=optional(OBJECT), statistics=optional(OBJECT)), str(file))
     checked(meta.get("settings") or {}, SETTINGS, str(file))
@@ -367,7 +369,10 @@ def read_meta(folder: Path) -> dict:
 def read_pair(row: dict, where: str) -> Pair:
     """The pair of a line of pairs.jsonl; UserError where it is none."""
     try:
-        pair = Pair.from_row(row)
+        if "chosen_ids" in row:
+            row = of_this_version(row)
+        chosen, rejected = Response(**row["chosen"]), [Response(**fields) for fields in row["rejected"]]
+        pair = Pair(**row | dict(chosen=chosen, rejected=rejected))
     except (TypeError, KeyError, ValueError) as e:
         raise UserError(f"{where}: not a pair ({type(e).__name__}: {e}); make the pairs anew with pairs.py"
                         ) from None
@@ -378,12 +383,27 @@ def read_pair(row: dict, where: str) -> Pair:
     return pair
 
 
+def of_this_version(row: dict) -> dict:
+    """A line of an earlier version's pairs.jsonl, which holds parallel lists in the place of responses."""
+    gains = [row["gain_chosen"], *(row["gain_rejected"] or [None] * len(row["rejected"]))]
+    columns = dict(
+        text=[row["chosen"], *row["rejected"]],
+        ids=[row["chosen_ids"], *row["rejected_ids"]],
+        finished=row["finished"],
+        prompt_ids=[row["prompt_ids"], *row["source_ids"]],
+        gain=gains,
+    )
+    responses = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    kept = {key: row[key] for key in ("id", "prompt", "context", "style") if key in row}
+    return kept | dict(chosen=responses[0], rejected=responses[1:])
+
+
 def load_pairs(folder: Path) -> list[Pair]:
     """Read pairs.jsonl back, of this version or an earlier one: as many pairs as pairs.json says, each once,
     all with as many rejected responses."""
     statistics, file = read_meta(folder).get("statistics"), folder / "pairs.jsonl"
     if statistics is None:
-        raise UserError(f"{file} is not whole: let the command that samples it finish")
+        raise UserError(f"{file} is incomplete: run the command that samples it again")
     pairs = [read_pair(row, f"{file}:{line}") for line, row in read_jsonl(file)]
     said = statistics.get("pairs", len(pairs))
     if not pairs or said != len(pairs) or len({pair.id for pair in pairs}) < len(pairs):
@@ -401,8 +421,9 @@ def pair_settings(args: "PairArgs", examples: list[Example], split: str) -> dict
     rows = [example.row() for example in examples]
     sampling = dataclasses.asdict(sampling_for(args))
     names = ("data", "model", "neg", "n_neg", "seed", "date", "dtype")
-    told = dict(system=args.system, template=list(args.template) or None)  # None: as in earlier versions
-    return {name: getattr(args, name) for name in names} | told | dict(
+    template = list(args.template) or None  # None: as in earlier versions
+    return {name: getattr(args, name) for name in names} | dict(
+        system=args.system, template=template,
         split=split, contexts=contexts_of(args), examples=len(examples), data_fingerprint=fingerprint(rows),
         sampling=sampling)
 
@@ -416,7 +437,7 @@ def refuse_other_settings(folder: Path, made_with: dict, settings: dict) -> None
 
 
 def round_seed(seed: int, round: int) -> int:
-    """The seed of a round's draws; the first round's is the run's own. The data are split by that one."""
+    """The seed of a round's draws; the first round's is the run's own, by which data are always split."""
     return seed_from("round", seed, round) if round else seed
 
 
@@ -424,9 +445,9 @@ def pairs_for(args: "PairArgs", split: str, folder: Path, model: Decoder | None 
               round: int = 0) -> list[Pair]:
     """The pairs of a split: those in `folder` if the same settings made them, else sampled into it.
 
-    Sampling that was interrupted continues: pairs.json is written first with the settings, which say whether
-    it may, and again at the end with the statistics, which say that it is whole. model: what is sampled from,
-    if not the one that args name; round: of self-training, which every draw depends on.
+    Sampling that was interrupted continues. pairs.json is written twice: first with the settings, by which a
+    continuation is checked, then with statistics, which mark completion. model: what is sampled from, if not
+    the one that args name. round: of self-training; it changes every draw.
     """
     examples = examples_for(args, split)
     settings = pair_settings(args, examples, split)
@@ -485,9 +506,10 @@ def check_negatives(examples: list[Example], args: PairArgs) -> None:
     first = examples[0]
     if first.chosen is None:
         usable = rows_with_contexts(examples, args.neg)
-        negative_messages(usable, args.neg, args.seed, args.n_neg)  # only for what it refuses
+        negative_messages(usable, args.neg, args.seed, args.n_neg)  # it refuses what cannot be drawn
     elif first.rejected is not None and args.n_neg > 1:
-        raise UserError(f"--n-neg {args.n_neg}: {args.data} brings one rejected response for each chosen one")
+        raise UserError(f"--n-neg {args.n_neg}: {args.data} supplies one rejected response for each chosen "
+                        "one")
     elif first.rejected is None and args.n_neg and args.neg in SAMPLED:
         raise UserError(f"{args.data} has no rejected responses: --neg reshuffle or noise, or --method sft")
 

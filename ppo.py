@@ -1,11 +1,11 @@
-"""ppo.py - proximal policy optimisation on a reward for every sampled response: what MIPO is compared with.
+"""ppo.py - proximal policy optimisation on one reward per sampled response: MIPO's baseline.
 
     ppo-mi, rlaif, rlaif-mi, rlvr       four rewards, rewards.py               sections 5.1, 5.2; appendix E
 
 One loop, `ppo`: sample responses, reward them, estimate every token's advantage, update actor and critic.
 The critic is a second copy of the start model with one output, the value of the state; it is not saved.
-What differs from the paper: it names PPO and OpenRLHF; constants are those of the authors' scripts, and each
-is an argument. A judge whose first replies cannot be read is refused. The embedded model's settings, and
+What differs from the paper: it names PPO and OpenRLHF; the constants come from the authors' scripts and are
+all arguments. A judge whose first replies cannot be read is refused. The embedded model's settings, and
 --shuffle-rewards, are ours.
 
 Legend: B rollouts, R tokens of one response, T tokens of a pass, E hidden size.
@@ -55,7 +55,8 @@ DEFAULTS = dict(lr=5e-7, critic_lr=9e-6, rollout_batch=8, train_batch=4)
 TINY_DEFAULTS = dict(lr=2e-4, critic_lr=1e-3, rollout_batch=32, train_batch=16)
 MI_WEIGHTS = {"ppo-mi": 1.0, "rlaif-mi": 0.1}
 TINY_MI_WEIGHT = 0.5  # of ppo-mi: at 1 too many rewards of the embedded model are clipped
-UNUSED = dict(pairs="", softmax=False, label_smoothing=0.0, nll=0.0, rounds=1, eval_every=0)
+IGNORED = dict(  # options of the other methods, at their defaults
+    pairs="", softmax=False, label_smoothing=0.0, nll=0.0, rounds=1, eval_every=0)
 
 
 @dataclass
@@ -65,20 +66,20 @@ class PPOArgs:
     rollout_batch: int | None = option(None, "prompts whose responses are sampled, and then trained on, "
                                        "together, by all processes (default: 8; tiny: 32)", "PPO")
     rollouts: int = option(1, "responses to every prompt", "PPO")
-    train_batch: int | None = option(None, "responses an update (default: 4; tiny: 16)", "PPO")
+    train_batch: int | None = option(None, "responses per update (default: 4; tiny: 16)", "PPO")
     ppo_epochs: int = option(2, "passes over every batch of responses", "PPO")
     critic_lr: float | None = option(None, "peak learning rate of the critic (default: 9e-6; tiny: 1e-3)",
                                      "PPO")
-    mi_weight: float | None = option(None, "of mutual information in the reward (default: ppo-mi 1, tiny "
-                                     "0.5; rlaif-mi 0.1)", "PPO")
+    mi_weight: float | None = option(None, "weight of mutual information in the reward (default: ppo-mi 1, "
+                                     "tiny 0.5; rlaif-mi 0.1)", "PPO")
     reward_clip: float = option(10.0, "rewards are clipped to [-this, this]", "PPO")
-    kl_weight: float = option(0.001, "of each token's divergence from the start model", "PPO")
-    gamma: float = option(1.0, "discount a token", "PPO")
-    gae_lambda: float = option(0.95, "of generalised advantage estimation", "PPO")
+    kl_weight: float = option(0.001, "weight of the KL penalty on every token", "PPO")
+    gamma: float = option(1.0, "discount per token", "PPO")
+    gae_lambda: float = option(0.95, "lambda of generalised advantage estimation", "PPO")
     clip: float = option(0.2, "how far the ratio of probabilities may move from 1", "PPO")
     value_clip: float = option(0.2, "how far a value may move", "PPO")
-    shuffle_rewards: bool = option(False, "give every response the reward of another one of its batch: what "
-                                   "a reward teaches shows beside such a run", "PPO")
+    shuffle_rewards: bool = option(False, "control: give every response the reward of another one of its "
+                                   "batch", "PPO")
 
 
 def resolve(args):
@@ -101,9 +102,9 @@ def check(args) -> None:
                         "--reward-clip, --clip and --value-clip must be positive")
     if args.kl_weight < 0 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
         raise UserError("--kl-weight must be at least 0, --gamma and --gae-lambda in [0, 1]")
-    given = [f"--{name.replace('_', '-')}" for name, value in UNUSED.items() if getattr(args, name) != value]
+    given = [f"--{name.replace('_', '-')}" for name, value in IGNORED.items() if getattr(args, name) != value]
     if given:
-        raise UserError(f"{', '.join(given)}: of no use to --method {args.method}")
+        raise UserError(f"{', '.join(given)}: no effect with --method {args.method}")
     reward = REWARDS[args.method]
     if reward.judge and not args.judge:
         raise UserError(f"--method {args.method} needs a judge: --judge MODEL. The paper's is the start "
@@ -124,20 +125,20 @@ def rollout_sampling(args) -> Sampling:
 # ------------------------------------------------------------------------- equations
 
 def kl_penalty(logps: Tensor, reference: Tensor) -> Tensor:
-    """log pi - log pi_ref of each sampled token, (R,): the estimator k1 of KL(pi || pi_ref), whose mean over
-    samples of pi is right (Schulman, 2020)."""
+    """log pi - log pi_ref of each sampled token, (R,): the estimator k1 of KL(pi || pi_ref), unbiased for
+    samples of pi (Schulman, 2020)."""
     return logps - reference
 
 
 def token_rewards(reward: float, logps: Tensor, reference: Tensor, kl_weight: float) -> Tensor:
-    """The reward of each token, (R,): the penalty taken from all, the response's reward given to the last."""
+    """The reward of each token, (R,): the KL penalty on every token, the response's reward on the last."""
     rewards = -kl_weight * kl_penalty(logps, reference)  # (R,)
     rewards[-1] += reward
     return rewards
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al., 2016), Eqs. 11 to 16.
+    """Generalised advantage estimation (Schulman et al., 2016, Eqs. 11 to 16 there).
 
     rewards (R,): r_t for the t-th token. values (R,): V(s_t) of the state before that token. Returns, (R,)
     each, the advantages A_t and what the critic should have said, A_t + V(s_t).
@@ -159,19 +160,19 @@ def whiten(advantages: list[Tensor]) -> list[Tensor]:
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """PPO's clipped objective of each token, as a loss, (R,) (Schulman et al., 2017, Eq. 7)."""
+    """PPO's clipped objective of each token, as a loss, (R,) (Schulman et al., 2017, Eq. 7 there)."""
     ratio = (logps - old_logps).exp()  # (R,): pi / pi_old
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Half the squared error of each value, or of the value moved by at most `clip`, whichever is worse."""
+    """The larger of the clipped and the unclipped half squared errors of each value, (R,)."""
     near = old_values + (values - old_values).clamp(-clip, clip)  # (R,)
     return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """The share of the returns' variance that the values foresee; 1: all; 0: as much as a constant would."""
+    """The share of the returns' variance that the values explain; 1: all, 0: no better than a constant."""
     variance = returns.var(correction=0)
     if variance == 0:
         return 0.0
@@ -185,7 +186,7 @@ def load_critic(source: Path, args, load_trainable: Callable[[Path, object], Dec
 
     load_trainable(source, args): the start model, with adapters where --lora-rank asks for them.
     """
-    critic = load_trainable(source, dataclasses.replace(args, shard=False))  # not before it has its head
+    critic = load_trainable(source, dataclasses.replace(args, shard=False))  # sharded below, with its head
     size = critic.config.hidden_size
     generator = torch.Generator().manual_seed(seed_from("critic", args.seed))
     weight = torch.empty(1, size).normal_(std=1 / (size + 1), generator=generator)  # (1, E)
@@ -235,8 +236,8 @@ def in_passes(measure: Callable[[Decoder, list[Group]], list[Tensor]], model: De
 
 
 def reference_logps(reference: Decoder, groups: list[Group], args) -> list[Tensor]:
-    """log pi_ref of each response's tokens, (R,) each, without gradient: the start model's, which an actor
-    with adapters is itself when they are off."""
+    """log pi_ref of each response's tokens, (R,) each, without gradient. With adapters the reference is the
+    actor itself with them switched off."""
     with adapters_off(reference) if args.lora_rank else contextlib.nullcontext():
         return in_passes(policy_logps, reference, groups, args)
 
@@ -275,32 +276,31 @@ def rollout_batches(count: int, args) -> list[list[tuple[int, int]]]:
 
 @dataclass
 class State:
-    """Where a run stands: what a checkpoint says beside its tensors."""
+    """Training progress: everything in a checkpoint except tensors."""
 
-    candidate: int = 0  # there is one
-    step: int = 0  # batches of rollouts that are done
+    candidate: int = 0  # always the first: PPO takes one value of every option
+    step: int = 0  # batches of rollouts done
     updates: int = 0
     tokens: int = 0  # sampled
     seconds: float = 0.0
-    skipped: int = 0  # of the updates
+    skipped: int = 0  # how many updates were skipped
     skipped_in_a_row: int = 0
     unreadable: int = 0  # verdicts
     rows: int = 0  # lines of metrics.jsonl
 
 
-def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: list[Example],
+def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, examples: list[Example],
         tokenizer: Tokenizer, judge: Judge | None, args, metrics: Metrics, state: State,
         checkpoints: Checkpoints | None = None) -> None:
     """Train the actor's model on rewards for its own responses; every batch of them is a line of
     metrics.jsonl.
 
-    args: the run's arguments, train.Args. state goes on from where it stands. Processes share the sampling
-    and the passes of every batch; rewards and advantages are computed by all, for all rollouts. Of sharded
-    models rollouts see copies with whole weights.
+    reference: the start model; None: the actor's own model with its adapters off. args: the run's arguments,
+    train.Args. `state` is continued. Processes share the sampling and the passes of every batch; rewards and
+    advantages are computed on every process. With --shard, rollouts use whole copies of the models.
     """
     policy, values = gathered(actor.model), gathered(critic.model)
-    if args.lora_rank:
-        reference = policy
+    reference = reference or policy  # with its adapters off
     prompts = [tokenizer.chat(e.user_message(e.context), e.system) for e in examples]  # (x, c)
     bare_prompts = [tokenizer.chat(e.user_message(None), e.system) for e in examples]  # x
     batches = rollout_batches(len(examples), args)
@@ -313,8 +313,8 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
     for number, batch in enumerate(batches[state.step :], state.step):
         started = time.perf_counter()
 
-        # 1. Rollouts: y ~ pi(.|x,c). The sampler's own log-probs round otherwise than those of training, so
-        # they are computed again, as training will compute them.
+        # 1. Rollouts: y ~ pi(.|x,c). The sampler's own log-probs round differently from those of training,
+        # so they are computed again, as training will compute them.
         refresh(policy, actor.model)
         refresh(values, critic.model)
         mine = shard(batch)
@@ -328,17 +328,19 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
             bare_groups = [(bare_prompts[row], [ids]) for row, ids in zip(rows, responses, strict=True)]
             bare_logps = in_passes(policy_logps, policy, bare_groups, args)  # (R,) each
             information = [mutual_information(*terms).item() for terms in zip(logps, bare_logps, strict=True)]
-        columns = (
-            rows,
-            responses,
-            [tokenizer.answer(ids) for ids in responses],
-            [sample.finished for sample in samples],
-            logps,
-            reference_logps(reference, groups, args),
-            in_passes(response_values, values, groups, args),
-            information,
-        )
-        rollouts = gather([Rollout(*fields) for fields in zip(*columns, strict=True)])  # B of all processes
+        start_logps = reference_logps(reference, groups, args)  # (R,) each
+        old_values = in_passes(response_values, values, groups, args)  # (R,) each
+        rollouts = gather([  # B of all processes
+            Rollout(
+                row=row,
+                ids=sample.ids,
+                text=tokenizer.answer(sample.ids),
+                finished=sample.finished,
+                logps=logps[k],
+                reference=start_logps[k],
+                values=old_values[k],
+                information=information[k],
+            ) for k, (row, sample) in enumerate(zip(rows, samples, strict=True))])
 
         # 2. Rewards, one a response. A judge whose first replies cannot be read has nothing to teach.
         asked = [examples[rollout.row] for rollout in rollouts]
@@ -414,7 +416,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder, examples: l
 
 
 def tensors_of(**optimizers: MasterAdamW) -> dict[str, Tensor]:
-    """What several optimizers need to go on, each under its name."""
+    """What a checkpoint keeps of several optimizers, each under its name."""
     return {f"{name}.{key}": tensor for name, optimizer in optimizers.items()
             for key, tensor in optimizer.tensors().items()}
 
@@ -472,8 +474,8 @@ def passes_of(batch: list[Rollout], prompts: list[list[int]], args,
 
 
 def update(optimizer: MasterAdamW, number: int, lr: float) -> float:
-    """One step by the gradients of all processes, clipped to norm 1; their norm before. A step that is not
-    finite is left out."""
+    """One step by the gradients of all processes, clipped to norm 1. Returns their norm before clipping; a
+    step that is not finite is skipped."""
     all_reduce_gradients(optimizer.model)
     norm = clip_grad_norm_(optimizer.model.parameters(), 1.0).item()
     if math.isfinite(norm):
@@ -485,7 +487,7 @@ def update(optimizer: MasterAdamW, number: int, lr: float) -> float:
 def describe(rollouts: list[Rollout], rewards: list[float], args) -> dict[str, float]:
     """What metrics.jsonl says of a batch of rollouts and of their rewards before these are clipped.
 
-    Of the divergence from the start model nats a response and a token, lengths in tokens.
+    KL from the start model is in nats per response and per token, lengths are in tokens.
     """
     divergences = [kl_penalty(rollout.logps, rollout.reference).sum().item() for rollout in rollouts]
     lengths = [len(rollout.ids) for rollout in rollouts]
@@ -523,7 +525,7 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
     state = State(**saved)
     actor = MasterAdamW(load_trainable(source, args), args.lr, args.seed, args.rounding)
     critic = MasterAdamW(load_critic(source, args, load_trainable), args.critic_lr, args.seed, args.rounding)
-    reference = actor.model  # with its adapters off
+    reference = None
     if not args.lora_rank:
         reference = load(source, actor.model.compute, actor.model.device).requires_grad_(False)
     if tensors:
@@ -533,7 +535,7 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
     tokenizer, sampling = Tokenizer(source, args.date, args.template), rollout_sampling(args)
     examples = fitting_rows(examples_for(args, "train"),
                             lambda e: [e.user_message(e.context), e.user_message(None)], tokenizer,
-                            reference.config.max_position_embeddings, sampling.max_new_tokens)
+                            actor.model.config.max_position_embeddings, sampling.max_new_tokens)
     judge = Judge(args, args.slots, args.date) if REWARDS[args.method].judge else None
     print(f"{folder}: {len(examples)} prompts, lr {args.lr}, critic's {args.critic_lr}, {sampling}")
     metrics = Metrics(folder / "metrics.jsonl", state.rows)

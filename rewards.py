@@ -6,9 +6,9 @@
     rlvr       1 where a verifier accepts the response, 0 where it does not                        section 5.1
 
 What differs from the paper: the authors' code masks the prompt out of both terms of Eq. 15, which makes their
-mutual information about 0; here both are log-probs of the sampled ids, each after its whole prompt. It gives
-an unreadable verdict 0, we the mean of its batch. Their judge's temperature is 0.1, ours 0, and how it is
-told the right answer is worded by us.
+mutual information about 0; here both are log-probs of the sampled ids, each after its whole prompt. Their
+code scores an unreadable verdict 0, ours gives it the mean of its batch. Their judge's temperature is 0.1,
+ours 0; the wording in which it learns the right answer is ours.
 
 Legend: B responses, R tokens of one response.
 
@@ -78,7 +78,8 @@ def rewards_of(examples: list[Example], texts: list[str], information: list[floa
     """The reward of each response, and how many verdicts could not be read; these earn the others' mean.
 
     examples, texts, information (B each): what was asked, the response, and its mutual information, which is
-    read where the reward needs it. A judge divides its work among processes: all of them call this alike.
+    used only if the reward needs it. A judge divides its work among processes: all must call this with the
+    same arguments.
     """
     reward = REWARDS[args.method]
     rewards, unreadable = [0.0] * len(texts), 0
@@ -88,7 +89,8 @@ def rewards_of(examples: list[Example], texts: list[str], information: list[floa
         scores = judging.reward(judge, *judged(examples), texts)  # from 1 to 5
         readable = [score / 5 for score in scores if score is not None]
         usual = fmean(readable) if readable else 0.0
-        rewards = [usual if score is None else score / 5 for score in scores]
+        earned = [usual if score is None else score / 5 for score in scores]
+        rewards = [own + score for own, score in zip(rewards, earned, strict=True)]
         unreadable = len(scores) - len(readable)
     if reward.information:
         rewards = [own + args.mi_weight * nats for own, nats in zip(rewards, information, strict=True)]
@@ -102,5 +104,5 @@ def judged(examples: list[Example]) -> tuple[list[str], list[str]]:
 
 
 def require_readable(examples: list[Example], texts: list[str], judge: Judge) -> None:
-    """UserError where most of the judge's replies to these responses hold no score: it can teach nothing."""
+    """UserError where most of the judge's replies to these responses hold no score: it cannot teach."""
     judging.require_readable(judge, *judged(examples), texts)

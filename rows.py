@@ -38,26 +38,26 @@ def require_contexts(examples: list[Example], neg: str) -> None:
                         f"{len(examples)} have none ({first_of(without)})")
 
 
-def fitting_rows(examples: list[Example], messages: Callable[[Example], list[str]], tokenizer, places: int,
+def fitting_rows(examples: list[Example], messages: Callable[[Example], list[str]], tokenizer, positions: int,
                  new_tokens: int) -> list[Example]:
-    """The rows all of whose prompts leave room for a response of `new_tokens` within the model's `places`.
+    """The rows all of whose prompts leave room for a response of `new_tokens` within the model's `positions`.
 
     messages: what the user says in a row's prompts. tokenizer: tokenizer.Tokenizer.
     """
     def longest(example: Example) -> int:
         return max(len(tokenizer.chat(message, example.system)) for message in messages(example))
 
-    fitting = [example for example in examples if longest(example) + new_tokens <= places]
+    fitting = [example for example in examples if longest(example) + new_tokens <= positions]
     tell_dropped(names_without(examples, fitting), len(examples),
-                 f"prompt and {new_tokens} new tokens take more than the model's {places} places")
+                 f"prompt and {new_tokens} new tokens take more than the model's {positions} positions")
     if not fitting:
-        raise UserError(f"no row's prompt and {new_tokens} new tokens fit into the model's {places} places: "
-                        "lower --max-new-tokens, or shorten the rows")
+        raise UserError(f"no row's prompt and {new_tokens} new tokens fit into the model's {positions} "
+                        "positions: lower --max-new-tokens, or shorten the rows")
     return fitting
 
 
-def fitting_pairs(pairs: list, examples: list[Example], places: int) -> list:
-    """The pairs (pairs.Pair) whose prompt and every response fit into the model's places.
+def fitting_pairs(pairs: list, examples: list[Example], positions: int) -> list:
+    """The pairs (pairs.Pair) whose prompt and every response fit into the model's positions.
 
     examples: what the pairs were made of, for their names; may be empty.
     """
@@ -67,13 +67,13 @@ def fitting_pairs(pairs: list, examples: list[Example], places: int) -> list:
     names = {example.id: example.name for example in examples}
     fitting, long = [], []
     for pair in pairs:
-        if longest(pair) <= places:
+        if longest(pair) <= positions:
             fitting.append(pair)
         else:
             long.append(names.get(pair.id, repr(pair.id)))
-    tell_dropped(long, len(pairs), f"prompt and response take more than the model's {places} places")
+    tell_dropped(long, len(pairs), f"prompt and response take more than the model's {positions} positions")
     if not fitting and long:
-        raise UserError(f"no pair fits into the model's {places} places: shorten them")
+        raise UserError(f"no pair fits into the model's {positions} positions: shorten them")
     return fitting
 
 

@@ -1,7 +1,7 @@
-"""selection.py - keeping the parts of the data apart, choosing a model on validation examples, and saving it.
+"""selection.py - choosing a model on validation examples, and saving it.
 
-What differs from the paper: the authors chose their settings on test prompts; here lists of values and
-moments of training are chosen on the validation part alone.
+What differs from the paper: the authors chose their settings on test prompts; here hyperparameters and
+stopping points are chosen on the validation part alone.
 
     python train.py --lr 1e-6,5e-6 --eval-every 50 --patience 2
 """
@@ -31,7 +31,7 @@ from shard import gathered, is_sharded
 from tokenizer import Tokenizer
 
 VALIDATION_METHOD = "dpo"  # validation compares chosen with rejected responses, whatever training does
-MARGIN_PAIRS = 64  # of the training pairs, the first ones, on which saving measures what rounding costs
+MARGIN_PAIRS = 64  # training pairs, the first ones, on which saving measures what rounding costs
 
 
 def refuse_leaks(pairs: list[Pair], args) -> None:
@@ -54,7 +54,7 @@ class Selection:
 
     The score is the share of sampled responses that honour their context or solve their task, where the data
     can check that (win_rate), else the share of validation pairs whose margin is positive (margin_accuracy).
-    Equal scores leave the earlier model.
+    Ties keep the earlier model.
     """
 
     def __init__(self, args, folder: Path, source: Path, best: dict | None = None):
@@ -81,16 +81,15 @@ class Selection:
 
     def margin_accuracy(self, model: Decoder) -> float:
         logps = all_logps(model, self.pairs, self.args, "validation")
-        _, metrics = dpo(logps, self.reference, self.args.beta)  # whose sign does not depend on beta
+        _, metrics = dpo(logps, self.reference, self.args.beta)  # the margin's sign does not depend on beta
         return metrics["accuracy"].mean().item()
 
     def win_rate(self, model: Decoder) -> float:
         # As evaluation will sample: --temperature and --top-p are for pairs.
         own_settings = dataclasses.replace(self.args, temperature=None, top_p=None)
         sampling = sampling_for(own_settings, evaluation=True)
-        places, new_tokens = model.config.max_position_embeddings, sampling.max_new_tokens
-        examples = fitting_rows(self.examples, lambda e: [e.user_message(e.context)], self.tokenizer, places,
-                                new_tokens)
+        examples = fitting_rows(self.examples, lambda e: [e.user_message(e.context)], self.tokenizer,
+                                model.config.max_position_embeddings, sampling.max_new_tokens)
         mine = shard(list(enumerate(examples)))
         prompts = [self.tokenizer.chat(e.user_message(e.context), e.system) for _, e in mine]
         keys = [(i, 0) for i, _ in mine]
@@ -104,7 +103,7 @@ class Selection:
         return sum(wins) / len(wins)
 
     def offer(self, optimizer: MasterAdamW, pairs: list[Pair], args, candidate: int, step: int) -> float:
-        """The score of the optimizer's model, which is saved if no earlier one has reached it."""
+        """The score of the optimizer's model, which is saved if it beats all earlier ones."""
         score = self.measure(gathered(optimizer.model))
         is_better = self.best is None or score > self.best["score"]
         print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
@@ -120,8 +119,7 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     Adapters are merged into it, and written to adapter/ beside it, in fp32 and in PEFT's format.
 
     Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
-    the folder, and the share of it that the folder keeps; of methods without pairs or without rejected
-    responses nothing.
+    the folder, and the share of it that the folder keeps; {} for methods without pairs or rejected responses.
     """
     dtype = getattr(torch, args.save_dtype)
     config = optimizer.model.config

@@ -2,18 +2,22 @@
 
     dpo         -log sigmoid(beta * ((log pi - log pi_ref)(y_c|x,c) - (log pi - log pi_ref)(y_r|x,c)))  Eq. 5
                 --n-neg N: N such rows for every chosen response, or with --softmax one (N+1)-way row   Eq. 8
-    sft         -log pi(y_c|x,c) a token, mean over the batch's tokens
-    sft-revise  the same, of responses that the model has first rewritten (revise.py)                   D.2
+    sft         -log pi(y_c|x,c) per token, mean over the batch's tokens
+    sft-revise  the same on responses that the model has first rewritten (revise.py)                    D.2
     infonce     -log softmax over contexts c_i of log pi(y_j|x,c_i) / T, at i = j                       Eq. 6
     sami        that with T = 1 and the same over responses y_j, in equal parts                         Eq. 7
     ppo-mi, rlaif, rlaif-mi, rlvr    reinforcement learning on four rewards: ppo.py has its own loop
 
-Pairs are sampled from the model itself (pairs.py), unless the run folder or --pairs holds them. AdamW on fp32
-master weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1.
-Several processes (torchrun --nproc_per_node) share the sampling and every batch: results equal a single
-process's, but for rounding. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
+A row's way: data.py reads it; pairs.py samples its chosen and rejected response (`sample_pairs`), the
+rejected one from negatives.py's message; batches.py scores both under the right prompt (`pair_logps`);
+losses.py turns the log-probs into a loss (`dpo`); `train`, below, takes the step.
+
+Pairs are sampled from the model itself, unless the run folder or --pairs holds them. AdamW on fp32 master
+weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1. Several
+processes (torchrun --nproc_per_node) share the sampling and every batch: results are those of one process, up
+to rounding. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
 What differs from the paper: settings are chosen on validation prompts, never on test ones, and the learning
-rate goes with the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
+rate depends on the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
 
     torchrun train.py --data demo --neg missing --model DIR          or plain python train.py ...
 
@@ -25,7 +29,6 @@ Legend: B pairs of a micro-batch, N rejected responses of a pair.
 
 import dataclasses
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,15 +60,15 @@ from revise import check_revisable, revise
 from rewards import check_data
 from rows import missing_part
 from run import (Metrics, UserError, barrier, default_device, fingerprint, gather, main, option,
-                 parse_all, peak_memory, progress, rank, write_json)
-from run_folder import (begin_or_resume, check_space, given_pairs, run_folder, swept, with_settings_of_pairs,
-                        write_arguments)
+                 parse_all, peak_memory, progress, rank, restarts, write_json)
+from run_folder import (begin_or_resume, check_space, given_pairs, is_finished, refuse_occupied, run_folder,
+                        swept, with_settings_of_pairs, write_arguments)
 from selection import Selection, save_model
 from shard import gathered, shard_weights
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 TEMPERATURES = dict(infonce=100.0, sami=1.0)  # the authors', on log-probs summed over tokens
-TEST_ROWS = 640  # of the test part that --test evaluates, by seed: eval.py evaluates all
+TEST_ROWS = 640  # test rows, drawn by seed, that --test evaluates; eval.py evaluates all
 
 
 # ------------------------------------------------------------------------- arguments
@@ -81,15 +84,16 @@ class Args(ppo.PPOArgs, PairArgs):
     lr: float | None = option(None, f"peak learning rate (default: {LR}; tiny: {TINY_LR})", "training",
                               sweep=True)
     epochs: int = option(1, "passes over the pairs", "training", sweep=True)
-    rounds: int = option(1, "of self-training: each samples new pairs from the last one's model", "training")
-    batch: int = option(4, "pairs a step, of all processes together", "training")
+    rounds: int = option(1, "self-training rounds; each samples new pairs from the last round's model",
+                         "training")
+    batch: int = option(4, "pairs per step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
-    nll: float = option(0.0, "weight of the chosen response's negative log-likelihood a token", "training")
-    temperature_loss: float | None = option(None, "that log-probs are divided by (default: infonce 100, "
+    nll: float = option(0.0, "weight of the chosen response's negative log-likelihood per token", "training")
+    temperature_loss: float | None = option(None, "log-probs are divided by this (default: infonce 100, "
                                             "sami 1)", "training")
-    reduce: str = option("sum", "of log-probs over a response's tokens, infonce and sami", "training",
+    reduce: str = option("sum", "sum or average log-probs over tokens (infonce, sami)", "training",
                          ("sum", "mean"))
-    pass_tokens: int | None = option(None, "most tokens of a forward and backward pass, shared beginnings "
+    pass_tokens: int | None = option(None, "most tokens in one forward and backward pass, shared beginnings "
                                      "not counted (default: CPU 768, GPU 8192)", "training")
     lora_rank: int = option(0, "train adapters of this rank on all linear layers, 32 is usual; 0: train all "
                             "weights", "training")
@@ -107,7 +111,7 @@ class Args(ppo.PPOArgs, PairArgs):
     val_limit: int = option(192, "validation examples, 0 for all", "choosing")
     save_every: int = option(200, "steps between checkpoints; 0: only when a signal stops it", "resuming")
     keep: int = option(1, "checkpoints to keep, the newest ones", "resuming")
-    resume: bool = option(False, "go on with the run in --out from its last checkpoint", "resuming")
+    resume: bool = option(False, "continue the run in --out from its last checkpoint", "resuming")
     resume_elsewhere: bool = option(False, "also with another torch, device, number of threads or processes, "
                                     "which changes last bits", "resuming")
 
@@ -120,12 +124,10 @@ def resolve(args: Args) -> Args:
     is_tiny = args.model == "tiny"
     lr, pass_tokens = args.lr, args.pass_tokens
     neg, n_neg = args.neg, args.n_neg
-    # torchrun --max-restarts starts all processes anew when one has died.
-    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if lr is None:
         lr = TINY_LR if is_tiny else LR
-    if args.method == "sft-revise":
-        neg = "random"  # what the model compares its response with, section 5.1
+    if args.method == "sft-revise" and not args.pairs:
+        neg = "random"  # the model compares its response with one to a random context, section 5.1
     elif not uses_rejected(args) and not args.pairs and n_neg == 1:
         n_neg = 0  # nothing to be sampled
     if pass_tokens is None:
@@ -138,7 +140,7 @@ def resolve(args: Args) -> Args:
         temperature_loss=args.temperature_loss or TEMPERATURES.get(args.method),
         pass_tokens=pass_tokens,
         save_dtype=args.save_dtype or args.dtype,
-        resume=args.resume or args.resume_elsewhere or was_restarted,
+        resume=args.resume or args.resume_elsewhere or restarts() > 0,
         test=args.test or is_tiny,
     )
 
@@ -201,15 +203,15 @@ def check_method(args: Args) -> None:
 
 @dataclass
 class State:
-    """Where a run stands: what a checkpoint says beside its tensors."""
+    """Training progress: everything in a checkpoint except tensors."""
 
-    candidate: int = 0  # of the combinations of listed values
-    round: int = 0  # of self-training
-    batch: int = 0  # batches of this round that are done
-    step: int = 0  # steps done of this candidate, in all its rounds
+    candidate: int = 0  # which combination of listed values
+    round: int = 0  # which round of self-training
+    batch: int = 0  # batches done in this round
+    step: int = 0  # steps done by this candidate, in all its rounds
     tokens: int = 0  # trained on in these steps
     seconds: float = 0.0  # spent in these steps
-    skipped: int = 0  # of these steps
+    skipped: int = 0  # how many of these steps were skipped
     skipped_in_a_row: int = 0
     scores: list[float] = field(default_factory=list)  # of this candidate's validations
     rows: int = 0  # lines of metrics.jsonl
@@ -222,9 +224,9 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
           state: State, selection: Selection | None = None, checkpoints: Checkpoints | None = None) -> None:
     """Train the optimizer's model on the pairs, for one round; every step is a line of metrics.jsonl.
 
-    reference (pairs, 1 + N), of objectives that use one. state goes on from where it stands. With a selection
-    the model is validated on the way, and training may stop early. With checkpoints SIGTERM and SIGINT let
-    the step end, save, and raise Stopped.
+    reference (pairs, 1 + N), for objectives that use one. `state` is continued. With a selection the model is
+    validated on the way, and training may stop early. With checkpoints SIGTERM and SIGINT finish the step,
+    save, and raise Stopped.
     """
     model, objective = optimizer.model, OBJECTIVES[args.method]
     batches = [batch for epoch in range(args.epochs) for batch in epoch_batches(len(pairs), args, epoch)]
@@ -254,9 +256,10 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         all_reduce_gradients(model)
         measured = gather(measured)
         means = {name: sum(row[name] for row in measured) / len(batch) for name in measured[0]}
-        means["loss"] *= len(batch) / divisor
+        means["loss"] *= len(batch) / divisor  # SFT's loss is a mean over tokens, all else over pairs
 
-        # A step that is not finite is skipped; many in a row mean that the run is lost.
+        # A step that is not finite is skipped; many in a row mean that the run is lost. The schedule begins
+        # again with every round of self-training.
         norm = clip_grad_norm_(optimizer.weights, 1.0).item()
         lr = learning_rate(number, len(batches), args.lr)
         if math.isfinite(norm) and math.isfinite(means["loss"]):
@@ -322,7 +325,7 @@ def time_steps(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args,
 
 
 def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Metrics as one dict a pair, from name -> (B,)."""
+    """Metrics as one dict per pair, from name -> (B,)."""
     columns = torch.stack([value.float() for value in values.values()])  # (metrics, B)
     return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
 
@@ -337,14 +340,14 @@ def program() -> None:
     is_ppo = args.method in ppo.REWARDS
     has_beta = not is_ppo and OBJECTIVES[args.method].uses_reference
     if not has_beta and len({candidate.beta for candidate in grid}) > 1:
-        raise UserError(f"--beta is of no use to --method {args.method}: give it one value")
+        raise UserError(f"--beta has no effect with --method {args.method}: give it one value")
     if is_ppo and args.dry_run:
         raise UserError(f"--dry-run: there is none for --method {args.method}; try a run of --limit 32")
     if len(grid) > 1 and (args.rounds > 1 or is_ppo):
         raise UserError("--rounds and PPO go with one value of every option: choose in runs of one round")
 
-    # What can be wrong with data and names is found before the run folder exists, and where contexts are not
-    # to be inferred before a model is fetched.
+    # Bad data and names are found before the run folder is made and, unless contexts are to be inferred,
+    # before a model is downloaded.
     folder = run_folder(grid)
     if not args.pairs:
         check_examples(args)
@@ -359,11 +362,13 @@ def program() -> None:
     if args.dry_run:
         dry_run(grid, folder, source, given, load_trainable, time_steps)
         return
-    if (folder / "summary.json").exists():
-        print(f"{folder}: training is done")  # and --resume was given, else the folder was refused
+    if is_finished(grid, folder):
+        print(f"{folder}: training is done")
     else:
         check_space(folder, source)
         with lock(folder):
+            refuse_occupied(folder, args)  # by a run that has ended since it was looked at
+            barrier()
             if is_ppo:
                 ppo.run_ppo(args, folder, source, load_trainable)
             else:
@@ -416,8 +421,8 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
         if tensors:
             optimizer.load_tensors(tensors)
 
-        # Rounds of self-training, ours: each takes its pairs and its reference from the model as it finds it,
-        # whose fp32 masters the optimizer keeps, and draws with a seed of its own.
+        # Rounds of self-training (our addition): each samples its pairs and computes its reference from the
+        # current model, and draws with a seed of its own; the optimizer keeps its fp32 masters.
         for round in range(state.round, args.rounds):
             state.round = round
             if pairs is None or round:
@@ -479,27 +484,28 @@ def prepare(model: Decoder, args: Args, folder: Path, given: list[Pair] | None, 
             tensors: dict[str, Tensor]) -> tuple[list[Pair], Tensor]:
     """What a round trains on: its training rows, and the model's log-probs of them, (rows, 1 + N).
 
-    seconds: what was spent on pairs and reference so far, added to. tensors: of a checkpoint, whose reference
-    is taken, as the model has moved on since it was computed.
+    seconds: what was spent on pairs and reference so far, added to. tensors: a checkpoint's; its reference is
+    used again, as the model has changed since.
     """
     started = time.perf_counter()
-    place = folder / f"round-{state.round + 1}" if state.round else folder
-    pairs = given or pairs_for(args, "train", place, gathered(model), state.round)
+    seed = round_seed(args.seed, state.round)
+    round_folder = folder / f"round-{state.round + 1}" if state.round else folder
+    pairs = given or pairs_for(args, "train", round_folder, gathered(model), state.round)
     if args.method == "sft-revise":
-        pairs = revise(gathered(model), pairs, args, place, round_seed(args.seed, state.round))
+        pairs = revise(gathered(model), pairs, args, round_folder, seed)
     pairs = training_rows(pairs, args)
-    print(f"{place}: {len(pairs)} pairs, lr {args.lr}, beta {args.beta}")
+    print(f"{round_folder}: {len(pairs)} pairs")
     seconds["pairs"] += time.perf_counter() - started
 
-    mark = fingerprint([asdict(pair) for pair in pairs])
-    if "reference" in tensors and state.pairs != mark:
-        raise UserError(f"--resume: the pairs in {place} are not those that the run was trained on")
-    state.pairs = mark
+    pairs_now = fingerprint([asdict(pair) for pair in pairs])
+    if "reference" in tensors and state.pairs != pairs_now:
+        raise UserError(f"--resume: the pairs in {round_folder} are not those that the run was trained on")
+    state.pairs = pairs_now
     started = time.perf_counter()
     if "reference" in tensors:
         reference = tensors["reference"].to(model.device)
     else:
-        reference = all_logps(model, pairs, args)
+        reference = all_logps(model, pairs, dataclasses.replace(args, seed=seed))
     seconds["reference"] += time.perf_counter() - started
     return pairs, reference
 

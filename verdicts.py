@@ -19,7 +19,7 @@ import numpy as np
 import judge as judging
 from data import Example
 from judge import Judge
-from measures import RATE, Answers, groups_of, interval, length_controlled, nan_where, or_nan
+from measures import RATE, Answers, clusters_of, interval, length_controlled, nan_where, or_nan
 from tokenizer import without_thoughts
 
 
@@ -51,7 +51,7 @@ def judge_all(judge: Judge, examples: list[Example], answers: Answers,
         items["human_rejected"] = item_scores(judge, examples, rejected, "human_rejected", reasons)
         pair, _ = means_over_shared_items({label: items[label] for label in ("reference", "human_rejected")})
         margin = np.subtract(pair["reference"], pair["human_rejected"])  # (rows,)
-        groups = groups_of(examples)
+        groups = clusters_of(examples)
         verdicts["critic"] = dict(
             strict=interval(nan_where(np.isnan(margin), margin > 0), **groups, bounds=RATE),
             tie_tolerant=interval(nan_where(np.isnan(margin), margin >= 0), **groups, bounds=RATE))
@@ -121,7 +121,7 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
     outcomes = np.array([or_nan(outcome) for outcome, _ in verdicts])  # (rows,) 1 win, 1/2 tie, 0 loss
     unread = np.isnan(outcomes)
     flips = nan_where(unread, np.array([float(flipped) for _, flipped in verdicts]))
-    read, groups = int((~unread).sum()), groups_of(examples)
+    read, groups = int((~unread).sum()), clusters_of(examples)
     longer = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # in characters
     return dict(
         win_rate=interval(outcomes, **groups, bounds=RATE),

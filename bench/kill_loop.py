@@ -74,10 +74,13 @@ def undisturbed(folder: Path, model: str, flags: list[str], log: Path) -> float:
 
 
 def place(folder: Path) -> str:
-    """What a run was doing, by what it has left on the disk."""
+    """What a run was doing, by what it has left on the disk; a file that is being written is called *.tmp."""
+    if any(folder.rglob("*.tmp")):
+        return "saving"
     if (folder / "summary.json").exists():
         return "evaluation"
-    if (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+    pairs = folder / "pairs.json"
+    if pairs.exists() and read_json(pairs)["statistics"]:
         return "training"
     return "sampling"
 

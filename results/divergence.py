@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval as evaluating
 from folder import load
-from measures import groups_of, interval
+from measures import clusters_of, interval
 from responses import Message, logps_after, sample_responses
 from run import default_device, write_json
 from tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def divergence(run: Path) -> dict:
     ids = [[sample.ids] for sample in samples]
     after, before = (logps_after(model, tokenizer, messages, ids, name)[:, 0]
                      for name, model in dict(trained=trained, base=base).items())  # (rows,) each
-    return dict(kl=interval(after - before, **groups_of(examples)),
+    return dict(kl=interval(after - before, **clusters_of(examples)),
                 tokens=sum(len(sample.ids) for sample in samples) / len(samples))
 
 

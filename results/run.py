@@ -5,7 +5,7 @@
     python results/run.py methods-tiny --at-once 2            two runs at a time
     python results/methods.py results/methods-tiny            the table and a picture
 
-A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files (SMALL) are copied
+A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied
 to results/TABLE/ROW/seedS, from which methods.py draws the table again. Rows with a scripted judge need
 scripted_judge.py to run beside them, and OPENAI_API_KEY=none.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("args.json", "summary.json", "eval.json", "divergence.json")
+SMALL = ("args.json", "summary.json", "eval.json")
 PYTHON = sys.executable
 
 
@@ -36,6 +36,7 @@ class Table:
     """Rows that are trained and evaluated alike: flags of train.py, flags of eval.py.
 
     base: the row whose evaluation has the base model's responses, which the others take from there.
+    divergence: whether it is measured.
     """
 
     rows: dict[str, Row]
@@ -43,6 +44,12 @@ class Table:
     base: str
     train: str = ""
     test: str = ""
+    divergence: bool = True
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The small files of each run."""
+        return (*SMALL, "divergence.json") if self.divergence else SMALL
 
 
 # The defaults of --model tiny, spelled out, as its own name would also evaluate every run from the beginning.
@@ -54,9 +61,10 @@ TABLES = {
     # Every method end to end on a real model: what a prompt costs, not what it gains.
     "methods-smollm2-small": Table(
         seeds=(0,),
-        train="--model SmolLM2-135M-Instruct --data demo --limit 24 --max-new-tokens 48 --lr 1e-5",
+        train="--model SmolLM2-135M-Instruct --data demo --limit 16 --max-new-tokens 48 --lr 1e-5",
         base="mipo-random",
-        test="--limit 32",
+        test="--limit 16",
+        divergence=False,
         rows={
             "mipo-random": Row("--neg random"),
             "mipo-missing": Row("--neg missing"),
@@ -112,7 +120,7 @@ def run(name: str, row_name: str, seed: int) -> None:
     place = ROOT / "runs" / name
     folder = place / row_name / f"seed{seed}"
     kept = ROOT / "results" / name / row_name / f"seed{seed}"
-    if all((kept / file).exists() for file in SMALL):
+    if all((kept / file).exists() for file in table.files):
         return
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
@@ -124,10 +132,10 @@ def run(name: str, row_name: str, seed: int) -> None:
         base = place / table.base / f"seed{seed}"
         reuse = ["--reuse", base] if row_name != table.base else []
         command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
-    if not (folder / "divergence.json").exists():
+    if table.divergence and not (folder / "divergence.json").exists():
         command("results/divergence.py", folder, log)
     kept.mkdir(parents=True, exist_ok=True)
-    for file in SMALL:
+    for file in table.files:
         shutil.copy(folder / file, kept / file)
     print(f"{name} {row_name} seed {seed}: done", flush=True)
 

@@ -373,7 +373,7 @@ def meta(**changes) -> Callable[[Path], None]:
 PAIRS = {
     "no pairs.json": (lambda made: (made / "pairs.json").unlink(), "pairs.json does not exist"),
     "no pairs.jsonl": (lambda made: (made / "pairs.jsonl").unlink(), "pairs.jsonl does not exist"),
-    "interrupted": (meta(statistics=None), "pairs.jsonl is not whole"),
+    "interrupted": (meta(statistics=None), "pairs.jsonl is incomplete"),
     "statistics a list": (meta(statistics=[1]), "'statistics' is [1], not an object"),
     "no lines": (pairs_file(lambda lines: []), "holds 0 pairs"),
     "a line lost": (pairs_file(lambda lines: lines[1:]), "holds 2 pairs, of 2 rows, and pairs.json says 3"),

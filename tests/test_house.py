@@ -6,6 +6,7 @@ import re
 import tokenize
 from pathlib import Path
 
+import mutants
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -112,3 +113,10 @@ def test_readme_names_all_files_and_no_others():
     assert len(entries) == len(set(entries))
     assert {entry for entry in entries if entry.endswith(".py")} == {file.name for file in FILES}
     assert [entry for entry in entries if not (ROOT / entry).exists()] == []
+
+
+def test_every_mutation_has_its_line():
+    """Each line that mutants.py would break stands once in its file."""
+    for file, rows in mutants.MUTATIONS.items():
+        source = (ROOT / file).read_text()
+        assert [old for old, _, _ in rows if source.count(old) != 1] == [], file

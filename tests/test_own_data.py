@@ -91,7 +91,7 @@ def test_a_test_row_that_is_too_long_is_dropped_and_named(run_folder, capsys):
     plan = evaluation.resolve(evaluation.Args(model=str(run_folder), data=str(data)))
     assert [e.prompt for e in plan.examples] == ["Why?"]
     out = capsys.readouterr().out
-    assert "1 of 2 rows dropped: prompt and 4 new tokens take more than the model's 2048 places" in out
+    assert "1 of 2 rows dropped: prompt and 4 new tokens take more than the model's 2048 positions" in out
     assert f"(first: {data}:2)" in out
 
 

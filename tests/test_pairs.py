@@ -20,7 +20,8 @@ from data import Example
 from folder import load
 from model import Decoder
 from negatives import Pair, Response, negative_messages
-from pairs import check_negatives, load_pairs, make_pairs, pairs_for, print_statistics, save_pairs
+from pairs import (check_negatives, load_pairs, make_pairs, of_this_version, pairs_for, print_statistics,
+                   save_pairs)
 from run import UserError, read_json, write_json, write_jsonl
 from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def test_negatives_that_cannot_be_are_refused(neg, contexts):
 
 
 @pytest.mark.parametrize(("rejected", "neg", "n_neg", "words"), [
-    ("no", "missing", 2, "--n-neg 2: .* brings one rejected response"),
+    ("no", "missing", 2, "--n-neg 2: .* supplies one rejected response"),
     (None, "missing", 1, "no rejected responses: --neg reshuffle or noise"),
     (None, "random", 1, "no rejected responses"),
     (None, "reshuffle", 1, None), (None, "noise", 3, None), (None, "missing", 0, None),
@@ -393,7 +394,7 @@ def test_an_earlier_version_and_this_one_say_the_same(sampled, tmp_path):
     assert load_pairs(write_pairs(tmp_path, rows)) == made
 
 
-NEW_ROW = dataclasses.asdict(Pair.from_row(OLD_ROW))
+NEW_ROW = of_this_version(OLD_ROW)
 
 
 @pytest.mark.parametrize("row", [
@@ -409,7 +410,7 @@ def test_a_row_that_is_no_pair_is_named(row, tmp_path):
 def test_pairs_that_are_not_whole_are_refused(tmp_path):
     """pairs.json has no statistics until all is sampled."""
     folder = write_pairs(tmp_path, [NEW_ROW], dict(settings={}, statistics=None))
-    with pytest.raises(UserError, match="is not whole"):
+    with pytest.raises(UserError, match="is incomplete"):
         load_pairs(folder)
 
 

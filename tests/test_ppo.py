@@ -33,7 +33,7 @@ from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from ppo import (Rollout, explained_variance, gae, kl_penalty, load_critic, policy_logps, policy_loss,
                  response_values, rollout_batches, token_rewards, training_batches, update, value_loss,
                  whiten)
-from rewards import check_data, mutual_information, rewards_of
+from rewards import REWARDS, Reward, check_data, mutual_information, rewards_of
 from run import Metrics, UserError, main, rank, read_json, read_jsonl, world
 from sample import generate
 from tokenizer import Tokenizer
@@ -279,6 +279,14 @@ def test_information_is_added_with_its_weight(scripted_judge):
     assert rewards_of(*rows, arguments(method="ppo-mi", mi_weight=2.0)) == ([6.0, -2.0, 0.0], 0)
 
 
+def test_the_parts_of_a_reward_are_added(scripted_judge, monkeypatch):
+    """A new row of REWARDS may ask for all of them: verifier, judge and information."""
+    monkeypatch.setitem(REWARDS, "all", Reward(verifier=True, judge=True, information=True))
+    rows = [TEA] * 3, ["quiet", "Loud", "Loud"], [3.0, -1.0, 0.0], None
+    given = dataclasses.replace(arguments(method="rlaif-mi"), method="all")
+    assert rewards_of(*rows, given)[0] == pytest.approx([2.3, 0.6, 0.4])
+
+
 def test_the_judge_sees_the_context_or_the_right_answer(scripted_judge):
     """Prompts, contexts and responses, as judge.reward takes them."""
     rewards_of([TEA, SUM], ["a", "b"], [0.0] * 2, None, arguments(method="rlaif"))
@@ -338,7 +346,7 @@ def test_rollouts_are_sampled_from_the_policy_itself():
 
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(method="rlaif"), "rlaif needs a judge"),
-    (dict(eval_every=5, nll=0.1), "--nll, --eval-every: of no use to --method rlvr"),
+    (dict(eval_every=5, nll=0.1), "--nll, --eval-every: no effect with --method rlvr"),
     (dict(mi_weight=1.0), "--mi-weight"),
     (dict(clip=0.0), "--clip"),
     (dict(rollout_batch=0), "--rollout-batch"),

@@ -131,7 +131,7 @@ def test_interrupted_sampling_continues(flags_of_negatives, cut, call, tmp_path,
         interrupt_after(monkeypatch, count)
         with pytest.raises(KeyboardInterrupt):
             call(*flags_of_negatives)
-        with pytest.raises(UserError, match="is not whole"):
+        with pytest.raises(UserError, match="is incomplete"):
             load_pairs(tmp_path / "o")
         text = file.read_bytes()
         file.write_bytes(text[: max(0, len(text) - cut)])

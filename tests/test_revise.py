@@ -69,6 +69,13 @@ def test_the_response_beside_it_is_of_a_random_context(call_train):
     assert read_json(folder / "args.json")["arguments"]["neg"] == "random"
 
 
+def test_given_pairs_keep_the_negatives_they_were_made_with(call_train, dpo_run):
+    """args.json says what is in the pairs, which were sampled without contexts."""
+    made = read_json(dpo_run / "args.json")["arguments"]["neg"]
+    folder = call_train(*FLAGS, "--pairs", dpo_run)
+    assert made == "missing" == read_json(folder / "args.json")["arguments"]["neg"]
+
+
 def test_revision_that_was_interrupted_goes_on(call_train):
     """Revisions that are there are kept, a line that was cut is not; the others are those of a whole run."""
     folder = call_train(*FLAGS)

@@ -156,14 +156,14 @@ def test_two_processes_leave_one_file(work, whole):
 
 
 def test_samples_of_weights_that_are_gone_are_dropped(work, monkeypatch, capsys):
-    """A model that was written anew: a line says so, and everything is sampled."""
+    """A model that was written again: a line says so, and everything is sampled."""
     stop_after(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         evaluate(work)
     os.utime(work / "run" / "model" / "model.safetensors", (1, 1))
     keys = record_samples(monkeypatch, module="responses")
     evaluate(work)
-    assert len(keys) == TOTAL and "written anew" in capsys.readouterr().out
+    assert len(keys) == TOTAL and "written again" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------- nothing is replaced
