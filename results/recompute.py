@@ -181,18 +181,16 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
     missing = VALIDATION.format("missing-600-lr1e-5")
     contexts = {name: numbers(with_interval(over_contexts(DEMO, name, "trained"), "+.1f", 100))
                 for name in ("seen", "unseen")}
-    evaluated = f"{read_json(RESULTS / DEMO)['seconds'] / 60:.0f}"
     memories = [text for key, form, scale in (
         ("tokens", ".0f", 1), ("unfinished", ".0f", 100), ("nll_per_token", ".2f", 1),
         ("distinct_2", ".2f", 1), ("self_bleu_4", ".2f", 1), ("prompt_gain", ".0f", 1),
     ) for text in pair(PERSIST, key, form, scale, ("prompted", "trained"))]
     readme = [
-        ("trained in {} minutes and evaluated in {}", [f"{float(seconds(DEMO)) / 60:.0f}", evaluated]),
+        ("{} minutes of training on two CPU cores", [f"{float(seconds(DEMO)) / 60:.0f}"]),
         ("by {} points [{}, {}] on contexts seen", contexts["seen"]),
         ("and by {} [{}, {}] on unseen ones", contexts["unseen"]),
-        ("seen in training the rise is {}, {} and {} points, on unseen ones {}, {} and {}", seen + unseen),
-        ("the unseen ones include 0 for every seed ([{}, {}], [{}, {}], [{}, {}])",
-         [text for _, *bounds in unseen_intervals for text in bounds]),
+        ("`torchrun train.py --seed S`: {} [{}, {}], {} [{}, {}] and {} [{}, {}] points over", every),
+        ("unseen contexts alone {}, {} and {}, with", unseen),
         ("the rise on seen contexts is {} points [{}, {}]", points(DEMO, "seen", "win_rate_length_matched")),
         ("rises too (by {} points at lr 1e-5)", [f"{100 * gain(missing)['mean']:.0f}"]),
         ("(prompt gain {} at lr 5e-6)",
@@ -200,7 +198,7 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {})",
          [*rates(svamp, systems=("default", "trained")), "100", f"{gain(svamp, key='mcnemar_p'):.2f}",
           *rates(gsm8k, systems=("default", "trained")), "60"]),
-        ("of {} of its replies {} held a number", replies()),
+        ("only {} of its {} replies contained a number", replies()[::-1]),
     ]
     log = [
         ("(differences SVAMP {} [{}, {}], McNemar p {}, GSM8K {}, p {})",
