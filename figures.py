@@ -25,16 +25,17 @@ ACCURACIES = dict(  # the paper's Fig. 2: key of metrics.jsonl -> the curve's na
     accuracy_chosen="chosen: reward > 0", accuracy="chosen > rejected",
     accuracy_rejected="rejected: reward < 0",
 )
-PANELS = (  # of the learning curve: a title, and key of metrics.jsonl -> the curve's name
+PANELS = (  # of the learning curve: a title, and key of metrics.jsonl -> the curve's name, if it is there
     ("prediction accuracy", ACCURACIES),
-    ("reward, nats", dict(reward_chosen="chosen", margin="margin", reward_rejected="rejected")),
+    ("margin, rewards, nats", dict(reward_chosen="chosen", margin="margin", reward_rejected="rejected")),
     ("reward", dict(reward="mean of a batch")),  # from here on: PPO
-    ("KL from the start model, nats", dict(kl="a response")),
-    ("tokens a response", dict(length="mean of a batch")),
+    ("KL from the start model, nats", dict(kl="per response")),
+    ("tokens per response", dict(length="mean of a batch")),
     ("share that is clipped", dict(reward_clipped="rewards", ratio_clipped="ratios")),
     ("critic", dict(explained_variance="explained variance of returns")),
-    ("loss", dict(loss="loss")),  # of every method
-    ("weights, %", dict(weights_changed="whose bf16 value is another than at the start")),
+    ("mutual information, nats", dict(information="context and response")),  # InfoNCE, SAMI, ppo-mi
+    ("loss", dict(loss="loss")),  # from here on: every method
+    ("share of weights", dict(weights_changed="with another bf16 value than at the start")),
 )
 
 
@@ -80,18 +81,23 @@ def learning_curve(folder: Path, candidate: int = 0) -> None:
     """
     plt = pyplot()
     steps = training_steps(folder, candidate)
-    panels = [(title, curves) for title, curves in PANELS if set(curves) <= steps[0].keys()]
+    panels = [(title, curves) for title, curves in PANELS if set(curves) & steps[0].keys()]
     rows, columns = math.ceil(len(panels) / 3), min(3, len(panels))
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), layout="constrained",
                                 squeeze=False)
     for axis, (title, curves) in zip(axes.flat, panels, strict=False):
         for (key, label), colour in zip(curves.items(), ("tab:blue", "tab:gray", "tab:red"), strict=False):
+            if key not in steps[0]:
+                continue
             axis.plot([row["step"] for row in steps], [row[key] for row in steps], ".", color=colour,
                       alpha=0.2, markersize=3)
             axis.plot(*running_mean(steps, key), color=colour, label=label)
         axis.set(title=title, xlabel="step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize="x-small",
                     frameon=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     save_figure(figure, folder / "learning_curve.png")
 
 
