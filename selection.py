@@ -70,6 +70,7 @@ class Selection:
         self.tokenizer = Tokenizer(source, args.date, args.template)
         has_checks = any(verify(example, "") is not None for example in self.examples)
         self.name = "win_rate" if has_checks else "margin_accuracy"
+        self.pairs: list[Pair] = []
         if self.name == "margin_accuracy":
             pairs = pairs_for(self.args, "validation", folder / "validation")
             self.pairs = training_rows(pairs, self.args)
@@ -108,18 +109,20 @@ class Selection:
         is_better = self.best is None or score > self.best["score"]
         print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
         if is_better:
-            kept = save_model(optimizer, pairs, args, self.folder, self.source)
+            kept = save_model(optimizer, pairs, args, self.folder, self.source, self.pairs)
             self.best = dict(score=score, candidate=candidate, step=step, kept=kept)
         return score
 
 
-def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, source: Path) -> dict:
+def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, source: Path,
+               validation: list[Pair] = ()) -> dict:
     """Write the run folder's model/ in the type of --save-dtype, and say what the rounding costs.
 
     Adapters are merged into it, and written to adapter/ beside it, in fp32 and in PEFT's format.
 
     Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
     the folder, and the share of it that the folder keeps; {} for methods without pairs or rejected responses.
+    Where there are validation pairs, "validation" holds the same of these.
     """
     dtype = getattr(torch, args.save_dtype)
     config = optimizer.model.config
@@ -134,27 +137,34 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     if is_sharded(optimizer.model) and not fits_whole(config, FP32):
         print("what the saved model keeps is not measured: that takes all weights in fp32 on one GPU")
         return {}
-    groups = [groups_of(pair, args)[0] for pair in pairs[:MARGIN_PAIRS]]
+    parts = {part: [groups_of(pair, args)[0] for pair in rows[:MARGIN_PAIRS]]
+             for part, rows in dict(training=pairs, validation=validation).items() if rows}
     exact = optimizer.weights_to_save(torch.float32)
-    return broadcast(None if rank() else kept_margin(exact, groups, args, folder, source))
+    return broadcast(None if rank() else kept_margins(exact, parts, args, folder, source))
 
 
-def kept_margin(exact: dict[str, Tensor], groups: list[Group], args, folder: Path, source: Path) -> dict:
-    """What `save_model` returns of these groups, and prints. exact: the weights in fp32."""
+def kept_margins(exact: dict[str, Tensor], parts: dict[str, list[Group]], args, folder: Path,
+                 source: Path) -> dict:
+    """What `save_model` returns, and prints, of each part's groups. exact: the weights in fp32."""
     device = default_device()
-    start = sequence_logps(load(source, getattr(torch, args.dtype), device).float(), groups)
+    start = load(source, getattr(torch, args.dtype), device).float()
+    logps_start = {part: sequence_logps(start, groups) for part, groups in parts.items()}
+    del start
     model = load(folder / "model", torch.float32, device)
-    saved_margin = mean_margin(sequence_logps(model, groups), start)
+    logps_saved = {part: sequence_logps(model, groups) for part, groups in parts.items()}
     model.load_state_dict(exact)
-    margin = mean_margin(sequence_logps(model, groups), start)
-    kept = dict(share=None, margin=margin, margin_saved=saved_margin, pairs=len(groups))
-    if margin > 0:  # else nothing was learned that could be lost
-        kept["share"] = saved_margin / margin
-        print(f"the saved model keeps {kept['share']:.0%} of what was learned: on {len(groups)} pairs a mean "
-              f"margin of {saved_margin:.3f} nats, of {margin:.3f} before rounding")
-        if kept["share"] < 0.9:
-            print("warning: rounding has thrown a part away: use --save-dtype float32")
-    return kept
+    kept = {}
+    for part, groups in parts.items():
+        margin = mean_margin(sequence_logps(model, groups), logps_start[part])
+        saved_margin = mean_margin(logps_saved[part], logps_start[part])
+        kept[part] = dict(share=None, margin=margin, margin_saved=saved_margin, pairs=len(groups))
+        if margin > 0:  # else nothing was learned that could be lost
+            share = kept[part]["share"] = saved_margin / margin
+            print(f"the saved model keeps {share:.0%} of what was learned: on {len(groups)} {part} pairs a "
+                  f"mean margin of {saved_margin:.3f} nats, of {margin:.3f} before rounding")
+            if share < 0.9:
+                print("warning: rounding has thrown a part away: use --save-dtype float32")
+    return kept.pop("training") | kept
 
 
 def mean_margin(logps: list[list[float]], start: list[list[float]]) -> float:

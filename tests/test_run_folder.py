@@ -121,6 +121,10 @@ def test_a_summary_says_what_rounding_has_kept(call_train, dpo_run, capsys):
     assert kept["margin"] > 0 and kept["share"] == pytest.approx(kept["margin_saved"] / kept["margin"])
     assert 0.8 < kept["share"] < 1.2
     assert f"keeps {kept['share']:.0%} of what was learned" in capsys.readouterr().out
+    flags = ["--lr", "1e-3", "--save-dtype", "bfloat16", "--eval-every", "2", "--val-limit", "4"]
+    folder = call_train(*flags, "--out", "v").parent / "v"
+    kept = read_json(folder / "summary.json")["kept"]["validation"]
+    assert kept.keys() == {"share", "margin", "margin_saved", "pairs"} and 0 < kept["pairs"] <= 4
     folder = call_train("--pairs", dpo_run, "--out", "whole")
     assert read_json(folder.parent / "whole" / "summary.json")["kept"] == dict(share=1.0)
 
