@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -27,9 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from run import Stopped, UserError, barrier, broadcast, gather, rank, read_json, write_json
+from run import (Stopped, UserError, barrier, broadcast, gather, naming, rank, read_json, sync,
+                 write_json)
+from schema import TEXT, checked, record, whole
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+POINTER = dict(checkpoint=TEXT)  # what latest.json holds
+FILE = record(dict(bytes=whole(0, 2**63), sha256=TEXT))  # what manifest.json says of each of the two others
 
 
 class Checkpoints:
@@ -68,21 +71,28 @@ class Checkpoints:
 
     def write(self, name: str, tensors: dict[str, Tensor], state: dict) -> None:
         """The files of one checkpoint, then its name, then the pointer to it."""
-        temporary = self.folder / f".{name}.tmp"
+        temporary = self.folder / ".new.tmp"
         shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
-        temporary.mkdir(parents=True)
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(on_cpu, temporary / TENSORS)
-        (temporary / STATE).write_text(json.dumps(state, indent=1))
-        files = {file: dict(bytes=(temporary / file).stat().st_size, sha256=sha256(temporary / file))
-                 for file in (TENSORS, STATE)}
-        (temporary / MANIFEST).write_text(json.dumps(files, indent=1))
-        for path in (*temporary.iterdir(), temporary):
-            sync(path)
-        shutil.rmtree(self.folder / name, ignore_errors=True)  # of the same step, before a run went back
+        try:
+            temporary.mkdir(parents=True)
+            with naming(self.folder / name / TENSORS):
+                save_file(on_cpu, temporary / TENSORS)
+            write_json(temporary / STATE, state)
+            files = {file: dict(bytes=(temporary / file).stat().st_size, sha256=sha256(temporary / file))
+                     for file in (TENSORS, STATE)}
+            write_json(temporary / MANIFEST, files)
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk has no room for half a checkpoint
+            raise
+        while (self.folder / name).exists():  # of the same step, and perhaps the one to go on from
+            name += "-again"
         os.replace(temporary, self.folder / name)
         sync(self.folder)
         write_json(self.folder / "latest.json", dict(checkpoint=name))
+        sync(self.folder)  # the pointer is there before what it pointed to is gone
         names = sorted(path.name for path in self.folder.glob("step-*"))
         for old in names[: -self.keep]:
             if old != name:
@@ -101,9 +111,10 @@ class Checkpoints:
         pointer = self.folder / "latest.json"
         if not pointer.exists():
             return None
-        folder = self.folder / read_json(pointer)["checkpoint"]
-        for name, expected in read_json(folder / MANIFEST).items():
-            file = folder / name
+        folder = self.folder / checked(read_json(pointer), POINTER, str(pointer))["checkpoint"]
+        manifest = checked(read_json(folder / MANIFEST), {TENSORS: FILE, STATE: FILE}, str(folder / MANIFEST))
+        for name in (TENSORS, STATE):
+            file, expected = folder / name, manifest[name]
             if not file.exists():
                 raise damaged(file, "is missing")
             if file.stat().st_size != expected["bytes"]:
@@ -126,19 +137,15 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or into a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """The right to write into a run folder, which also ends with the process that holds it."""
+    """The right to write into a run folder, which also ends with the process that holds it.
+
+    UserError where another process has it, or nobody may write there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} can't be written to: have that allowed, or name another --out")
     descriptor = os.open(folder, os.O_RDONLY)
     refused = False
     try:

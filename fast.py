@@ -1,21 +1,26 @@
 """fast.py - what is there for speed and memory alone. The method can be understood without this file.
 
-The first six functions have a plain form of a line or two, given in their docstrings; tests/test_fast.py
-compares the two, values and gradients, in fp64 and bf16. What each saves in a run is in bench/README.md.
+The functions down to invert_cumulative have a plain form, given in their docstrings. tests/test_fast.py
+compares the two, values and gradients, in fp64 and bf16; of what only GPUs run tests/test_cuda.py does, in
+fp64. What each saves in a run is in bench/README.md.
 
     linear_logps     log-softmax-gather of the output layer: no logits are kept; Triton kernels on a GPU
     attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products
+    packed_attention a GPU's attention for all parts of a pack at once, not part by part
+    decode_attention a GPU's attention for new tokens, which reads the part of a cache that is in use
     products_in_fp32 the scores of a decoding step; on a GPU without a copy of the keys in fp32
     rms_norm         keeps its input in the compute type, not an fp32 copy of it
     swiglu           keeps its two arguments and not a third tensor of their size
     invert_cumulative   draws a token without a cumulative sum over the vocabulary
     graphed          a decoding step as one CUDA graph
     tune_allocator   freed memory stays in the process
+    skip_cudnn_attention   a GPU prepares nothing anew for every length
+    is_out_of_memory whether that is what an error means
 
 Legend: N rows, V vocabulary, E hidden size, F feed-forward size, H query heads, G key/value heads, D head
 size, m queries, n keys.
 
-    python -m pytest tests/test_fast.py
+    python -m pytest tests/test_fast.py tests/test_cuda.py
 """
 
 import ctypes
@@ -24,6 +29,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +37,10 @@ from torch import Tensor
 
 # Logits that exist at a time: 8 MB of fp32 on a CPU, which its cache can hold; 256 MB of bf16 on a GPU.
 LOGITS_AT_ONCE = dict(cpu=2**21, cuda=2**27)
+# PyTorch's varlen_attn takes the number of keys in use since 2.13. Before, it shared keys among query heads
+# without being told.
+IS_NEW = torch.__version__ >= (2, 13)
+SHARED_HEADS = dict(enable_gqa=True) if IS_NEW else {}
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -244,6 +254,87 @@ class _Attention(torch.autograd.Function):
         return d_q.view(grad.shape), d_k, d_v, None
 
 
+class SeenKeys(NamedTuple):
+    """Which keys each part of a model.Packed sees, as `packed_attention` wants to know it: one for a pass."""
+
+    tokens: Tensor  # the numbers of the tokens that each part sees, one part after another
+    query_ends: Tensor  # (1 + parts,) int32: 0, and where the queries of each part end
+    key_ends: Tensor  # (1 + parts,) int32: the same for `tokens`
+    most_queries: int
+    most_keys: int
+
+    @classmethod
+    def of(cls, lengths: list[int], parents: list[int | None], past: int, device: torch.device) -> "SeenKeys":
+        """lengths, parents: tokens of each part, and the part that it continues. past: tokens, the first
+        ones, that come before every part."""
+        own = torch.arange(past, past + sum(lengths)).split(lengths)
+        seen: dict[int | None, Tensor] = {None: torch.arange(past)}
+        for i, parent in enumerate(parents):
+            seen[i] = torch.cat((seen[parent], own[i]))
+        parts = [seen[i] for i in range(len(parents))]
+        counts = [len(part) for part in parts]
+        query_ends = torch.tensor([0, *lengths]).cumsum(0).int()
+        key_ends = torch.tensor([0, *counts]).cumsum(0).int()
+        return cls(torch.cat(parts).to(device), query_ends.to(device), key_ends.to(device), max(lengths),
+                   max(counts))
+
+
+def runs_flash(x: Tensor) -> bool:
+    """Whether `packed_attention` takes heads like these (T, heads, D): on GPUs since Ampere, in 16 bits."""
+    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    is_new = torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return is_new and x.shape[-1] % 8 == 0 and x.shape[-1] <= 256
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys) -> Tensor:
+    """Causal grouped-query attention for all parts of a pack: one kernel, whatever their number.
+
+    q (T, H, D), k and v (past + T, G, D), the past before every part -> (T, H, D). Plain form: the loop of
+    model.Packed.attend.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # here, because it loads torch's compiler
+    k = k.index_select(0, seen.tokens)  # (n of all parts, G, D): what each part sees stands side by side
+    v = v.index_select(0, seen.tokens)  # (n of all parts, G, D)
+    # A window of (-1, 0) is causal: a part's queries are the last of the tokens that it sees.
+    return varlen_attn(q, k, v, seen.query_ends, seen.key_ends, seen.most_queries, seen.most_keys,
+                       window_size=(-1, 0), **SHARED_HEADS)
+
+
+class HeldKeys(NamedTuple):
+    """How many tokens each of n slots of a cache holds, as `decode_attention` wants to know it."""
+
+    counts: Tensor  # (n,) int32
+    query_ends: Tensor  # (1 + n,) int32: 0 and the number of the slot, from 1
+    key_ends: Tensor  # (1 + n,) int32: where the slots' places end
+
+    @classmethod
+    def of(cls, counts: Tensor, length: int) -> "HeldKeys":
+        """counts (n,), length: of all slots."""
+        ends = torch.arange(len(counts) + 1, dtype=torch.int32, device=counts.device)
+        return cls(counts.int(), ends, ends * length)
+
+
+def runs_flash_decoding(x: Tensor) -> bool:
+    """Whether `decode_attention` takes heads like these (..., heads, n, D)."""
+    return IS_NEW and runs_flash(x)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, held: HeldKeys) -> Tensor:
+    """Grouped-query attention of one token for each of n slots over what the slot holds: places that are not
+    in use are not read.
+
+    q (n, H, D), k (n, G, L, D) and v (n, G, D, L), in the memory order of sample.Cache -> (n, H, D). Plain
+    form: sample.Decode.attend.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+    length = k.shape[2]
+    k = k.transpose(1, 2).flatten(0, 1)  # (n * L, G, D), not copied
+    v = v.permute(0, 3, 1, 2).flatten(0, 1)  # (n * L, G, D), not copied
+    return varlen_attn(q, k, v, held.query_ends, held.key_ends, 1, length, seqused_k=held.counts,
+                       **SHARED_HEADS)
+
+
 def products_in_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of bf16 or fp32 matrices (batch, ..., m, k) and (batch, ..., k, n), in fp32. Plain form:
 
@@ -361,7 +452,8 @@ def graphed(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
         step()  # the first call sets up what cannot be captured
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # In the mode by default what other threads do, NCCL's say, would end the capture.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         out = step()
 
     def replay() -> Tensor:
@@ -369,6 +461,21 @@ def graphed(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
         return out
 
     return replay
+
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory has run out. On a CPU torch has no class for it."""
+    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or any(words in str(error) for words in OUT_OF_MEMORY))
+
+
+def skip_cudnn_attention() -> None:
+    """Have PyTorch choose another attention kernel than cuDNN's, which it tries first on new GPUs and which
+    makes a plan for every length that it has not seen: those of texts seldom repeat."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def tune_allocator() -> None:

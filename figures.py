@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from measures import with_interval
-from run import read_json, read_jsonl
+from run import naming, read_json, read_jsonl
 
 # ------------------------------------------------------------------------- drawing
 
@@ -52,9 +52,13 @@ def pyplot():
 def save_figure(figure, file: Path) -> None:
     """Write a figure to `file` whole or not at all."""
     temporary = file.with_name(file.name + ".tmp")
-    figure.savefig(temporary, dpi=150, format=file.suffix[1:])
-    os.replace(temporary, file)
-    pyplot().close(figure)
+    try:
+        with naming(file):
+            figure.savefig(temporary, dpi=150, format=file.suffix[1:])
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)  # a full disk has no room for half a figure
+        pyplot().close(figure)
 
 
 # ------------------------------------------------------------------------- of training

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import Config, Decoder
-from run import UserError, main, rank, read_json, sync, write_json
+from run import UserError, main, naming, rank, read_json, sync, write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja", "vocab.json", "merges.txt")
@@ -213,10 +213,8 @@ def save(weights: dict[str, Tensor], config: Config, folder: Path, source: Path,
     plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=max_file_size)
     for file, keys in plan.filename_to_tensors.items():
         tensors = {key: weights[key].detach().to("cpu", dtype).contiguous() for key in keys}
-        try:
+        with naming(folder / file):
             save_file(tensors, temporary / file, metadata={"format": "pt"})
-        except SafetensorError as e:
-            raise UserError(f"{temporary / file} could not be written: {e}") from None
         shutil.copymode(config_file, temporary / file)  # else it could be read by nobody but its owner
     if plan.is_sharded:
         index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)

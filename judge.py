@@ -37,8 +37,8 @@ import torch
 from endpoint import SECRET, Completion, Endpoint, NoReply, Question
 from folder import find, load
 from replies import final_answer, read_choice, read_object, read_score
-from run import (UserError, broadcast, default_device, gather, main, option, parse, parse_json, progress,
-                 rank, read_appended, read_json, seed_from, shard)
+from run import (UserError, broadcast, default_device, gather, main, naming, option, parse, parse_json,
+                 progress, rank, read_appended, read_json, seed_from, shard)
 from sample import Sample, Sampling, generate
 from schema import TEXT, optional, record
 from tokenizer import TEMPLATE_DATE, Tokenizer
@@ -125,7 +125,7 @@ class Judge:
         share = shard(list(new.items()))
         replies = {}
         bar = progress(len(share), "replies", label)
-        with open(self.cache, "a", encoding="utf-8") as file:
+        with naming(self.cache), open(self.cache, "a", encoding="utf-8") as file:
 
             def store(i: int, answer: Completion | NoReply) -> None:
                 key, _ = share[i]

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import run
 from fast import upcast
-from run import UserError, seed_from, write_json
+from run import naming, seed_from, write_json
 
 ADAPTER = ("lora_A", "lora_B")  # what the two matrices are called, here and in PEFT's files
 
@@ -124,10 +123,8 @@ def save_adapter(model: nn.Module, master_of: Callable[[Tensor], Tensor], folder
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     file = temporary / "adapter_model.safetensors"
-    try:
+    with naming(folder / file.name):
         save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as e:
-        raise UserError(f"{file} could not be written: {e}") from None
     write_json(temporary / "adapter_config.json", config)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

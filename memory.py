@@ -20,7 +20,7 @@ from torch import nn
 from fast import LOGITS_AT_ONCE
 from losses import Group, common_prefix_length
 from model import Config, Decoder
-from run import UserError, default_device
+from run import UserError, default_device, world
 
 PROGRAM = 0.45e9  # bytes of the interpreter and its libraries; on a GPU these are elsewhere
 # Of a step's only pass, and of several: the holes that a heap has after it, for each byte of its activations;
@@ -129,10 +129,10 @@ def peak(parts: dict[str, float], device: str = "cpu") -> float:
     loaded = parts["program"] + parts["weights"]
     sampling = parts["cache"] + parts.get("copy", 0.0)
     training = parts["gradients"] + parts["activations"] + parts["heap"] + parts.get("gathered", 0.0)
-    later = parts["optimizer"] + max(training, parts["copies"])
+    later = max(training, parts["copies"])
     if device == "cpu":  # the room that the cache had stays in the process, and later tensors do not fit in
-        return loaded + max(parts["file"], sampling + later)
-    return loaded + max(sampling, later)
+        return loaded + max(parts["file"], parts["optimizer"] + sampling + later)
+    return loaded + parts["optimizer"] + max(sampling, later)  # the optimizer is there before the first pair
 
 
 def heap_bytes(config: Config, args, passes: list[Pass], gradients: float) -> float:
@@ -159,14 +159,17 @@ def activation_bytes(config: Config, args, largest: Pass, device: str) -> float:
 
     # Each of a block's two norms keeps its input and a scale; the layers after it keep its output.
     a_token = 4 * hidden * number + 2 * FP32
-    # Attention keeps q, k, v and its output, which is stored once more for the layer after it.
-    a_token += (3 * queries + 2 * keys) * number
+    # Attention keeps q, k, v and its output, which is stored once more for the layer after it where attention
+    # goes part by part (fast.packed_attention does not).
+    is_packed = device == "cuda" and number == BF16
+    a_token += ((2 if is_packed else 3) * queries + 2 * keys) * number
     if config.qk_norm:
         a_token += (queries + keys) * number + (heads + kv_heads) * FP32
     a_token += 3 * inner * number  # of the feed-forward layer: gate, up and their product
     a_token += 7 * args.lora_rank * number  # x A of each of the seven adapters
-    # A part that continues another one has all the keys and values that it sees side by side.
-    copied = sum(n for m, n in parts if n > m)
+    # A part that continues another one has all the keys and values that it sees side by side; packed, every
+    # part has, and no others are kept.
+    copied = sum(n - m if is_packed else n for m, n in parts if n > m)
     block = tokens * a_token + copied * 2 * keys * number
     is_table = device == "cpu" and number == BF16  # fast.attention keeps its weights, other kernels a sum
     block += heads * sum(m * n * BF16 if is_table and m * n <= 2**20 else m * FP32 for m, n in parts)
@@ -224,6 +227,47 @@ def out_of_reach(config: Config, args, card: float) -> list[str]:
         lines.append(f"measuring what the saved folder keeps: it takes all weights in fp32, "
                      f"{gb(sizes.total * FP32)}")
     return lines
+
+
+def require_fit(args, config: Config, source: str) -> None:
+    """UserError where this process's GPU can't hold what training keeps for every step, however small; a
+    warning where a full pass might be too much beside it. A CPU's memory is not asked.
+
+    args: train.Args, resolved. source: the model's name.
+    """
+    device = default_device()
+    if device.type != "cuda":
+        return
+    card = torch.cuda.get_device_properties(device).total_memory
+    half = args.pass_tokens // 2
+    full = Pass([(args.pass_tokens - half, [half])])
+    parts = predicted_memory(config, args, [full], 0, world(), "cuda")
+    kept = {name: parts.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "gathered")}
+    total = sum(kept.values())
+    listed = ", ".join(f"{name} {gb(size)}" for name, size in kept.items() if size)
+    if total > USABLE * card:
+        raise UserError(f"{source}: training takes {gb(total)} on every GPU ({listed}), and this one has "
+                        f"{gb(card)}: {way_out(args, config, card)}")
+    if total + parts["activations"] > USABLE * card:
+        print(f"warning: a pass of --pass-tokens {args.pass_tokens} takes up to {gb(parts['activations'])} "
+              f"beside {gb(total)} ({listed}), and this GPU has {gb(card)}: should memory run out, lower "
+              "--pass-tokens or give --checkpoint-activations")
+
+
+def way_out(args, config: Config, card: float) -> str:
+    """What makes training fit that does not fit on a GPU of `card` bytes."""
+    smallest = [Pass([(1, [1])])]
+    ways = []
+    if not args.lora_rank:
+        adapters = dataclasses.replace(args, lora_rank=32)
+        parts = predicted_memory(config, adapters, smallest, 0, world(), "cuda")
+        size = peak(parts | dict(copies=0.0), "cuda")  # a saved model's copies can be made elsewhere
+        if size <= USABLE * card:
+            ways.append(f"give --lora-rank 32, which takes {gb(size)} and a pass")
+    processes = cards_needed(config, args, smallest, card)
+    if processes:
+        ways.append(f"take at least {processes} GPUs, with torchrun and --shard")
+    return ", or ".join(ways) or "take GPUs with more memory, or a smaller model"
 
 
 def require_copy(args, config: Config, what: str, remedy: str) -> None:

@@ -253,6 +253,7 @@ class Packed:
                  device: torch.device | str = "cpu"):
         """shapes: (P, [R_1..R_n]) of each group; root: tokens before all of them; past: tokens before even
         those, whose keys and values `past_keys` knows."""
+        self.past, self.device = past, device
         # Every root, prefix and response is a part; `parents` names the part that it continues, if any.
         self.lengths: list[int] = []
         self.parents: list[int | None] = []
@@ -272,18 +273,31 @@ class Packed:
         positions = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
         self.positions = torch.cat(positions).to(device)  # (T,)
 
+    @functools.cached_property
+    def seen_keys(self) -> fast.SeenKeys:
+        """Which keys each part sees: looked up once a pass, by all layers."""
+        return fast.SeenKeys.of(self.lengths, self.parents, self.past, self.device)
+
     def past_keys(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """Keys and values (G, past, D) that all parts continue: none, unless sampling overrides this."""
         return None
 
-    def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
-        """Called with all keys and values (G, n, D) that a part sees, its own last: sampling keeps them."""
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Called with the keys and values (T, G, D) of all parts: sampling keeps them."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (T, H, D), k and v (T, G, D) -> (T, H, D): attention part by part."""
+        """q (T, H, D), k and v (T, G, D) -> (T, H, D): attention part by part; on a GPU all of it at once."""
+        self.keep(layer, k, v)
+        past = self.past_keys(layer)
+        if fast.runs_flash(q):
+            if past:
+                k = torch.cat((past[0].transpose(0, 1), k))  # (past + T, G, D)
+                v = torch.cat((past[1].transpose(0, 1), v))  # (past + T, G, D)
+            return fast.packed_attention(q, k, v, self.seen_keys)
+
         parts = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
         # Part -> all keys and values that its continuations see; None stands for what precedes every part.
-        seen: dict[int | None, tuple[Tensor, Tensor] | None] = {None: self.past_keys(layer)}
+        seen: dict[int | None, tuple[Tensor, Tensor] | None] = {None: past}
         outputs = []
         for i, (part_q, part_k, part_v) in enumerate(parts):  # (H, R, D), (G, R, D), (G, R, D)
             if before := seen[self.parents[i]]:
@@ -291,7 +305,6 @@ class Packed:
                 part_v = torch.cat((before[1], part_v), dim=1)  # (G, n, D)
             if i in self.parents:
                 seen[i] = part_k, part_v
-            self.keep(layer, i, part_k, part_v)
             outputs.append(causal_attention(part_q, part_k, part_v))  # (H, R, D)
         return torch.cat(outputs, dim=1).transpose(0, 1)  # (T, H, D)
 

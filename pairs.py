@@ -33,8 +33,8 @@ from model import Decoder
 from negatives import (NEGATIVES, SAMPLED, Pair, Response, add_noise, add_reshuffled,
                        negative_messages)
 from rows import fitting_pairs, fitting_rows, rows_with_contexts
-from run import (UserError, broadcast, default_device, environment, fingerprint, gather, main, option, parse,
-                 progress, rank, read_appended, read_json, read_jsonl, seed_from, shard, write_json,
+from run import (UserError, broadcast, default_device, environment, fingerprint, gather, main, naming, option,
+                 parse, progress, rank, read_appended, read_json, read_jsonl, seed_from, shard, write_json,
                  write_jsonl)
 from sample import Sample, Sampling, generate
 from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, whole
@@ -164,7 +164,8 @@ def sample_pairs(
     pairs: dict[int, Pair] = {}
 
     name = PROCESS_FILES.replace("*", str(rank())) if rank() else "pairs.jsonl"
-    with open(folder / name if folder else os.devnull, "a", encoding="utf-8") as file:
+    path = folder / name if folder else Path(os.devnull)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
 
         def on_finished(job: int, sample: Sample) -> None:
             i, k = jobs[job]

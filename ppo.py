@@ -556,9 +556,9 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
         processor_seconds=time.process_time() - processor,
         peak_memory_gb=peak_memory() / 1e9,
     )
-    write_json(folder / "summary.json", summary)
-    checkpoints.remove()
     if not rank():
         learning_curve(folder)
+    write_json(folder / "summary.json", summary)  # the last file: whatever has failed before is done again
+    checkpoints.remove()
     print(f"{summary['updates']} updates on {summary['responses']} responses, {summary['seconds']:.0f} s, "
           f"{summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")

@@ -26,7 +26,8 @@ from data import Example, user_message
 from losses import Group, sequence_logps
 from measures import SYSTEMS, Answer, Answers, or_nan
 from model import Decoder
-from run import UserError, broadcast, gather, progress, rank, read_appended, read_jsonl, shard, write_jsonl
+from run import (UserError, broadcast, gather, naming, progress, rank, read_appended, read_jsonl, shard,
+                 write_jsonl)
 from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
 
@@ -116,7 +117,8 @@ def sample_responses(model: Decoder, tokenizer: Tokenizer, messages: list[Messag
     left = [i for i in range(len(messages)) if i not in done]
     rows = shard(left)
     bar = progress(len(rows), "responses", system)
-    with open(samples_file(file, system) if file else os.devnull, "a", encoding="utf-8") as kept:
+    path = samples_file(file, system) if file else Path(os.devnull)
+    with naming(path), open(path, "a", encoding="utf-8") as kept:
 
         def keep(j: int, sample: Sample) -> None:
             kept.write(json.dumps(dict(row=rows[j], ids=sample.ids, finished=sample.finished)) + "\n")

@@ -19,7 +19,7 @@ from contexts import examples_for, sampling_for
 from data import Example
 from model import Decoder
 from negatives import Pair, Response
-from run import UserError, barrier, gather, progress, rank, read_appended, seed_from, shard
+from run import UserError, barrier, gather, naming, progress, rank, read_appended, seed_from, shard
 from sample import Sample, generate
 from tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ def revise(model: Decoder, pairs: list[Pair], args, folder: Path, seed: int) -> 
     prompts = [tokenizer.chat(message, pairs[i].system) for i, message in zip(todo, messages, strict=True)]
     fresh: dict[str, Response] = {}
     name = f"revised.jsonl.process-{rank()}" if rank() else "revised.jsonl"
-    with open(folder / name, "a", encoding="utf-8") as file:
+    with naming(folder / name), open(folder / name, "a", encoding="utf-8") as file:
 
         def on_finished(k: int, sample: Sample) -> None:
             pair = pairs[todo[k]]

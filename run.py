@@ -23,19 +23,24 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
 import time
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 import fast
 from console import Output, one_line
+from fast import is_out_of_memory
 
 
 class UserError(Exception):
@@ -183,6 +188,7 @@ def outcome(program) -> tuple[int, str]:
     """Run `program()`: the exit code that it ends with, and the line that it ends in, "" for none."""
     try:
         fast.tune_allocator()
+        fast.skip_cudnn_attention()
         start_processes()
         program()
         sys.stdout.flush()
@@ -199,7 +205,8 @@ def outcome(program) -> tuple[int, str]:
     except OSError as e:
         if e.errno is None:
             raise
-        message = f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+        file = e.filename2 or e.filename  # of a copy or a new name the second one is written
+        message = f"{e.strerror}: {file}" if file else e.strerror
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             message += ("; what was written is kept: make room and give the same command again (train.py: "
                         "with --resume)")
@@ -207,16 +214,8 @@ def outcome(program) -> tuple[int, str]:
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        return 2, f"error: out of memory: lower --slots, or --pass-tokens in training ({e})"
-
-
-OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory has run out. On a CPU torch has no class for it."""
-    return (isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or any(words in str(error) for words in OUT_OF_MEMORY))
+        return 2, ("error: out of memory: lower --slots, or --pass-tokens in training, where "
+                   f"--checkpoint-activations, --lora-rank 32 and --shard save more ({e})")
 
 
 # ------------------------------------------------------------------------- processes
@@ -239,12 +238,30 @@ def start_processes() -> None:
     """Join torchrun's processes, where there are several: NCCL on GPUs, gloo on CPUs. Only rank 0 prints."""
     if started_by_torchrun():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # a process that samples longer than the others keeps them waiting
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo",
-                                timeout=datetime.timedelta(hours=4))
+            gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+            if max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 0))) > gpus:
+                raise UserError(f"more processes than GPUs: torchrun --nproc_per_node {gpus} fills them")
+            torch.cuda.set_device(number)
+        timeout = datetime.timedelta(hours=4)  # a process that samples longer keeps the others waiting
+        store, number, size = next(rendezvous("env://", timeout=timeout))
+        # Each start has a part of torchrun's store to itself: in another's are the addresses of the dead.
+        store = dist.PrefixStore(f"start-{restarts()}", store)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number,
+                                world_size=size, timeout=timeout)
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+
+
+def restarts() -> int:
+    """How often torchrun --max-restarts has started all processes anew because one had died.
+
+    UserError on several machines, which count each for itself.
+    """
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if not on_one_machine and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UserError("torchrun --max-restarts is for the processes of one machine: leave it out, and give "
+                        "the same command with --resume when one has died")
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def rank() -> int:
@@ -292,23 +309,44 @@ def barrier() -> None:
 
 # ------------------------------------------------------------------------- files
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have errors of writing inside be OSErrors that name this file, as those of opening one are."""
+    try:
+        yield
+    except SafetensorError as e:
+        number = re.search(r"\(os error (\d+)\)", str(e))
+        if not number:
+            raise UserError(f"{path} could not be written: {e}") from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    except OSError as e:
+        if e.errno is None or e.filename is not None:
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from None
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` whole or not at all: temporary file, fsync, rename. Process 0 alone writes."""
     if rank():
         return
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with naming(path), open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk has no room for half a file
+        raise
 
 
 def sync(path: Path) -> None:
     """Have the disk hold what was written to a file, or into a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -478,7 +516,7 @@ def peak_memory() -> float:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a step, appended and flushed, so that a killed run keeps what it logged.
+    """metrics.jsonl: one JSON object a step, appended at once, so that a killed run keeps what it logged.
 
     Process 0 alone writes. rows: how many lines to keep of what is there; those after them are of steps that
     will be taken again.
@@ -486,16 +524,16 @@ class Metrics:
 
     def __init__(self, path: Path, rows: int = 0):
         self.rows = rows
-        self.file = open(os.devnull, "w")  # noqa: SIM115
-        if rank() or str(path) == os.devnull:
+        self.path = Path(os.devnull) if rank() else path
+        if str(self.path) == os.devnull:
             return
-        lines = path.read_bytes().splitlines(keepends=True)[:rows] if rows else []
-        path.write_bytes(b"".join(lines))
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        kept = path.read_bytes().splitlines(keepends=True)[:rows] if rows else []
+        path.touch()
+        os.truncate(path, sum(map(len, kept)))  # which takes no room on a full disk, as writing anew would
 
     def log(self, **values) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
         self.rows += 1
 
 

@@ -25,8 +25,11 @@ from negatives import Pair
 from pairs import load_pairs
 from rows import fitting_pairs
 from run import UserError, environment, fingerprint, read_json, world, write_json
+from schema import OBJECT, checked, record
 from selection import refuse_leaks
 from tokenizer import Tokenizer
+
+BEGUN = dict(resuming=record(dict(arguments=OBJECT, machine=OBJECT)))  # what is read of args.json
 
 
 def run_folder(grid: list) -> Path:
@@ -35,11 +38,26 @@ def run_folder(grid: list) -> Path:
     given = [resuming([candidate])["arguments"] for candidate in grid]
     parts = Path(args.data.partition(":")[0]).stem, args.neg, Path(args.model).name, fingerprint(given)[:6]
     folder = Path(args.out) if args.out else Path("runs") / "-".join(parts)
+    refuse_occupied(folder, args)
+    return folder
+
+
+def refuse_occupied(folder: Path, args) -> None:
+    """UserError where the folder holds a run that is not to be resumed."""
     if (folder / "summary.json").exists() and not args.resume:
         raise UserError(f"{folder} already holds a run: name another --out, or remove it")
     if (folder / "metrics.jsonl").exists() and not args.resume:
         raise UserError(f"{folder} holds a run that was interrupted: go on with --resume, or remove it")
-    return folder
+
+
+def is_finished(grid: list, folder: Path) -> bool:
+    """Whether the run that is to be resumed is whole; UserError where it is a run of other arguments."""
+    if not (folder / "summary.json").exists():
+        return False
+    now = resuming(grid)["arguments"]
+    before = begun_with(folder)["arguments"] | dict(test=now["test"])  # evaluation may follow
+    refuse_changes(dict(arguments=before, machine={}), dict(arguments=now), may_differ=False)
+    return True
 
 
 def check_space(folder: Path, source: Path) -> None:
@@ -90,7 +108,7 @@ def begin_or_resume(grid: list, folder: Path, checkpoints: Checkpoints) -> tuple
     if not grid[0].resume or not file.exists():
         write_arguments(grid[0], grid, folder)
         return {}, {}
-    refuse_changes(read_json(file)["resuming"], resuming(grid), grid[0].resume_elsewhere)
+    refuse_changes(begun_with(folder), resuming(grid), grid[0].resume_elsewhere)
     saved = checkpoints.load()
     if saved is None:
         print(f"{folder}: no checkpoint yet, training begins with its first step")
@@ -98,6 +116,12 @@ def begin_or_resume(grid: list, folder: Path, checkpoints: Checkpoints) -> tuple
     tensors, state = saved
     print(f"{folder}: goes on after step {state['step']}")
     return state, tensors
+
+
+def begun_with(folder: Path) -> dict:
+    """What `resuming` said when the run in the folder began."""
+    file = folder / "args.json"
+    return checked(read_json(file), BEGUN, str(file))["resuming"]
 
 
 def resuming(grid: list) -> dict:

@@ -126,6 +126,8 @@ class Cache:
     A slot is reused by writing over it: stale entries beyond its length are masked. Every product reads all L
     places, because slices would be copied first. On a CPU keys are fp32, as the scores are. Values are stored
     transposed, so that each product reads along the dimension it sums over.
+    Where a GPU has a kernel for it (`is_flash`), a step reads only what each slot holds; keys and values have
+    the same shapes, but in memory all heads of a token stand side by side, as the kernel wants them.
     """
 
     def __init__(
@@ -142,30 +144,28 @@ class Cache:
         size = config.head_dim
         self.score_dtype = torch.promote_types(dtype, torch.float32)
         key_dtype = dtype if torch.device(device).type == "cuda" else self.score_dtype
-        self.k = torch.zeros(layers, slots, heads, length, size, dtype=key_dtype, device=device)
-        self.v = torch.zeros(layers, slots, heads, size, length, dtype=dtype, device=device)
         self.shared_k = torch.zeros(layers, heads, shared_length, size, dtype=dtype, device=device)
         self.shared_v = torch.zeros_like(self.shared_k)
+        self.is_flash = not shared_length and fast.runs_flash_decoding(self.shared_k)
+        if self.is_flash:
+            shape = layers, slots, length, heads, size
+            self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
+            self.v = torch.zeros(shape, dtype=dtype, device=device).permute(0, 1, 3, 4, 2)
+        else:
+            self.k = torch.zeros(layers, slots, heads, length, size, dtype=key_dtype, device=device)
+            self.v = torch.zeros(layers, slots, heads, size, length, dtype=dtype, device=device)
         self.shared_length = shared_length
         self.length = length
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # (S,)
         self.slots = torch.arange(slots, device=device)  # (S,)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values (G, R, D) of R tokens after the shared ones in each of the slots."""
+    def write(self, layer: int, slots: Tensor, places: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store the keys and values (n, G, D) of n tokens, each at a place (n,) of a slot (n,)."""
         layer_k, layer_v = self.k[layer], self.v[layer]
-        n = k.shape[1]
-        layer_k[slots, :, :n] = k.to(layer_k.dtype)
-        layer_v[slots, :, :, :n] = v.transpose(1, 2)
+        layer_k[slots, :, places] = k.to(layer_k.dtype)
+        layer_v[slots, :, :, places] = v
 
-    def append(self, layer: int, n: int, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values (n, G, D) of the next token of each of the first n slots."""
-        layer_k, layer_v = self.k[layer], self.v[layer]
-        slots, ends = self.slots[:n], self.lengths[:n]
-        layer_k[slots, :, ends] = k.to(layer_k.dtype)
-        layer_v[slots, :, :, ends] = v
-
-    def move(self, source: list[int], target: list[int]) -> None:
+    def move(self, source: Tensor, target: Tensor) -> None:
         """Copy what some slots hold into others."""
         for tensor in (self.k, self.v):
             tensor[:, target] = tensor[:, source]
@@ -179,29 +179,37 @@ class SharedPrefill(Packed):
         super().__init__([(cache.shared_length, [])], device=cache.lengths.device)
         self.cache = cache
 
-    def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
-        self.cache.shared_k[layer].copy_(k)
-        self.cache.shared_v[layer].copy_(v)
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.cache.shared_k[layer].copy_(k.transpose(0, 1))
+        self.cache.shared_v[layer].copy_(v.transpose(0, 1))
 
 
 class Prefill(Packed):
     """The layout of prompts that continue the shared tokens; what each computes is copied to its slots."""
 
-    def __init__(self, cache: Cache, lengths: list[int], slots: list[Tensor], root: int):
+    def __init__(self, cache: Cache, lengths: list[int], slots: list[list[int]], root: int):
         """lengths, slots: of each prompt, the tokens after the shared ones, and which slots start from it.
         root: how many of those tokens these prompts have in common: they are laid once, before the others."""
-        shapes = [(length - root, []) for length in lengths]
-        super().__init__(shapes, root, cache.shared_length, cache.lengths.device)
+        own = [length - root for length in lengths]
+        super().__init__([(n, []) for n in own], root, cache.shared_length, cache.lengths.device)
         self.cache = cache
-        self.slots = [None, *slots] if root else slots  # of each part: the first one is the root, if any
+        # Which tokens of the pass are kept, in which slot, at which place.
+        common, *rest = torch.arange(root + sum(own)).split([root, *own])
+        kept, targets, places = [], [], []
+        for tokens, group in zip(rest, slots, strict=True):
+            prompt = torch.cat((common, tokens))
+            for slot in group:
+                kept.append(prompt)
+                targets.append(torch.full_like(prompt, slot))
+                places.append(torch.arange(len(prompt)))
+        index = torch.stack((torch.cat(kept), torch.cat(targets), torch.cat(places)))
+        self.kept, self.targets, self.places = index.to(self.device)
 
     def past_keys(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.shared_k[layer], self.cache.shared_v[layer]
 
-    def keep(self, layer: int, part: int, k: Tensor, v: Tensor) -> None:
-        slots, shared = self.slots[part], self.cache.shared_length  # k and v begin with the shared tokens
-        if slots is not None:
-            self.cache.write(layer, slots, k[:, shared:], v[:, shared:])
+    def keep(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self.cache.write(layer, self.targets, self.places, k[self.kept], v[self.kept])
 
 
 class Decode:
@@ -212,6 +220,9 @@ class Decode:
         self.cache, self.n = cache, n
         lengths = cache.lengths[:n]
         self.positions = cache.shared_length + lengths  # (n,)
+        if cache.is_flash:
+            self.held = fast.HeldKeys.of(lengths + 1, cache.length)
+            return
         places = torch.arange(cache.length, device=lengths.device)  # (L,)
         unused = places > lengths[:, None]  # (n, L): the new token's own place is seen
         mask = torch.zeros_like(unused, dtype=cache.score_dtype)  # (n, L)
@@ -221,9 +232,11 @@ class Decode:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (n, H, D), the new tokens' k and v (n, G, D) -> (n, H, D). Scores and softmax are fp32."""
         n, cache = self.n, self.cache
-        cache.append(layer, n, k, v)
+        cache.write(layer, cache.slots[:n], cache.lengths[:n], k, v)
         slot_k = cache.k[layer][:n]  # (n, G, L, D)
         slot_v = cache.v[layer][:n]  # (n, G, D, L)
+        if cache.is_flash:
+            return fast.decode_attention(q, slot_k, slot_v, self.held)
         shared_k = cache.shared_k[layer]  # (G, A, D)
         shared_v = cache.shared_v[layer]  # (G, A, D)
 
@@ -353,14 +366,24 @@ class Sampler:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
 
     def refill(self) -> bool:
-        """Give free slots the next prompts or, when none is waiting, close the slots up. False at the end."""
+        """Give free slots the next prompts when it is time to and close up the others. False at the end.
+        """
         if not self.changed:
             return True
-        while self.waiting and None in self.owner:
+        while self.waiting and self.is_time_to_admit():
             self.admit()
         self.close_up()
         self.changed = False
         return self.busy > 0
+
+    def is_time_to_admit(self) -> bool:
+        """Whether an eighth of the slots is free, or enough for all that wait.
+
+        Of many slots one ends its response after almost every token, and on a GPU to prefill a single prompt
+        takes about as long as to decode a token of all slots.
+        """
+        free = self.owner.count(None)
+        return 8 * free >= self.slots or free >= len(self.waiting)
 
     def admit(self) -> None:
         """Prefill waiting prompts into free slots, each distinct one once, and draw their first tokens."""
@@ -373,14 +396,11 @@ class Sampler:
                 break
             i = self.waiting.popleft()
             self.owner[slot] = i
-            numbers = uniform_numbers(self.seed, *self.keys[i], self.sampling.max_new_tokens)
-            self.uniform[slot] = numbers.to(self.uniform.device)
-            prompt = tuple(self.prompts[i])
-            taken.setdefault(prompt, []).append(slot)
+            taken.setdefault(tuple(self.prompts[i]), []).append(slot)
 
         # What these prompts have in common beyond the shared tokens is laid once, before the others.
         prompts = [list(prompt[shared:]) for prompt in taken]
-        slots_of = [self.tensor(group) for group in taken.values()]
+        slots_of = list(taken.values())
         lengths = [len(prompt) for prompt in prompts]
         root = common_prefix_length(prompts)
         ids = prompts[0][:root]
@@ -391,23 +411,33 @@ class Sampler:
         lengths = self.tensor(lengths)  # (prompts,)
         last = (lengths - root).cumsum(0) + root - 1  # (prompts,): where each one's last token is
         logits = self.model.logits(hidden[last])  # (prompts, V)
-        slots = torch.cat(slots_of)  # (n,)
-        counts = self.tensor([len(group) for group in slots_of])  # (prompts,)
-        prompt_of = torch.arange(len(prompts), device=counts.device).repeat_interleave(counts)  # (n,)
+        started, starts = [], []  # slots, and the number of the prompt that each starts from
+        for j, group in enumerate(slots_of):
+            started += group
+            starts += [j] * len(group)
+        slots, prompt_of = self.tensor([started, starts])  # (n,) each
+        self.uniform[slots] = self.numbers(started)
         self.cache.lengths[slots] = lengths[prompt_of]
         self.drawn[slots] = 0
         self.draw(slots, logits[prompt_of])
 
+    def numbers(self, slots: list[int]) -> Tensor:
+        """The uniform numbers of the responses that some slots work on. (n, max_new_tokens)"""
+        count = self.sampling.max_new_tokens
+        rows = [uniform_numbers(self.seed, *self.keys[self.owner[slot]], count) for slot in slots]
+        return torch.stack(rows).to(self.uniform)
+
     def close_up(self) -> None:
-        """Move the last busy slots into gaps that no prompt is left for, so that fewer slots are computed."""
+        """Move the last busy slots into gaps between the others, so that fewer slots are computed."""
         owner = self.owner
         self.busy = sum(i is not None for i in owner)
         gaps = [slot for slot in range(self.busy) if owner[slot] is None]
         last = [slot for slot in range(self.busy, self.slots) if owner[slot] is not None]
         if gaps:
-            self.cache.move(last, gaps)
+            source, target = self.tensor([last, gaps])
+            self.cache.move(source, target)
             for tensor in (self.drawn, self.uniform, self.ids, self.logps):
-                tensor[gaps] = tensor[last]
+                tensor[target] = tensor[source]
         for gap, slot in zip(gaps, last, strict=True):
             owner[gap] = owner[slot]
             owner[slot] = None
@@ -444,11 +474,10 @@ class Sampler:
         self.drawn[slots] = column + 1
         stopped = torch.isin(token, self.stops)  # (n,)
         is_full = column + 1 == self.sampling.max_new_tokens  # (n,)
-        ended = (stopped | is_full).nonzero().squeeze(1)
-        # These lists are the one place in a step where the host waits for the device.
-        lists = (tensor[ended].tolist() for tensor in (slots, stopped, column))
-        for slot, finished, last in zip(*lists, strict=True):
-            self.finish(slot, finished, last + 1)
+        # This is the one place in a step where the host waits for the device.
+        ended = torch.stack((slots, stopped, column))[:, stopped | is_full]  # (3, responses that end)
+        for slot, finished, last in ended.T.tolist():
+            self.finish(slot, bool(finished), last + 1)
 
     def finish(self, slot: int, finished: bool, count: int) -> None:
         """Hand over the response of `count` tokens that a slot holds, and free the slot."""

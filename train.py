@@ -51,7 +51,7 @@ from figures import learning_curve
 from folder import check_weights, find, load, read_config
 from lora import add_adapters
 from losses import OBJECTIVES, token_count
-from memory import require_copy
+from memory import require_copy, require_fit
 from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from negatives import SAMPLED, Pair
@@ -355,7 +355,7 @@ def program() -> None:
     if missing:
         print(f"{missing}: the run will not be evaluated")
     source = find(args.model)
-    read_config(source)
+    config = read_config(source)
     check_weights(source)
     barrier()  # all processes have looked at the folder before one of them writes there
     given = given_pairs(args, source) if args.pairs else None
@@ -366,6 +366,7 @@ def program() -> None:
         print(f"{folder}: training is done")
     else:
         check_space(folder, source)
+        require_fit(args, config, args.model)
         with lock(folder):
             refuse_occupied(folder, args)  # by a run that has ended since it was looked at
             barrier()
@@ -458,10 +459,10 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
     )
     if selection:
         summary |= dict(chosen=selection.best, runs=state.finished)
-    write_json(folder / "summary.json", summary)
-    checkpoints.remove()
     if not rank():
         learning_curve(folder, best)
+    write_json(folder / "summary.json", summary)  # the last file: whatever has failed before is done again
+    checkpoints.remove()
     print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all: pairs {seconds['pairs']:.0f}, "
           f"reference {seconds['reference']:.0f}, training {summary['seconds_training']:.0f}; "
           f"{summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")

@@ -2,8 +2,12 @@
 
     kernel   the log-softmax-gather kernels over ready bf16 logits, forward and backward, against torch
     head     hidden states to log-probs and back: ours, materialised, torch's, Liger, cut-cross-entropy
-    step     a DPO step of models of well-known shapes with random weights: share of the matmul ceiling
-    decode   sampling from them: tokens a second; weights and cache read a second, over the copy bandwidth
+    step     a DPO step of models of well-known shapes with random weights, on equal and on unequal pairs
+    decode   sampling from them, with short and with long caches
+
+Seconds are medians. Every row says the share of its floor: what the work would take if nothing but its
+products ran, at the speed of a large matrix product, or nothing but its memory traffic, at the speed of a
+copy; both are measured here first.
 
     python bench/gpu.py            on a GPU
     python bench/gpu.py --small    the same script on small shapes, on any machine: to check the script
@@ -11,8 +15,8 @@
 
 import argparse
 import json
-import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,12 +24,12 @@ import torch
 from head import HEADS, available, run_head
 from side_by_side import clock, copy_speed, flops, matmul_ceiling
 
-from fast import slice_backward, slice_forward
+from fast import skip_cudnn_attention, slice_backward, slice_forward
 from model import Config, Decoder
 from optimizer import MasterAdamW
 from negatives import Pair, Response
-from run import Metrics, default_device, environment, write_json
-from sample import Sampling, generate
+from run import Metrics, default_device, environment, read_jsonl, write_json
+from sample import Sampler, Sampling
 from train import Args, State, groups_of, resolve, train
 
 COMMON = dict(rms_norm_eps=1e-6, max_position_embeddings=8192, hidden_act="silu")
@@ -40,6 +44,8 @@ QWEN_7B = dict(COMMON, model_type="qwen2", vocab_size=152064, hidden_size=3584, 
                tie_word_embeddings=False)
 TINY = dict(COMMON, model_type="llama", vocab_size=1000, hidden_size=64, intermediate_size=96,
             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+EQUAL = [(512, 256, 256)] * 16  # tokens of a pair's prompt, chosen and rejected response
+UNEQUAL = [(430, 180, 260), (350, 240, 90), (500, 150, 200), (280, 300, 120)]
 
 
 def timed(work, rounds: int = 10) -> float:
@@ -64,7 +70,7 @@ def random_model(raw: dict, device: torch.device) -> Decoder:
     return model
 
 
-def kernel(tokens: int, vocabulary: int, device: torch.device) -> dict:
+def kernel(tokens: int, vocabulary: int, device: torch.device, bandwidth: float) -> dict:
     """Milliseconds and GB a second of the two kernels; without a GPU, of the plain code in their place."""
     logits = torch.randn(tokens, vocabulary, device=device, dtype=torch.bfloat16)
     targets = torch.randint(vocabulary, (tokens,), device=device)
@@ -74,72 +80,83 @@ def kernel(tokens: int, vocabulary: int, device: torch.device) -> dict:
     there = timed(lambda: slice_forward(logits, targets))
     back = timed(lambda: slice_backward(logits, targets, lse, upstream))
     plain = timed(lambda: logits.float().log_softmax(-1).gather(1, targets[:, None]), 3)
+    forward_floor, backward_floor = logits.nbytes / bandwidth, 2 * logits.nbytes / bandwidth
     return dict(tokens=tokens, vocabulary=vocabulary, forward_ms=1e3 * there, backward_ms=1e3 * back,
-                forward_gb_per_s=logits.nbytes / there / 1e9,
-                backward_gb_per_s=2 * logits.nbytes / back / 1e9, torch_forward_ms=1e3 * plain,
-                error=((picked - lse)[:16] - exact).abs().max().item())
+                forward_floor_share=forward_floor / there, backward_floor_share=backward_floor / back,
+                torch_forward_ms=1e3 * plain, error=((picked - lse)[:16] - exact).abs().max().item())
 
 
-def heads(tokens: int, size: int, vocabulary: int, device: torch.device) -> dict:
-    """Each head's milliseconds forward and backward, and its peak memory."""
+def heads(tokens: int, size: int, vocabulary: int, device: torch.device, ceiling: float) -> dict:
+    """Each head's milliseconds forward and backward, its peak memory, and the share of its floor: one product
+    forward and two backward."""
+    floor = 3 * 2 * tokens * size * vocabulary / ceiling
     rows = {}
     for name in available():
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
         found = run_head(HEADS[name], tokens, size, vocabulary, device)
         peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         rows[name] = dict(forward_ms=1e3 * found["seconds_forward"],
-                          backward_ms=1e3 * found["seconds_backward"], peak_gib=peak, error=found["error"])
+                          backward_ms=1e3 * found["seconds_backward"], peak_gib=peak, error=found["error"],
+                          floor_share=floor / found["seconds"])
     return dict(tokens=tokens, hidden=size, vocabulary=vocabulary, heads=rows)
 
 
-def step(raw: dict, pairs: int, prompt: int, response: int, device: torch.device, ceiling: float) -> dict:
-    """DPO steps of train.py on random pairs: pairs a second and the share of the matmul ceiling."""
+def step(raw: dict, shapes: list[tuple[int, int, int]], root: int, device: torch.device,
+         ceiling: float) -> dict:
+    """DPO steps of train.py on random pairs: pairs a second and the share of the floor.
+
+    shapes: as in EQUAL. root: tokens that all prompts begin with.
+    """
     model = random_model(raw, device)
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
         return torch.randint(raw["vocab_size"], (count,), generator=generator).tolist()
 
-    def random_pair(i: int) -> Pair:
-        prompt_ids = ids(prompt)
-        chosen, rejected = (Response("", ids(response), True, prompt_ids) for _ in range(2))
-        return Pair(str(i), "", None, chosen, [rejected])
-
-    rows, reference = [random_pair(i) for i in range(pairs)], torch.zeros(pairs, 2, device=device)
-    for epochs in (2, 5):  # the first two steps warm up
-        args = resolve(Args(model="random", neg="random", batch=pairs, lr=1e-6, epochs=epochs))
-        optimizer, state = MasterAdamW(model, args.lr, args.seed), State()
-        train(optimizer, rows, reference, args, Metrics(Path(os.devnull)), state)
-    seconds = state.seconds / state.step
-    work = flops(model.config, [groups_of(pair, args)[0] for pair in rows])
+    beginning, rows = ids(root), []
+    for i, (prompt, chosen, rejected) in enumerate(shapes):
+        prompt_ids = beginning + ids(prompt - root)
+        responses = [Response("", ids(count), True, prompt_ids) for count in (chosen, rejected)]
+        rows.append(Pair(str(i), "", None, responses[0], responses[1:]))
+    args = resolve(Args(model="random", neg="random", batch=len(rows), lr=1e-6, epochs=9))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "metrics.jsonl"
+        train(MasterAdamW(model, args.lr, args.seed), rows, torch.zeros(len(rows), 2, device=device), args,
+              Metrics(file), State())
+        steps = [line for _, line in read_jsonl(file)]
+    seconds = statistics.median(line["tokens"] / line["tokens_per_second"] for line in steps[2:])
+    groups = [groups_of(pair, args)[0] for pair in rows]
+    work = flops(model.config, groups)
     return dict(model=raw["model_type"], hidden=raw["hidden_size"], layers=raw["num_hidden_layers"],
-                pairs=pairs, prompt=prompt, response=response, seconds=seconds, pairs_per_s=pairs / seconds,
-                matmul_share=work / seconds / ceiling, tflops=work / seconds / 1e12)
+                pairs=len(rows), shapes=sorted(set(shapes)), root=root, seconds=seconds,
+                pairs_per_s=len(rows) / seconds, tflops=work / seconds / 1e12,
+                floor_share=work / ceiling / seconds)
 
 
-@torch.inference_mode()
-def decode(raw: dict, counts: list[int], new: int, device: torch.device, bandwidth: float) -> list[dict]:
-    """Sampling `new` tokens without an end: tokens a second, and bytes of weights and cache read a second."""
+def decode(raw: dict, rows: list[tuple[int, int]], new: int, device: torch.device,
+           bandwidth: float) -> list[dict]:
+    """Sampling `new` tokens without an end: tokens a second, and the share of the floor: to read the weights
+    and what the cache holds once a step.
+
+    rows: how many responses, tokens of a prompt.
+    """
     model = random_model(raw, device)
     weights = sum(p.nbytes for p in model.parameters())
-    heads, size = model.config.num_key_value_heads, model.config.head_dim
-    rows = []
-    for count in counts:
-        prompts = [[1 + i % 7] * 64 for i in range(count)]
+    a_token = 2 * 2 * raw["num_hidden_layers"] * model.config.num_key_value_heads * model.config.head_dim
+    results = []
+    for count, prompt in rows:
+        prompts = [[1 + i % 7] * prompt for i in range(count)]  # that begin differently
 
-        def run(most: int, prompts: list[list[int]] = prompts) -> float:
-            start = clock()
-            generate(model, prompts, Sampling(1.0, 1.0, most), frozenset(), 0, slots=len(prompts))
-            return clock() - start
+        def seconds(tokens: int, prompts: list[list[int]] = prompts) -> float:
+            sampler = Sampler(model, prompts, Sampling(1.0, 1.0, tokens), frozenset(), len(prompts))
+            return timed(lambda: sampler.sample(prompts, 0), rounds=3)
 
-        run(8)
-        seconds = run(new) - run(8)  # without the prefill
-        cache = 2 * 2 * raw["num_hidden_layers"] * heads * size * count * (64 + new // 2)
-        rows.append(dict(hidden=raw["hidden_size"], rows=count, tokens_per_s=count * (new - 8) / seconds,
-                         bandwidth_share=(weights + cache) * (new - 8) / seconds / bandwidth))
-    return rows
+        each = (seconds(new) - seconds(1)) / (new - 1)  # without the prefill, which draws the first token
+        floor = (weights + a_token * count * (prompt + new // 2)) / bandwidth
+        results.append(dict(hidden=raw["hidden_size"], rows=count, prompt=prompt, new=new,
+                            step_ms=1e3 * each, tokens_per_s=count / each, floor_share=floor / each))
+    return results
 
 
 def program() -> None:
@@ -147,6 +164,7 @@ def program() -> None:
     p.add_argument("--small", action="store_true", help="small shapes, nothing written")
     p.add_argument("--out", default=str(Path(__file__).parent / "results" / "gpu.json"))
     args = p.parse_args()
+    skip_cudnn_attention()
     device, began = default_device(), time.perf_counter()
     if not args.small and device.type != "cuda":
         raise SystemExit("bench/gpu.py: error: no GPU here; --small checks the script")
@@ -161,16 +179,18 @@ def program() -> None:
             write_json(Path(args.out), result)  # after every row: a time limit costs only what is left
 
     if args.small:
-        note("kernel", [kernel(32, 1000, device)])
-        note("head", [heads(64, 64, 1000, device)])
-        note("step", [step(TINY, 2, 16, 8, device, ceiling)])
-        note("decode", decode(TINY, [1, 4], 16, device, bandwidth))
+        note("kernel", [kernel(32, 1000, device, bandwidth)])
+        note("head", [heads(64, 64, 1000, device, ceiling)])
+        note("step", [step(TINY, [(16, 8, 8), (20, 5, 9)], 4, device, ceiling)])
+        note("decode", decode(TINY, [(1, 64), (4, 100)], 16, device, bandwidth))
         return
-    note("kernel", [kernel(8192, v, device) for v in (151936, 128256)])
-    note("head", [heads(8192, *shape, device) for shape in ((4096, 151936), (2048, 128256))])
-    note("step", [step(raw, 16, 512, 256, device, ceiling) for raw in (LLAMA_1B, QWEN_1B)])
+    note("kernel", [kernel(8192, v, device, bandwidth) for v in (151936, 128256)])
+    note("head", [heads(8192, *shape, device, ceiling) for shape in ((4096, 151936), (2048, 128256))])
+    note("step", [step(raw, shapes, root, device, ceiling) for raw in (LLAMA_1B, QWEN_1B)
+                  for shapes, root in ((EQUAL, 0), (UNEQUAL, 64))])
     note("decode", [row for raw in (QWEN_1B, QWEN_7B)
-                    for row in decode(raw, [1, 64, 256], 128, device, bandwidth)])
+                    for row in decode(raw, [(1, 64), (64, 64), (256, 64), (128, 1408)], 128, device,
+                                      bandwidth)])
 
 
 if __name__ == "__main__":

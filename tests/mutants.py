@@ -261,6 +261,8 @@ MUTATIONS = {
          "test_selection.py::test_the_choice_never_sees_the_test_part"),
     ],
     "fast.py": [
+        ("torch.cat((seen[parent], own[i]))", "torch.cat((seen[None], own[i]))",
+         "test_cuda.py::test_all_parts_at_once_are_part_by_part"),
         ("torch.logaddexp(lse, slice_lse)", "torch.maximum(lse, slice_lse)", LOGPS),
         ("slice_forward(logits, targets - start)", "slice_forward(logits, targets)", LOGPS),
         ("d[rows, targets[rows]] += grad[rows]", "d[rows, targets[rows]] -= grad[rows]", LOGPS),

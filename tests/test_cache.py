@@ -38,10 +38,9 @@ def prefill(model: Decoder, cache: Cache, prompts: list[Tensor], slots: list[lis
             common: int = 0) -> Tensor:
     """Feed prompts, whose first `common` tokens are alike, into slots of their own. Logits of all tokens that
     were fed: of those in common, then of the rest of each prompt."""
-    targets = [torch.tensor(group) for group in slots]
-    layout = Prefill(cache, [len(prompt) for prompt in prompts], targets, common)
+    layout = Prefill(cache, [len(prompt) for prompt in prompts], slots, common)
     ids = torch.cat([prompts[0][:common], *(prompt[common:] for prompt in prompts)])
-    for prompt, group in zip(prompts, targets, strict=True):
+    for prompt, group in zip(prompts, slots, strict=True):
         cache.lengths[group] = len(prompt)
     return model.logits(model(ids, layout))
 
@@ -166,27 +165,28 @@ def test_garbage_beyond_a_slots_length_is_masked(saved, shared_length):
 
 
 def test_a_layer_written_twice_is_written_once():
-    """Prompts, the root and a next token: the second writing takes the first one's place in its layer, and
+    """Tokens of slots and of the root: the second writing takes the first one's place in its layer, and
     no other layer, slot, place or length changes."""
     model = random_model(num_hidden_layers=3)
-    shape = (2, 4, 16)  # (G, R, D)
+    shape = (4, 2, 16)  # (n, G, D)
     first, second = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2))
     once, twice = (cache_of(model, 3, 8, IDS[:4]) for _ in range(2))
-    slots = torch.tensor([0, 2])
-    twice.write(1, slots, first, first)
+    slots, places = torch.tensor([0, 2, 2, 0]), torch.tensor([0, 3, 1, 1])
+    twice.write(1, slots, places, first, first)
     for cache in (once, twice):
-        cache.write(1, slots, second, second)
-    twice.append(0, 3, first[:, :3].transpose(0, 1), first[:, :3].transpose(0, 1))
+        cache.write(1, slots, places, second, second)
+    SharedPrefill(twice).keep(2, first, first)
     for cache in (once, twice):
-        cache.append(0, 3, second[:, :3].transpose(0, 1), second[:, :3].transpose(0, 1))
-    SharedPrefill(twice).keep(2, 0, first, first)
-    for cache in (once, twice):
-        SharedPrefill(cache).keep(2, 0, second, second)
+        SharedPrefill(cache).keep(2, second, second)
     for name in ("k", "v", "shared_k", "shared_v", "lengths"):
         a, b = getattr(once, name), getattr(twice, name)
         assert torch.equal(a, b) and (name == "lengths" or len(b) == 3)
-    assert not twice.k[2].any() and not twice.k[1, 1].any() and not twice.k[1, :, :, 4:].any()
-    assert twice.k[1, 2, :, :4].equal(second) and twice.v[1, 2, :, :, :4].equal(second.transpose(1, 2))
+    assert not twice.k[[0, 2]].any() and not twice.v[[0, 2]].any() and twice.shared_k[2].any()
+    for token, (slot, place) in enumerate(zip(slots.tolist(), places.tolist(), strict=True)):
+        assert twice.k[1, slot, :, place].equal(second[token])
+        assert twice.v[1, slot, :, :, place].equal(second[token])
+        twice.k[1, slot, :, place] = 0
+    assert not twice.k.any()
 
 
 def test_writing_a_slot_leaves_the_others(saved):
@@ -208,7 +208,7 @@ def test_moved_slots_go_on(saved):
     moved, still = (cache_of(model, 4, 32, IDS[:3]) for _ in range(2))
     for cache in (moved, still):
         prefill(model, cache, [IDS[:9], IDS[20:24]], [[0, 1], [2, 3]])
-    moved.move([3], [0])
+    moved.move(torch.tensor([3]), torch.tensor([0]))
     assert moved.lengths.tolist() == [4, 9, 4, 4]
     close(decode(model, moved, IDS[50:51]), decode(model, still, IDS[50:51].expand(4))[3:], atol=1e-5)
 

@@ -7,12 +7,15 @@ import dataclasses
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import metrics_of, model_weights
+from safetensors import SafetensorError
 
+import checkpoint
 import train
 from checkpoint import MANIFEST, STATE, TENSORS, Checkpoints, StopSignal, lock
 from run import Stopped, UserError, read_json
@@ -124,6 +127,8 @@ def test_resume_of_a_run_that_is_whole_trains_nothing(call_train, capsys):
     expected = results(call_train())
     assert_same_results(call_train("--resume"), expected)
     assert "training is done" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"lr 0\.0001, now it is 0\.0002"):  # nobody trained at that
+        call_train("--resume", "--lr", "2e-4")
 
 
 @pytest.fixture
@@ -189,6 +194,36 @@ def test_a_damaged_checkpoint_is_refused_by_name(name, harm, call_train, stopped
         call_train("--resume")
 
 
+def flips(data: bytes) -> Iterator[bytes]:
+    """The data with one bit the other way, in each of their bytes."""
+    for place, byte in enumerate(data):
+        yield data[:place] + bytes([byte ^ 1 << place % 8]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("name", ["latest.json", f"step-0-000007/{MANIFEST}", f"step-0-000007/{STATE}",
+                                  f"step-0-000007/{TENSORS}"])
+def test_a_flipped_bit_anywhere_is_refused(name, tmp_path):
+    """In each byte of each file of a checkpoint and of the pointer to it: a UserError, never another one."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 7)
+    file = checkpoints.folder / name
+    whole = file.read_bytes()
+    for data in flips(whole):
+        file.write_bytes(data)
+        with pytest.raises(UserError):
+            checkpoints.load()
+    file.write_bytes(whole)
+    assert checkpoints.load()[1]["step"] == 7
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"resuming": 1}', '{"resuming": {"arguments": {}}}'])
+def test_arguments_that_are_none_are_refused(text, call_train, stopped):
+    """args.json of another program, or damaged."""
+    (stopped / "args.json").write_text(text)
+    with pytest.raises(UserError, match=r"args\.json"):
+        call_train("--resume")
+
+
 def save(checkpoints: Checkpoints, step: int, value: float = 0.0) -> None:
     checkpoints.save(dict(x=torch.full((3,), value)), dataclasses.asdict(train.State(step=step)))
 
@@ -204,22 +239,51 @@ def test_only_the_newest_are_kept(tmp_path):
     assert tensors["x"].tolist() == [15.0] * 3 and state["step"] == 15
 
 
-@pytest.mark.parametrize("function", ["save_file", "sync"])
-def test_a_checkpoint_that_could_not_be_written_leaves_the_last_one(function, tmp_path, monkeypatch):
-    """The disk is full while the second is written: the first is there, whole."""
+@pytest.mark.parametrize(("function", "error"), [
+    ("save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+    ("write_json", OSError(28, "No space left on device")),
+    ("sync", OSError(28, "No space left on device")),
+], ids=["tensors", "state", "disk"])
+def test_a_checkpoint_that_could_not_be_written_leaves_the_last_one(function, error, tmp_path, monkeypatch):
+    """The disk is full while the second is written: the first is there, whole, and nothing else."""
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 1, 1.0)
 
     def full(*arguments):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(f"checkpoint.{function}", full)
     with pytest.raises(OSError, match="No space"):
         save(checkpoints, 2, 2.0)
     monkeypatch.undo()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["latest.json", "step-0-000001"]
     assert checkpoints.load()[0]["x"].tolist() == [1.0] * 3
     save(checkpoints, 2, 2.0)
     assert checkpoints.load()[0]["x"].tolist() == [2.0] * 3
+
+
+def test_a_step_that_is_saved_twice_has_a_checkpoint_at_every_moment(tmp_path, monkeypatch):
+    """A round ends where a checkpoint was due: the first is there until the pointer is to the second."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 4, 1.0)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("checkpoint.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(checkpoints, 4, 2.0)
+    monkeypatch.undo()
+    write = checkpoint.write_json
+    monkeypatch.setattr("checkpoint.write_json",
+                        lambda file, value: killed() if file.name == "latest.json" else write(file, value))
+    with pytest.raises(KeyboardInterrupt):
+        save(checkpoints, 4, 2.0)
+    monkeypatch.undo()
+    assert checkpoints.load()[0]["x"].tolist() == [1.0] * 3
+    save(checkpoints, 4, 3.0)
+    assert checkpoints.load()[0]["x"].tolist() == [3.0] * 3
+    assert len([*checkpoints.folder.glob("step-*")]) == 1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -247,6 +311,19 @@ def test_two_runs_cannot_share_a_folder(tmp_path, call_train, work):
     with lock(work / "o"), pytest.raises(UserError, match="another run is writing here"):
         call_train()
     call_train()
+
+
+def test_a_run_that_ended_meanwhile_is_not_replaced(call_train, work, monkeypatch):
+    """The second of two looks into the folder before the first has made it, and the lock after its end."""
+    def first_ends(folder: Path, source: Path) -> None:
+        monkeypatch.undo()
+        monkeypatch.chdir(work)
+        call_train()
+
+    monkeypatch.setattr(train, "check_space", first_ends)
+    with pytest.raises(UserError, match="already holds a run"):
+        call_train("--seed", "1")
+    assert read_json(work / "o" / "args.json")["arguments"]["seed"] == 0
 
 
 def test_signals_are_noted_only_inside(tmp_path):

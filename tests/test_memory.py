@@ -4,19 +4,25 @@ MEASURED: peak memory of SmolLM2-135M-Instruct on one thread of a CPU, glibc 2.3
 True are those that PROGRAM, HOLES and FILLED were fitted on.
 """
 
+import re
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CONFIG, kept_bytes, random_model, random_pairs
 
+import fast
 from fast import LOGITS_AT_ONCE
 from lora import add_adapters
 from losses import response_logps
+import memory
+import train
 from memory import (Pass, Sizes, activation_bytes, cache_bytes, cards_needed, out_of_reach, peak,
-                    predicted_memory)
+                    predicted_memory, require_fit)
 from model import Config
 from optimizer import MasterAdamW
+from run import UserError
 from sample import Cache
 
 SMOLLM2 = dict(
@@ -43,6 +49,7 @@ class Settings:
     shard: bool = False
     slots: int = 0
     max_new_tokens: int = 8
+    pass_tokens: int = 8192
 
 
 # ------------------------------------------------------------------------- parts, one by one
@@ -185,3 +192,100 @@ def test_a_small_model_is_within_reach():
     config, settings = Config.from_dict(SMOLLM2), Settings("bfloat16", "bfloat16", shard=True)
     assert cards_needed(config, settings, [Pass(TWO)], CARD) == 1
     assert out_of_reach(config, settings, CARD) == []
+
+
+# ------------------------------------------------------------------------- a model that cannot fit
+
+QWEN_1B = dict(
+    model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+    num_attention_heads=12, num_key_value_heads=2, rms_norm_eps=1e-6, tie_word_embeddings=True,
+)  # fmt: skip
+TRAINED = Settings("bfloat16", "bfloat16")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """size -> this process has a GPU of so many bytes."""
+    def give(size: float) -> None:
+        monkeypatch.setattr(memory, "default_device", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "get_device_properties",
+                            lambda device: SimpleNamespace(total_memory=int(size)))
+    return give
+
+
+def test_a_model_that_cannot_be_trained_is_refused_with_the_arithmetic(card):
+    """1.54 billion weights of 18 bytes do not fit on 24 GB: adapters do, and so do three such cards."""
+    config = Config.from_dict(QWEN_1B)
+    card(24e9)
+    with pytest.raises(UserError) as e:
+        require_fit(TRAINED, config, "Qwen/Qwen2.5-1.5B-Instruct")
+    said = str(e.value)
+    assert said.startswith("Qwen/Qwen2.5-1.5B-Instruct: training takes 28.7 GB on every GPU (weights 3.1 GB, "
+                           "gradients 7.1 GB, optimizer 18.5 GB), and this one has 24.0 GB: ")
+    assert re.search(r"give --lora-rank 32, which takes \d\.\d GB and a pass", said)
+    assert said.endswith("or take at least 2 GPUs, with torchrun and --shard") and "\n" not in said
+    require_fit(replace(TRAINED, lora_rank=32), config, "")
+
+
+def test_a_model_that_fits_nowhere_is_told_so(card):
+    """70 billion weights on cards of 4 GB, with adapters already: no number of them is enough."""
+    card(4e9)
+    with pytest.raises(UserError, match="take GPUs with more memory, or a smaller model"):
+        require_fit(replace(TRAINED, lora_rank=32), Config.from_dict(LLAMA_70B), "")
+
+
+def test_a_pass_that_may_be_too_large_is_warned_of(card, capsys):
+    """What every step keeps fits on 40 GB; a full pass of 8,192 tokens beside it may not. On 80 GB it does.
+    """
+    config = Config.from_dict(QWEN_1B)
+    card(40e9)
+    require_fit(TRAINED, config, "")
+    assert re.search(r"warning: a pass of --pass-tokens 8192 takes up to [\d.]+ GB beside 28.7 GB",
+                     capsys.readouterr().out)
+    require_fit(replace(TRAINED, pass_tokens=256), config, "")
+    card(80e9)
+    require_fit(TRAINED, config, "")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cpu_is_not_asked(monkeypatch):
+    """Whatever the model."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", None)
+    require_fit(TRAINED, Config.from_dict(LLAMA_70B), "")
+
+
+def test_a_model_that_cannot_fit_is_refused_before_anything_is_sampled(card, call_train, monkeypatch, work):
+    """By train.py, which has made no run folder then."""
+    card(1e6)
+    monkeypatch.setattr(train, "run_training", None)
+    with pytest.raises(UserError, match=r"training takes .* on every GPU .* has 0\.001 GB"):
+        call_train()
+    assert not list(work.rglob("args.json"))
+
+
+def test_the_optimizer_is_there_while_pairs_are_sampled():
+    """On a GPU the peak of sampling counts masters and moments, which are made before."""
+    parts = dict.fromkeys(("program", "gradients", "activations", "heap", "copies", "file"), 0.0)
+    assert peak(parts | dict(weights=3.0, optimizer=18.0, cache=30.0), "cuda") == 51.0
+
+
+def test_a_gpu_keeps_what_autograd_keeps(monkeypatch):
+    """With all keys that each part sees side by side, in bf16, within 3%."""
+    monkeypatch.setattr(fast, "runs_flash", lambda x: True)
+    monkeypatch.setattr(fast, "packed_attention", lambda q, k, v, seen: PackedStandIn.apply(
+        q, k.index_select(0, seen.tokens), v.index_select(0, seen.tokens)))
+    model = random_model().bfloat16()
+    kept = kept_bytes(model, lambda: response_logps(model, GROUPS)[0][0])
+    predicted = activation_bytes(model.config, Settings("bfloat16"), Pass.of(GROUPS), "cuda")
+    assert predicted - 2 * LOGITS_AT_ONCE["cuda"] * 2 == pytest.approx(kept, rel=0.03)
+
+
+class PackedStandIn(torch.autograd.Function):
+    """Keeps what PyTorch's kernel keeps: its arguments, its output, an fp32 sum for each head and query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        """The queries, as an output."""
+        out, sums = q.clone(), q.new_zeros(q.shape[1], len(q), dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out

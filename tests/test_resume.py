@@ -209,18 +209,25 @@ def test_one_process_continues_what_two_began(form, call, tmp_path, monkeypatch)
     assert_same_files(out, whole)
 
 
-# ------------------------------------------------------------------------- two processes
+def test_the_same_seed_gives_the_same_bytes(call):
+    """Two runs; those of another seed are other pairs."""
+    files = [(call(*more, out=out) / "pairs.jsonl").read_bytes()
+             for out, *more in (["a"], ["b"], ["c", "--seed", "1"])]
+    assert files[0] == files[1] != files[2]
 
-def test_two_processes_write_the_pairs_of_one(call, flags, tmp_path):
+
+# ------------------------------------------------------------------------- several processes
+
+def test_four_processes_write_the_pairs_of_one(call, flags, tmp_path):
     """The same rows in fp32, gains up to rounding, no files but pairs.jsonl and pairs.json."""
     negatives = ["--neg", "random", "--n-neg", "2"]
     alone = load_pairs(call(*negatives))
-    done = run_processes(2, "pairs.py", *flags, "--out", "two", *negatives, cwd=tmp_path)
+    done = run_processes(4, "pairs.py", *flags, "--out", "four", *negatives, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    together = load_pairs(tmp_path / "two")
-    for one, two in zip(alone, together, strict=True):
-        for a, b in zip(one.responses, two.responses, strict=True):
+    together = load_pairs(tmp_path / "four")
+    for one, other in zip(alone, together, strict=True):
+        for a, b in zip(one.responses, other.responses, strict=True):
             assert b.gain == pytest.approx(a.gain, abs=1e-4)
             b.gain = a.gain
-        assert one == two
-    assert sorted(file.name for file in (tmp_path / "two").iterdir()) == ["pairs.json", "pairs.jsonl"]
+        assert one == other
+    assert sorted(file.name for file in (tmp_path / "four").iterdir()) == ["pairs.json", "pairs.jsonl"]

@@ -2,28 +2,35 @@
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import (assert_json_close, metrics_of, model_weights, run_inside, run_processes, steps_of,
-                      write_data)
+from conftest import (ROOT, assert_json_close, child_environment, metrics_of, model_weights, run_inside,
+                      run_processes, same_weights, steps_of, write_data)
 
 import eval as evaluation
 import train
 from pairs import load_pairs
-from run import read_json, read_jsonl
+from run import UserError, read_json, read_jsonl, restarts
 
 FLAGS = ["--max-new-tokens", "6", "--batch", "3", "--lr", "1e-4", "--dtype", "float32", "--eval-every", "2"]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory) -> tuple[Path, Path, str]:
-    """The same training by one process and by two; what the two printed."""
-    folder = tmp_path_factory.mktemp("runs")
+def flags(tiny, tmp_path_factory) -> list:
+    """What all trainings here begin with."""
     data = write_data(tmp_path_factory.mktemp("data") / "own.jsonl", contexts=14, rows_per_prompt=2, train=7,
                       validation=3, test=4)
-    flags = ["--data", data, "--model", tiny, *FLAGS]
+    return ["--data", data, "--model", tiny, *FLAGS]
+
+
+@pytest.fixture(scope="module")
+def runs(flags, tmp_path_factory) -> tuple[Path, Path, str]:
+    """The same training by one process and by two; what the two printed."""
+    folder = tmp_path_factory.mktemp("runs")
     run_inside(train.program, folder, *flags, "--out", folder / "one")
     done = run_processes(2, "train.py", *flags, "--out", "two", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -52,6 +59,60 @@ def test_two_processes_train_the_model_of_one(runs):
     assert a.keys() == b.keys()
     assert_json_close(a["chosen"], b["chosen"])
     assert out.count("evaluate it with") == 1  # one process speaks
+
+
+# train.py, but that process 1 kills itself in the middle of step 3, when there is a checkpoint of step 2, and
+# leaves process 0 with the lock of the run folder.
+KILLED = """
+import os
+import signal
+import sys
+
+sys.path.insert(0, sys.argv.pop(1))
+import run
+import train
+
+whole_step = train.MasterAdamW.step
+
+def step(self, number: int, lr: float) -> None:
+    if number == 2 and run.rank() == 1 and not run.restarts():
+        os.kill(os.getpid(), signal.SIGKILL)
+    whole_step(self, number, lr)
+
+train.MasterAdamW.step = step
+run.main(train.program)
+"""
+
+
+def test_torchrun_goes_on_by_itself_when_a_process_is_killed(runs, flags, tmp_path):
+    """It ends with the bits of a run that nobody disturbed, no step is twice in its metrics, and no file is
+    left that should not be."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1", tmp_path / "killed.py", ROOT, *flags, "--save-every", "1", "--out",
+               "out"]
+    done = subprocess.run([*map(str, command)], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env=child_environment())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("goes on after") == done.stdout.count("out: goes on after step 2") == 1
+    undisturbed, killed = runs[1], tmp_path / "out"
+    assert same_weights(model_weights(killed), model_weights(undisturbed))
+    assert metrics_of(killed) == metrics_of(undisturbed)
+    assert (killed / "pairs.jsonl").read_bytes() == (undisturbed / "pairs.jsonl").read_bytes()
+    files = [sorted(str(file.relative_to(run)) for file in run.rglob("*")) for run in (killed, undisturbed)]
+    assert files[0] == files[1]
+
+
+def test_restarts_on_several_machines_are_refused(monkeypatch):
+    """Each counts for itself: one of them would go on, the other begin."""
+    for name, value in dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="2", TORCHELASTIC_MAX_RESTARTS="1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--max-restarts is for the processes of one machine"):
+        restarts()
+    for name, value in dict(LOCAL_WORLD_SIZE="4", TORCHELASTIC_MAX_RESTARTS="0").items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert restarts() == 0
 
 
 def test_a_wrong_flag_under_two_processes(tmp_path):
