@@ -290,8 +290,8 @@ def runs_flash(x: Tensor) -> bool:
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys) -> Tensor:
     """Causal grouped-query attention for all parts of a pack: one kernel, whatever their number.
 
-    q (T, H, D), k and v (past + T, G, D), the past before every part -> (T, H, D). Plain form: the loop of
-    model.Packed.attend.
+    q (T, H, D), k and v (past + T, G, D), the past before every part -> (T, H, D). Plain form:
+    model.Packed.attend_by_parts.
     """
     from torch.nn.attention.varlen import varlen_attn  # here, because it loads torch's compiler
     k = k.index_select(0, seen.tokens)  # (n of all parts, G, D): what each part sees stands side by side

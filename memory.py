@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from config import Config
 from fast import LOGITS_AT_ONCE
 from losses import Group, common_prefix_length
-from model import Config, Decoder
+from model import Decoder
 from run import UserError, default_device, world
 
 PROGRAM = 0.45e9  # bytes of the interpreter and its libraries; on a GPU these are elsewhere

@@ -16,7 +16,6 @@ Legend: T tokens, E hidden size, F feed-forward size, H query heads, G key/value
 
 import functools
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,148 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fast
+from config import Config
 from fast import upcast
-from run import UserError
-from schema import FLAG, OBJECT, TEXT, checked, listing, optional, real, whole
-
-
-# ------------------------------------------------------------------------- configuration
-
-# The limits are far beyond every model of these families, and keep a damaged file from taking all memory.
-SWITCHES = dict(
-    rope_parameters=optional(OBJECT),
-    rope_scaling=optional(OBJECT),
-    layer_types=optional(listing(TEXT)),
-    tie_word_embeddings=optional(FLAG),
-    attention_bias=optional(FLAG),
-    mlp_bias=optional(FLAG),
-    use_sliding_window=optional(FLAG),
-)
-SIZES = dict(
-    vocab_size=whole(1, 10**7),
-    hidden_size=whole(1, 10**6),
-    intermediate_size=whole(1, 10**7),
-    num_hidden_layers=whole(1, 1000),
-    num_attention_heads=whole(1, 10**4),
-    num_key_value_heads=optional(whole(1, 10**4)),
-    head_dim=optional(whole(2, 10**4)),
-    rms_norm_eps=real(0, 1),
-    rope_theta=optional(real(1, 1e15)),
-    max_position_embeddings=optional(whole(1, 10**9)),
-)
-LLAMA3 = dict(
-    factor=real(1e-3, 1e6),
-    low_freq_factor=real(0, 1e6),
-    high_freq_factor=real(0, 1e6),
-    original_max_position_embeddings=whole(1, 10**9),
-)
-
-
-@dataclass(frozen=True)
-class Config:
-    """The parts of a Hugging Face config.json that shape the computation; `raw` is the file, for saving."""
-
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_llama3: dict | None  # factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    max_position_embeddings: int
-    raw: dict
-
-    @classmethod
-    def from_dict(cls, raw: dict, where: str = "config.json") -> "Config":
-        """Read a config.json, in the spelling of transformers 5 or of earlier versions.
-
-        Raises UserError, naming the file `where`, for whatever this decoder does not support: another
-        model_type, activation or rope type, quantised weights, a sliding window that is switched on.
-        """
-        checked(raw, SWITCHES, where)
-        refuse_unsupported(raw, where)
-        checked(raw, SIZES, where)
-        rope = rope_settings(raw)
-        checked(rope, dict(rope_theta=SIZES["rope_theta"]), where)
-        is_llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
-        if is_llama3:
-            checked(rope, LLAMA3, where)
-        kind, heads = raw["model_type"], raw["num_attention_heads"]
-        default_head_dim = 128 if kind == "qwen3" else raw["hidden_size"] // heads
-        attention_bias = bool(raw.get("attention_bias"))
-        config = cls(
-            model_type=kind,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or default_head_dim,
-            rms_norm_eps=raw["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            rope_llama3={key: rope[key] for key in LLAMA3} if is_llama3 else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-            qkv_bias=kind == "qwen2" or attention_bias,  # Qwen2 always has them and does not say so
-            o_bias=kind != "qwen2" and attention_bias,
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
-            qk_norm=kind == "qwen3",
-            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
-            raw=raw,
-        )
-        refuse_misfits(config, where)
-        return config
-
-
-def rope_settings(raw: dict) -> dict:
-    """transformers 5 writes everything about rotary embeddings into rope_parameters; earlier versions write
-    the scaling into rope_scaling (null for none) and leave rope_theta beside it."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-
-
-def refuse_unsupported(raw: dict, where: str) -> None:
-    """UserError where the configuration asks for something that this decoder does not compute."""
-    kind, activation = raw.get("model_type"), raw.get("hidden_act", "silu")
-    rope = rope_settings(raw)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    window = raw.get("sliding_window", 4096)  # transformers' default where the key is absent
-    layer_types = raw.get("layer_types") or []
-    unsupported = None
-    if kind not in ("llama", "qwen2", "qwen3"):
-        unsupported = f"model_type {kind!r} (llama, qwen2 and qwen3 are)"
-    elif activation != "silu":
-        unsupported = f"hidden_act {activation!r} (silu is)"
-    elif raw.get("quantization_config"):
-        unsupported = "quantization_config"
-    elif "sliding_attention" in layer_types or (raw.get("use_sliding_window") and window):
-        unsupported = f"a sliding window in use (sliding_window {window})"
-    elif rope_type not in ("default", "llama3"):
-        unsupported = f"rope type {rope_type!r} (default and llama3 are)"
-    elif raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-        unsupported = "partial_rotary_factor"
-    if unsupported:
-        raise UserError(f"{where}: {unsupported} is not supported (see the docstring of model.py)")
-
-
-def refuse_misfits(config: Config, where: str) -> None:
-    """UserError where numbers that are each possible do not go together."""
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    scaling = config.rope_llama3
-    if heads % shared:
-        raise UserError(f"{where}: {heads} heads can't share {shared} key and value heads evenly")
-    if config.head_dim % 2 or not config.head_dim:
-        raise UserError(f"{where}: heads of {config.head_dim} channels can't be rotated in pairs")
-    if scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise UserError(f"{where}: low_freq_factor must be below high_freq_factor")
 
 
 # ------------------------------------------------------------------------- rotary position embedding
@@ -188,7 +47,8 @@ def rotary_frequencies(config: Config, device: torch.device) -> Tensor:
 
 def rotary_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every token's angles, (T, 1, D) each: both halves of the channels share an angle."""
-    angle = positions[:, None, None] * rotary_frequencies(config, positions.device)  # (T, 1, D/2)
+    frequency = rotary_frequencies(config, positions.device)  # (D/2,)
+    angle = positions[:, None, None] * frequency  # (T, 1, D/2)
     angle = torch.cat((angle, angle), dim=-1)  # (T, 1, D)
     return angle.cos(), angle.sin()
 
@@ -198,7 +58,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     which is turned by its token's angle. x (T, heads, D), cos and sin (T, 1, D) -> (T, heads, D)."""
     a, b = upcast(x).chunk(2, dim=-1)  # (T, heads, D/2) each
     quarter_turn = torch.cat((-b, a), dim=-1)  # (T, heads, D)
-    return (upcast(x) * cos + quarter_turn * sin).to(x.dtype)
+    turned = upcast(x) * cos + quarter_turn * sin
+    return turned.to(x.dtype)
 
 
 # ------------------------------------------------------------------------- attention over packed groups
@@ -207,7 +68,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.inference_mode(False)  # training could not use one that sampling has made
 def causal_mask(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(m, n): 0 where one of the last m of n tokens may look, -inf at the tokens that come after it."""
-    return torch.full((m, n), -math.inf, dtype=dtype, device=device).triu(n - m + 1)
+    hidden = torch.full((m, n), -math.inf, dtype=dtype, device=device)
+    return hidden.triu(n - m + 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -221,7 +83,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fast.attention(q, k, v, causal_mask(m, n, torch.float32, q.device))
     q, k, v = q[None], k[None], v[None]  # (1, heads, tokens, D)
     if m == n:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).squeeze(0)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (1, H, m, D)
+        return out.squeeze(0)
     # is_causal would let query i see the first i keys, but the queries are the last m tokens. CUDA flash
     # attention accepts no explicit mask; causal_lower_right is the one it recognises.
     if q.is_cuda:
@@ -229,7 +92,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = causal_lower_right(m, n)
     else:
         mask = causal_mask(m, n, q.dtype, q.device)
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).squeeze(0)
+    out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (1, H, m, D)
+    return out.squeeze(0)
 
 
 class Packed:
@@ -249,8 +113,13 @@ class Packed:
         response 2  x x . . x
     """
 
-    def __init__(self, shapes: list[tuple[int, list[int]]], root: int = 0, past: int = 0,
-                 device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        shapes: list[tuple[int, list[int]]],
+        root: int = 0,
+        past: int = 0,
+        device: torch.device | str = "cpu",
+    ):
         """shapes: (P, [R_1..R_n]) of each group; root: tokens before all of them; past: tokens before even
         those, whose keys and values `past_keys` knows."""
         self.past, self.device = past, device
@@ -270,7 +139,10 @@ class Packed:
             prefix_part = add(prefix, root_part, past + root)
             for response in filter(None, responses):  # a response of one token feeds nothing
                 add(response, prefix_part, past + root + prefix)
-        positions = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
+        positions = [
+            torch.arange(start, start + length)
+            for start, length in zip(starts, self.lengths, strict=True)
+        ]
         self.positions = torch.cat(positions).to(device)  # (T,)
 
     @functools.cached_property
@@ -289,29 +161,37 @@ class Packed:
         """q (T, H, D), k and v (T, G, D) -> (T, H, D): attention part by part; on a GPU all of it at once."""
         self.keep(layer, k, v)
         past = self.past_keys(layer)
-        if fast.runs_flash(q):
-            if past:
-                k = torch.cat((past[0].transpose(0, 1), k))  # (past + T, G, D)
-                v = torch.cat((past[1].transpose(0, 1), v))  # (past + T, G, D)
-            return fast.packed_attention(q, k, v, self.seen_keys)
+        if not fast.runs_flash(q):
+            return self.attend_by_parts(past, q, k, v)
+        if past:
+            past_k, past_v = past
+            k = torch.cat((past_k.transpose(0, 1), k))  # (past + T, G, D)
+            v = torch.cat((past_v.transpose(0, 1), v))  # (past + T, G, D)
+        return fast.packed_attention(q, k, v, self.seen_keys)
 
+    def attend_by_parts(self, past: tuple[Tensor, Tensor] | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What `attend` returns, in a loop. past: what `past_keys` returns."""
         parts = zip(*(x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v)), strict=True)
         # Part -> all keys and values that its continuations see; None stands for what precedes every part.
         seen: dict[int | None, tuple[Tensor, Tensor] | None] = {None: past}
         outputs = []
         for i, (part_q, part_k, part_v) in enumerate(parts):  # (H, R, D), (G, R, D), (G, R, D)
             if before := seen[self.parents[i]]:
-                part_k = torch.cat((before[0], part_k), dim=1)  # (G, n, D)
-                part_v = torch.cat((before[1], part_v), dim=1)  # (G, n, D)
+                before_k, before_v = before
+                part_k = torch.cat((before_k, part_k), dim=1)  # (G, n, D)
+                part_v = torch.cat((before_v, part_v), dim=1)  # (G, n, D)
             if i in self.parents:
                 seen[i] = part_k, part_v
             outputs.append(causal_attention(part_q, part_k, part_v))  # (H, R, D)
-        return torch.cat(outputs, dim=1).transpose(0, 1)  # (T, H, D)
+        out = torch.cat(outputs, dim=1)  # (H, T, D)
+        return out.transpose(0, 1)  # (T, H, D)
 
 
 # ------------------------------------------------------------------------- decoder
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -370,7 +250,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Packed) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, layout)
+        x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

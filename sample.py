@@ -26,9 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fast
+from config import Config
 from folder import load
 from losses import common_prefix_length
-from model import Config, Decoder, Packed
+from model import Decoder, Packed
 from run import UserError, default_device, default_dtype, main, option, parse, seed_from
 from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer
 

@@ -26,8 +26,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from checks import honours  # noqa: E402
+from config import Config  # noqa: E402 - the project's files are no package
 from data import ASSETS, user_message  # noqa: E402
-from model import Config, Decoder  # noqa: E402 - the project's files are no package
+from model import Decoder  # noqa: E402
 from run import read_jsonl, seed_from, write_json, write_jsonl  # noqa: E402
 
 CONFIG = dict(

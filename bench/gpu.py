@@ -24,8 +24,9 @@ import torch
 from head import HEADS, available, run_head
 from side_by_side import clock, copy_speed, flops, matmul_ceiling
 
+from config import Config
 from fast import skip_cudnn_attention, slice_backward, slice_forward
-from model import Config, Decoder
+from model import Decoder
 from optimizer import MasterAdamW
 from negatives import Pair, Response
 from run import Metrics, default_device, environment, read_jsonl, write_json

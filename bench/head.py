@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from side_by_side import clock, measure, parser, ratios, report
 
+from config import Config
 from fast import tune_allocator
 from folder import find
 from losses import token_logps
-from model import Config
 from run import default_device, read_json
 
 

@@ -23,9 +23,9 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from config import Config
 from fast import tune_allocator
 from losses import Group, common_prefix_length
-from model import Config
 from run import default_device, default_dtype, environment, read_jsonl, write_json
 
 

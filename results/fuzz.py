@@ -28,12 +28,12 @@ from safetensors.torch import save
 
 import checks
 import replies
+from config import Config
 from data import load_jsonl, print_once
 from endpoint import Refusal, TryAgain, completion_of
 from folder import read_tensors
 from formats import Dropped
 from judge import quote, read_cache
-from model import Config
 from pairs import read_meta, read_pair
 from run import UserError, read_appended, write_json
 

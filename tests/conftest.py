@@ -39,9 +39,10 @@ from transformers import logging as transformers_logging
 
 import train
 from batches import all_logps, training_rows
+from config import Config
 from data import Example
 from measures import Answer
-from model import Config, Decoder, Packed
+from model import Decoder, Packed
 from negatives import Pair, Response
 from run import Metrics, main, read_jsonl
 from sample import Sample, generate

@@ -27,9 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 import fast
 import run
+from config import Config
 from folder import load
 from losses import response_logps
-from model import Config, Decoder, Packed, rotary_tables
+from model import Decoder, Packed, rotary_tables
 from optimizer import MasterAdamW
 from sample import Cache, Decode, Prefill, Sampling, SharedPrefill, generate
 

@@ -13,6 +13,7 @@ import torch
 from conftest import CONFIG, kept_bytes, random_model, random_pairs
 
 import fast
+from config import Config
 from fast import LOGITS_AT_ONCE
 from lora import add_adapters
 from losses import response_logps
@@ -20,7 +21,6 @@ import memory
 import train
 from memory import (Pass, Sizes, activation_bytes, cache_bytes, cards_needed, out_of_reach, peak,
                     predicted_memory, require_fit)
-from model import Config
 from optimizer import MasterAdamW
 from run import UserError
 from sample import Cache

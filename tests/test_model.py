@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from config import Config
 from folder import load, save
-from model import Config, Decoder, Packed, causal_attention, causal_mask, rotary_tables, rotate
+from model import Decoder, Packed, causal_attention, causal_mask, rotary_tables, rotate
 from run import UserError
 
 IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))
