@@ -1,11 +1,11 @@
 """sample.py - batched sampling with a KV cache.
 
 `generate` is the only way from prompt ids to new ids, and sampled ids are kept as they are: nothing is
-decoded and tokenised again. Temperature, top-p and top-k are what the caller says.
+decoded and tokenised again. Temperature, top-p and top-k are the caller's.
 What differs from the paper, which does not describe its sampler: the random numbers of a response depend on
-(seed, row, sample) alone, not on what is sampled beside it, and so does its text, but for rounding. A sum may
-round differently in a batch of another size, and a draw that falls between two tokens may then fall
-otherwise: seldom in fp32, more often in bf16. results/agreement.py measures how often.
+(seed, row, sample) alone, not on what is sampled beside it. So does its text, except for rounding: the size
+of a batch can change how a sum is rounded and so, rarely in fp32 and more often in bf16, which token is drawn
+(results/agreement.py measures how often).
 
 Legend: S slots, n of them that compute, L cache length, A tokens that all prompts share, T tokens of a
         prefill, E hidden size, V vocabulary, H query heads, G key/value heads, D head size.
@@ -76,8 +76,8 @@ def uniform_numbers(seed: int, row: int, sample: int, count: int) -> Tensor:
 def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits (n, V) -> tempered, top-k and top-p filtered probabilities, not normalised again. (n, V)
 
-    The nucleus of top-p is the smallest set of most likely tokens whose mass reaches top_p; tokens as likely
-    as its least likely one are all kept.
+    The nucleus of top-p is the smallest set of most likely tokens whose mass reaches top_p; ties with its
+    least likely token are all kept.
     """
     probs = torch.softmax(logits / sampling.temperature, dim=-1)  # (n, V)
     vocabulary = probs.shape[-1]
@@ -123,10 +123,10 @@ class Cache:
     """Keys and values of S slots with room for L tokens each. All slots continue the same A shared
     tokens (A may be 0), which are stored once.
 
-    `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot adds one.
-    A slot is reused by writing over it: stale entries beyond its length are masked. Every product reads all L
-    places, because slices would be copied first. On a CPU keys are fp32, as the scores are. Values are stored
-    transposed, so that each product reads along the dimension it sums over.
+    `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot increments
+    it. A slot is reused by writing over it: stale entries beyond its length are masked. All L entries are
+    read, since slicing would copy. On a CPU keys are fp32, as the scores are. Values are stored transposed,
+    so that each product reads along the dimension it sums over.
     Where a GPU has a kernel for it (`is_flash`), a step reads only what each slot holds; keys and values have
     the same shapes, but in memory all heads of a token stand side by side, as the kernel wants them.
     """
@@ -279,7 +279,7 @@ def generate(
     keys: (row, sample index) of each prompt, which with `seed` decide its randomness; default (i, 0). slots:
     how many responses are decoded together; a slot whose response has ended takes the next prompt. bar: a
     progress bar that counts responses. `on_finished(i, sample)` is called as prompt i's response ends.
-    Raises UserError where the longest prompt and its response take more places than the model has.
+    Raises UserError where the longest prompt and its response take more positions than the model has.
     """
     if not prompts:
         return []
@@ -288,7 +288,7 @@ def generate(
 
 
 class Sampler:
-    """S slots that decode together: prompts are admitted, tokens drawn, and slots closed up at the end.
+    """S slots that decode together: prompts are admitted, tokens drawn, and slots compacted at the end.
 
     It is made once and may sample many times: the cache, and on a GPU the captured graph, outlive a call. The
     model's weights may be changed in place between two calls; nothing that was computed with them is kept.
@@ -297,14 +297,14 @@ class Sampler:
     @torch.inference_mode()
     def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling,
                  stop_ids: frozenset[int], slots: int = 64):
-        """prompts: all that will ever be sampled from; they decide how much room the cache has, and what they
-        all begin with is computed once a call. The rest is as in `generate`."""
-        places = model.config.max_position_embeddings
+        """prompts: all that will ever be sampled; they set the cache's size, and what they all begin with is
+        computed once per call. The rest is as in `generate`."""
+        positions = model.config.max_position_embeddings
         max_tokens = sampling.max_new_tokens
         longest = max(map(len, prompts)) + max_tokens
-        if longest > places:
-            raise UserError(f"the longest prompt and {max_tokens} new tokens take {longest} places, "
-                            f"the model has {places}")
+        if longest > positions:
+            raise UserError(f"the longest prompt and {max_tokens} new tokens take {longest} positions, "
+                            f"the model has {positions}")
         self.model, self.sampling = model, sampling
         self.slots = slots = min(slots, len(prompts))
 
@@ -312,7 +312,7 @@ class Sampler:
         # tokens; room for the rest is a multiple of 64 too, because products of round shapes are faster.
         shared_length = common_prefix_length(prompts) // 64 * 64
         self.shared = prompts[0][:shared_length]
-        room = -(-(longest - shared_length) // 64) * 64
+        room = 64 * math.ceil((longest - shared_length) / 64)
         self.cache = Cache(model.config, slots, room, shared_length, model.compute, model.device)
 
         self.stops = self.tensor(sorted(stop_ids))
@@ -336,7 +336,7 @@ class Sampler:
         begin_alike = all(prompt[: len(self.shared)] == self.shared for prompt in prompts)
         longest = max(map(len, prompts), default=0) + self.sampling.max_new_tokens
         if not begin_alike or longest > len(self.shared) + self.cache.length:
-            raise ValueError("Sampler.sample: a prompt is longer, or begins otherwise, than those that the "
+            raise ValueError("Sampler.sample: a prompt is longer, or starts differently, than those that the "
                              "sampler was made for")
         self.prompts, self.seed, self.bar, self.on_finished = prompts, seed, bar, on_finished
         self.keys = keys or [(i, 0) for i in range(len(prompts))]
@@ -367,8 +367,7 @@ class Sampler:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
 
     def refill(self) -> bool:
-        """Give free slots the next prompts when it is time to and close up the others. False at the end.
-        """
+        """Give free slots the next prompts when it is time to, and compact the others. False at the end."""
         if not self.changed:
             return True
         while self.waiting and self.is_time_to_admit():
@@ -380,8 +379,8 @@ class Sampler:
     def is_time_to_admit(self) -> bool:
         """Whether an eighth of the slots is free, or enough for all that wait.
 
-        Of many slots one ends its response after almost every token, and on a GPU to prefill a single prompt
-        takes about as long as to decode a token of all slots.
+        With many slots a response ends after almost every token, and on a GPU prefilling a single prompt
+        takes about as long as decoding a token in all slots.
         """
         free = self.owner.count(None)
         return 8 * free >= self.slots or free >= len(self.waiting)
@@ -399,7 +398,7 @@ class Sampler:
             self.owner[slot] = i
             taken.setdefault(tuple(self.prompts[i]), []).append(slot)
 
-        # What these prompts have in common beyond the shared tokens is laid once, before the others.
+        # What these prompts have in common beyond the shared tokens is computed once, before the rest.
         prompts = [list(prompt[shared:]) for prompt in taken]
         slots_of = list(taken.values())
         lengths = [len(prompt) for prompt in prompts]
@@ -429,7 +428,7 @@ class Sampler:
         return torch.stack(rows).to(self.uniform)
 
     def close_up(self) -> None:
-        """Move the last busy slots into gaps between the others, so that fewer slots are computed."""
+        """Compact the busy slots: move the last ones into gaps, so that fewer slots are computed."""
         owner = self.owner
         self.busy = sum(i is not None for i in owner)
         gaps = [slot for slot in range(self.busy) if owner[slot] is None]
@@ -447,7 +446,7 @@ class Sampler:
         # On a CPU widths are multiples of 8, to reuse compiled kernels; on a GPU there is one, for one graph.
         self.width = self.slots
         if self.model.device.type == "cpu":
-            self.width = min(self.slots, -(-self.busy // 8) * 8)
+            self.width = min(self.slots, 8 * math.ceil(self.busy / 8))
 
     def step(self) -> None:
         """Feed the latest token of every busy slot and draw the next one."""
@@ -517,7 +516,7 @@ class Args:
 def program() -> None:
     args = parse(Args, usage=__doc__)
     if not args.prompt or not args.model:
-        raise UserError('usage: python sample.py --model DIR "prompt"; --template stands behind the prompt')
+        raise UserError('usage: python sample.py --model DIR "prompt"; --template goes after the prompt')
     tokenizer = Tokenizer(args.model, args.date, args.template)
     model = load(args.model, getattr(torch, args.dtype), default_device())
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)
