@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from losses import OBJECTIVES, Group, response_logps, split_by_tokens
 from model import Decoder
 from negatives import Pair
-from run import UserError, progress, seed_from, shard, world
+from run import UserError, progress, seed_from, share_of, world
 from shard import is_sharded
 
 IDLE: Group = ([0], [[0]])  # the dummy pass of a process with no work left: one token, and one predicted
@@ -157,7 +157,7 @@ def epoch_batches(count: int, args, epoch: int) -> list[list[int]]:
 def micro_batches(pairs: list[Pair], batch: list[int], args, process: int | None = None) -> list[list[int]]:
     """A process's share of a batch, by default this one's, cut into passes of --pass-tokens tokens (see
     split_by_tokens)."""
-    mine = shard(batch, process)
+    mine = share_of(batch, process)
     sets = [groups_of(pairs[i], args) for i in mine]
     return [[mine[k] for k in chunk] for chunk in split_by_tokens(sets, args.pass_tokens)]
 

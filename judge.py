@@ -38,7 +38,7 @@ from endpoint import SECRET, Completion, Endpoint, NoReply, Question
 from folder import find, load
 from replies import final_answer, read_choice, read_object, read_score
 from run import (UserError, broadcast, default_device, gather, main, naming, option, parse, parse_json,
-                 progress, rank, read_appended, read_json, seed_from, shard)
+                 progress, rank, read_appended, read_json, seed_from, share_of)
 from sample import Sample, Sampling, generate
 from schema import TEXT, optional, record
 from tokenizer import TEMPLATE_DATE, Tokenizer
@@ -122,7 +122,7 @@ class Judge:
         keys = [self.key(*question, max_tokens) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True)
                if key not in self.replies}
-        share = shard(list(new.items()))
+        share = share_of(list(new.items()))
         replies = {}
         bar = progress(len(share), "replies", label)
         with naming(self.cache), open(self.cache, "a", encoding="utf-8") as file:

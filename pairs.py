@@ -34,7 +34,7 @@ from negatives import (NEGATIVES, SAMPLED, Pair, Response, add_noise, add_reshuf
                        negative_messages)
 from rows import fitting_pairs, fitting_rows, rows_with_contexts
 from run import (UserError, broadcast, default_device, environment, fingerprint, gather, main, naming, option,
-                 parse, progress, rank, read_appended, read_json, read_jsonl, seed_from, shard, write_json,
+                 parse, progress, rank, read_appended, read_json, read_jsonl, seed_from, share_of, write_json,
                  write_jsonl)
 from sample import Sample, Sampling, generate
 from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, whole
@@ -154,7 +154,7 @@ def sample_pairs(
         print(f"continuing: {len(done)} of {len(examples)} examples are sampled already")
 
     # A job is (example, which response of it): 0 is the chosen one, which has the right context.
-    todo = shard([i for i, example in enumerate(examples) if example.id not in done])
+    todo = share_of([i for i, example in enumerate(examples) if example.id not in done])
     prompts: dict[int, list[list[int]]] = {}
     for i in todo:
         right = examples[i].user_message(examples[i].context)
@@ -204,8 +204,8 @@ def redraw(model: Decoder, tokenizer: Tokenizer, pairs: list[Pair], messages: li
         pair.rejected = [response for response in pair.rejected if is_useful(response, pair)]
     for k in range(n_neg, len(messages[0])):
         short = [i for i, pair in enumerate(pairs) if len(pair.rejected) < n_neg]
-        prompts = [tokenizer.chat(messages[i][k], pairs[i].system) for i in shard(short)]
-        keys = [(i, k + 1) for i in shard(short)]  # sample 0 is the chosen response
+        prompts = [tokenizer.chat(messages[i][k], pairs[i].system) for i in share_of(short)]
+        keys = [(i, k + 1) for i in share_of(short)]  # sample 0 is the chosen response
         samples = generate(model, prompts, sampling, tokenizer.stop_ids, seed, keys, slots)
         draws = gather(list(zip(prompts, samples, strict=True)))
         for i, (prompt, sample) in zip(short, draws, strict=True):
@@ -293,9 +293,9 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
         ids = [response.ids for response in pair.responses]
         groups.append((pair.prompt_ids, ids))
         bare_groups.append((tokenizer.chat(message, pair.system), ids))
-    bar = progress(2 * len(shard(pairs)), "prompts", "context gain")
-    logps = gather(sequence_logps(model, shard(groups), bar=bar))
-    bare_logps = gather(sequence_logps(model, shard(bare_groups), bar=bar))
+    bar = progress(2 * len(share_of(pairs)), "prompts", "context gain")
+    logps = gather(sequence_logps(model, share_of(groups), bar=bar))
+    bare_logps = gather(sequence_logps(model, share_of(bare_groups), bar=bar))
     bar.close()
 
     for pair, of_pair, bare_of_pair in zip(pairs, logps, bare_logps, strict=True):

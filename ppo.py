@@ -39,8 +39,8 @@ from model import Decoder, Packed
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
-from run import (Metrics, UserError, barrier, gather, option, peak_memory, progress, rank,
-                 seed_from, shard, world, write_json)
+from run import (Metrics, UserError, barrier, gather, option, peak_memory, progress, rank, seed_from,
+                 share_of, world, write_json)
 from run_folder import begin_or_resume
 from sample import Sampler, Sampling
 from selection import save_model
@@ -317,7 +317,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
         # so they are computed again, as training will compute them.
         refresh(policy, actor.model)
         refresh(values, critic.model)
-        mine = shard(batch)
+        mine = share_of(batch)
         rows = [row for row, _ in mine]
         samples = sampler.sample([prompts[row] for row in rows], args.seed, mine)
         responses = [sample.ids for sample in samples]
@@ -468,7 +468,7 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
 def passes_of(batch: list[Rollout], prompts: list[list[int]], args,
               process: int | None = None) -> list[list[Rollout]]:
     """A process's share of a batch, this one's if none is named, in passes of --pass-tokens tokens."""
-    mine = shard(batch, process)
+    mine = share_of(batch, process)
     sets = [[(prompts[rollout.row], [rollout.ids])] for rollout in mine]
     return [[mine[i] for i in chunk] for chunk in split_by_tokens(sets, args.pass_tokens)]
 

@@ -26,7 +26,7 @@ from data import Example, user_message
 from losses import Group, sequence_logps
 from measures import SYSTEMS, Answer, Answers, or_nan
 from model import Decoder
-from run import (UserError, broadcast, gather, naming, progress, rank, read_appended, read_jsonl, shard,
+from run import (UserError, broadcast, gather, naming, progress, rank, read_appended, read_jsonl, share_of,
                  write_jsonl)
 from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
@@ -115,7 +115,7 @@ def sample_responses(model: Decoder, tokenizer: Tokenizer, messages: list[Messag
         print(f"continuing: {len(done)} of {len(messages)} {system} responses are sampled already")
 
     left = [i for i in range(len(messages)) if i not in done]
-    rows = shard(left)
+    rows = share_of(left)
     bar = progress(len(rows), "responses", system)
     path = samples_file(file, system) if file else Path(os.devnull)
     with naming(path), open(path, "a", encoding="utf-8") as kept:
@@ -167,7 +167,7 @@ def logps_after(model: Decoder, tokenizer: Tokenizer, messages: list[Message],
 
 def group_logps(model: Decoder, groups: list[Group], label: str) -> list[list[float]]:
     """log pi(response | prefix) of each response of each group; the processes share the groups."""
-    share = shard(groups)
+    share = share_of(groups)
     bar = progress(len(share), "prompts", f"log-probs, {label}")
     logps = sequence_logps(model, share, bar=bar)
     bar.close()

@@ -19,7 +19,7 @@ from contexts import examples_for, sampling_for
 from data import Example
 from model import Decoder
 from negatives import Pair, Response
-from run import UserError, barrier, gather, naming, progress, rank, read_appended, seed_from, shard
+from run import UserError, barrier, gather, naming, progress, rank, read_appended, seed_from, share_of
 from sample import Sample, generate
 from tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def revise(model: Decoder, pairs: list[Pair], args, folder: Path, seed: int) -> 
         done |= {row["id"]: Response(**row["response"]) for row in read_appended(file)}
     barrier()  # all processes have read before one of them writes
 
-    todo = shard([i for i, pair in enumerate(pairs) if pair.id not in done])
+    todo = share_of([i for i, pair in enumerate(pairs) if pair.id not in done])
     messages = [revision_message(pairs[i], examples[pairs[i].id]) for i in todo]
     prompts = [tokenizer.chat(message, pairs[i].system) for i, message in zip(todo, messages, strict=True)]
     fresh: dict[str, Response] = {}

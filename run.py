@@ -274,7 +274,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def shard(items: list, process: int | None = None) -> list:
+def share_of(items: list, process: int | None = None) -> list:
     """A process's share, this one's if none is named: the items are dealt out like cards, so that shares are
     alike."""
     return items[rank() if process is None else process :: world()]

@@ -25,7 +25,7 @@ from optimizer import MasterAdamW
 from negatives import Pair
 from pairs import pairs_for
 from rows import fitting_rows
-from run import UserError, barrier, broadcast, default_device, gather, progress, rank, shard
+from run import UserError, barrier, broadcast, default_device, gather, progress, rank, share_of
 from sample import generate
 from shard import gathered, is_sharded
 from tokenizer import Tokenizer
@@ -91,7 +91,7 @@ class Selection:
         sampling = sampling_for(own_settings, evaluation=True)
         examples = fitting_rows(self.examples, lambda e: [e.user_message(e.context)], self.tokenizer,
                                 model.config.max_position_embeddings, sampling.max_new_tokens)
-        mine = shard(list(enumerate(examples)))
+        mine = share_of(list(enumerate(examples)))
         prompts = [self.tokenizer.chat(e.user_message(e.context), e.system) for _, e in mine]
         keys = [(i, 0) for i, _ in mine]
         bar = progress(len(prompts), "responses", "validation")

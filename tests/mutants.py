@@ -96,7 +96,7 @@ MUTATIONS = {
     "pairs.py": [
         ("right = examples[i].user_message(examples[i].context)", "right = examples[i].user_message(None)",
          "test_pairs.py"),
-        ("keys = [(i, k + 1) for i in shard(short)]", "keys = [(i, k) for i in shard(short)]",
+        ("keys = [(i, k + 1) for i in share_of(short)]", "keys = [(i, k) for i in share_of(short)]",
          "test_pairs.py"),
         ("response.ids != pair.chosen.ids", "response.ids != pair.chosen.prompt_ids", "test_pairs.py"),
         ("response.gain = logp - bare_logp", "response.gain = bare_logp - logp", "test_pairs.py"),
@@ -122,7 +122,7 @@ MUTATIONS = {
          "test_train.py::test_batches_are_an_epoch_in_its_order"),
         ("epoch_batches(len(pairs), args, epoch=0)", "epoch_batches(len(pairs), args, epoch=1)",
          "test_train.py::test_the_reference_is_scored_in_the_micro_batches_of_the_first_epoch"),
-        ("mine = shard(batch, process)", "mine = batch", PROCESSES),
+        ("mine = share_of(batch, process)", "mine = batch", PROCESSES),
         ("dist.all_reduce(table)  #", "pass  #", PROCESSES),
     ],
     "train.py": [

@@ -234,7 +234,7 @@ def test_a_wrong_call_ends_in_one_line_and_leaves_nothing(call, wrong_calls):
 def test_one_process_is_alone():
     """Rank 0 of 1: its share is everything, a broadcast gives the value back, nothing is waited for."""
     items = [1, 2, 3]
-    assert (run.rank(), run.world(), run.shard(items), run.gather(items)) == (0, 1, items, items)
+    assert (run.rank(), run.world(), run.share_of(items), run.gather(items)) == (0, 1, items, items)
     value = {"a": [None]}
     assert run.broadcast(value) is value
     run.barrier()

@@ -27,7 +27,7 @@ from folder import load, read_config
 from losses import OBJECTIVES
 from model import Decoder
 from optimizer import MasterAdamW
-from run import Metrics, Stopped, UserError, main, rank, read_json, read_jsonl, shard, world
+from run import Metrics, Stopped, UserError, main, rank, read_json, read_jsonl, share_of, world
 from shard import copy_own, gathered, is_sharded, local, refresh, shard_weights, shards, span, whole
 
 # Of seven pairs in batches of three the second process has one, one, and none. At 44 tokens a pass some sets
@@ -379,7 +379,7 @@ def test_where_no_copy_fits_pairs_are_asked_for(tiny, monkeypatch):
 
 def test_shares_can_be_asked_for():
     """Of any process, by any."""
-    assert shard([1, 2, 3], 0) == [1, 2, 3] == shard([1, 2, 3])
+    assert share_of([1, 2, 3], 0) == [1, 2, 3] == share_of([1, 2, 3])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""run.shard, gather, broadcast and barrier in one, two and three processes.
+"""run.share_of, gather, broadcast and barrier in one, two and three processes.
 
 Run as a script under gloo this file is also the worker.
 """
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from run import barrier, broadcast, gather, main, rank, shard
+from run import barrier, broadcast, gather, main, rank, share_of
 
 
 def shares() -> list[tuple[list, list]]:
     """This process's share of lists of 0 to 7 items, and what all shares together give."""
     lists = [[dict(item=i) for i in range(n)] for n in range(8)]
-    return [(shard(items), gather(shard(items))) for items in lists]
+    return [(share_of(items), gather(share_of(items))) for items in lists]
 
 
 def work() -> None:
