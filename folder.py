@@ -93,7 +93,7 @@ def read_object(file: Path) -> dict:
         refuse_pointer(file)
     value = read_json(file)
     if not isinstance(value, dict):
-        raise UserError(f"{file} holds a {type(value).__name__}, not a JSON object")
+        raise UserError(f"{file} holds {type(value).__name__}, not a JSON object")
     return value
 
 

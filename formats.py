@@ -96,7 +96,7 @@ def read_objects(path: Path) -> list[tuple[int, str, dict]]:
         raise UserError(f"{path} begins as a JSON array and is not one: {e}") from None
     for number, row in enumerate(value, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}: row {number}: not a JSON object but a {type(row).__name__}")
+            raise UserError(f"{path}: row {number}: not a JSON object but {type(row).__name__}")
     return [(number, f"{path}: row {number}", row) for number, row in enumerate(value, 1)]
 
 
@@ -231,7 +231,7 @@ def turns(value, role: str, where: str) -> list[Turn]:
         value = value["messages"]
     messages = value if isinstance(value, list) else [value]
     if not is_conversation(messages):
-        raise UserError(f"{where} holds a {type(value).__name__}, neither text nor messages with a role")
+        raise UserError(f"{where} holds {type(value).__name__}, neither text nor messages with a role")
     return [turn_of(message, where) for message in messages]
 
 
@@ -248,7 +248,7 @@ def turn_of(message: dict, where: str) -> Turn:
     if content is None:
         raise Dropped("something else than text in a turn")
     if not isinstance(content, str):
-        raise UserError(f"{where}: a turn holds a {type(content).__name__}, not text")
+        raise UserError(f"{where}: a turn holds {type(content).__name__}, not text")
     return ROLES[role], content
 
 
@@ -317,7 +317,7 @@ def checked_columns(row: dict, where: str) -> dict:
         if column in ("id", "answer", "user") and isinstance(value, int | float):
             columns[column] = str(value)
         elif not isinstance(value, COLUMNS[column]):
-            raise UserError(f"{where}: column {column!r} holds a {type(value).__name__}, not text")
+            raise UserError(f"{where}: column {column!r} holds {type(value).__name__}, not text")
     if isinstance(columns.get("context"), list):
         if not all(isinstance(item, str) for item in columns["context"]):
             raise UserError(f"{where}: column 'context' is a list, but not of texts only")

@@ -384,7 +384,7 @@ def parse_lines(data: bytes, path: Path) -> list[tuple[int, dict]]:
         except ValueError as e:
             raise UserError(f"{path}:{number}: not a JSON object: {e}") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: not a JSON object but a {type(row).__name__}")
+            raise UserError(f"{path}:{number}: not a JSON object but {type(row).__name__}")
         rows.append((number, row))
     return rows
 

@@ -42,8 +42,9 @@ def place(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def refused(place: Path, monkeypatch, capsys, command: str, words: str) -> None:
-    """The command leaves with 2 and one line that holds the words, and no file is new, gone or longer."""
+def refused(place: Path, monkeypatch, capsys, command: str, words: str) -> str:
+    """The command leaves with 2 and one line that holds the words, and no file is new, gone or longer. The
+    line."""
     def files() -> list:
         return sorted((path, path.lstat().st_size) for path in place.rglob("*"))
 
@@ -53,6 +54,7 @@ def refused(place: Path, monkeypatch, capsys, command: str, words: str) -> None:
     assert error.startswith(f"{name}.py: error: ") and error.count("\n") == 1 and len(error) < 1200, error
     assert words in error, error
     assert files() == before
+    return error
 
 
 # ------------------------------------------------------------------------- data
@@ -73,19 +75,19 @@ DATA = {  # name -> the bytes of own.jsonl, words of the line
     "nested 100,000 deep": (b'{"prompt":' + b"[" * 100_000, "nested too deeply"),
     "5,000 digits": (b'{"prompt": "x", "id": ' + b"9" * 5000 + b"}", "too many digits"),
     "a list": (b'["Why?"]\n["So?"]', "begins as a JSON array and is not one"),
-    "a text": (b'"Why?"', "own.jsonl:1: not a JSON object but a str"),
-    "a number": (b"7", "not a JSON object but a int"),
-    "an array of texts": (b'["Why?"]', "row 1: not a JSON object but a str"),
+    "a text": (b'"Why?"', "own.jsonl:1: not a JSON object but str"),
+    "a number": (b"7", "not a JSON object but int"),
+    "an array of texts": (b'["Why?"]', "row 1: not a JSON object but str"),
     "a torn array": (b'[{"prompt": "Why?"}', "begins as a JSON array and is not one"),
     "no prompt": (rows(dict(context="c")), "own.jsonl:1: no 'prompt' (the columns here are context)"),
     "blank prompt": (rows(dict(prompt=" \n")), "own.jsonl:1: no 'prompt'"),
     "null prompt": (rows(dict(prompt=None)), "no 'prompt' (the columns here are none)"),
-    "prompt a number": (rows(dict(prompt=7)), "column 'prompt' holds a int, not text"),
-    "prompt a list of texts": (rows(dict(prompt=["a"])), "column 'prompt' holds a list"),
-    "context a number": (rows(dict(prompt="x", context=7)), "column 'context' holds a int"),
+    "prompt a number": (rows(dict(prompt=7)), "column 'prompt' holds int, not text"),
+    "prompt a list of texts": (rows(dict(prompt=["a"])), "column 'prompt' holds list"),
+    "context a number": (rows(dict(prompt="x", context=7)), "column 'context' holds int"),
     "context of numbers": (rows(dict(prompt="x", context=["a", 7])), "a list, but not of texts only"),
-    "reference a list": (rows(dict(prompt="x", reference=["a"])), "column 'reference' holds a list"),
-    "system a number": (rows(dict(prompt="x", system=1)), "column 'system' holds a int"),
+    "reference a list": (rows(dict(prompt="x", reference=["a"])), "column 'reference' holds list"),
+    "system a number": (rows(dict(prompt="x", system=1)), "column 'system' holds int"),
     "misspelt column": (rows(GOOD, dict(promt="x")), "unknown column 'promt' (did you mean 'prompt'?)"),
     "an id twice": (rows(dict(prompt="x", id="a"), dict(prompt="y", id="a")), "already that of line 1"),
     "unknown split": (rows(dict(prompt="x", split="dev")), "split 'dev' is none of train, validation, test"),
@@ -96,7 +98,7 @@ DATA = {  # name -> the bytes of own.jsonl, words of the line
     "battles": (rows(dict(conversation_a=[], conversation_b=[])), "battles of the chatbot arena"),
     "ShareGPT without rejected": (rows(dict(conversations=[{"from": "human", "value": "x"}])), "ShareGPT"),
     "turn with a number": (rows(dict(prompt=[dict(role="user", content=7)], chosen="a", rejected="b")),
-                           "a turn holds a int, not text"),
+                           "a turn holds int, not text"),
     "role a list": (rows(dict(prompt=[dict(role=["user"], content="x")], chosen="a", rejected="b")),
                     "no row can be used: a turn of ['user']"),
     "several turns": (rows(dict(prompt=[dict(role="user", content="x")] * 2, chosen="a", rejected="b")),
@@ -235,7 +237,7 @@ NORM = "model.norm.weight"
 HEADER = json.dumps({"a": dict(dtype="F32", shape=[2], data_offsets=[0, 999])}).encode()
 MODELS = {  # name -> what is done to a good model's folder, words
     "no config": (without("config.json"), "config.json does not exist"),
-    "config a list": (text("config.json", "[1]"), "holds a list, not a JSON object"),
+    "config a list": (text("config.json", "[1]"), "holds list, not a JSON object"),
     "config nested deeply": (text("config.json", '{"a":' + "[" * 100_000), "is not JSON: it is nested"),
     "config a page": (text("config.json", "<!doctype html>"), "config.json is not JSON"),
     "config a pipe": (pipe("config.json"), "config.json is not a file"),

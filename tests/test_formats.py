@@ -105,10 +105,10 @@ REFUSED = {  # a row, and what the message has to say
     "no prompt apart": (ANSWERS, "whose prompt is not told apart"),
     "text": (dict(text="Once upon a time"), "plain text"),
     "wrapped": (dict(data=[dict(prompt=Q)]), "no 'prompt' .the columns here are data"),
-    "texts in a list": (dict(prompt=Q, chosen=[GOOD], rejected=[BAD]), "'chosen' holds a list"),
+    "texts in a list": (dict(prompt=Q, chosen=[GOOD], rejected=[BAD]), "'chosen' holds list"),
     "a number in a turn": (dict(prompt=[user()], chosen=[assistant(3)], rejected=[assistant(BAD)]),
-                           "holds a int"),
-    "a number beside turns": (dict(prompt=Q, chosen=TURNS["chosen"], rejected=4), "'rejected' holds a int"),
+                           "holds int"),
+    "a number beside turns": (dict(prompt=Q, chosen=TURNS["chosen"], rejected=4), "'rejected' holds int"),
 }
 NAMED = {  # columns that resemble ours beside what a row needs
     "idx": dict(prompt=Q, context="I am ten.", idx="7"),
@@ -191,7 +191,7 @@ def test_a_json_array_is_read_as_its_rows(name, indent, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[1]", "row 1: not a JSON object but a int"), ('[{"prompt": "p"}', "begins as a JSON array and is not"),
+    ("[1]", "row 1: not a JSON object but int"), ('[{"prompt": "p"}', "begins as a JSON array and is not"),
     ('{\n "prompt": "p"\n}\n', ":1: not a JSON object"),
 ])  # fmt: skip
 def test_a_broken_array_is_told(text, message, tmp_path):
