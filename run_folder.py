@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoint import Checkpoints, refuse_changes
-from data import user_message
+from data import OWN_FILES, load_all_splits, user_message
 from folder import read_config
 from losses import OBJECTIVES
 from negatives import Pair
@@ -26,7 +26,6 @@ from pairs import load_pairs
 from rows import fitting_pairs
 from run import UserError, environment, fingerprint, read_json, world, write_json
 from schema import OBJECT, checked, record
-from selection import refuse_leaks
 from tokenizer import Tokenizer
 
 BEGUN = dict(resuming=record(dict(arguments=OBJECT, machine=OBJECT)))  # what is read of args.json
@@ -83,6 +82,21 @@ def with_settings_of_pairs(grid: list) -> list:
     known = {name: settings[name] for name in names if name in settings} | settings.get("sampling", {})
     known["template"] = tuple(settings.get("template") or ())
     return [dataclasses.replace(args, **known) for args in grid]
+
+
+def refuse_leaks(pairs: list[Pair], args) -> None:
+    """UserError where pairs to train on are rows of the validation or the test part."""
+    if args.data.endswith(OWN_FILES) and not Path(args.data).exists():
+        print(f"{args.data} is not here: whether pairs are validation or test examples could not be checked")
+        return
+    mine = {(pair.id, pair.prompt) for pair in pairs}
+    for part in ("validation", "test"):
+        held_out = [example for example in load_all_splits(args.data, args.seed) if example.split == part]
+        leaks = [example.id for example in held_out if (example.id, example.prompt) in mine]
+        if leaks:
+            raise UserError(f"--pairs {args.pairs}: {len(leaks)} of {len(pairs)} pairs are {part} examples "
+                            f"(first: {leaks[0]!r}), which a model must not be trained on: use pairs of the "
+                            "train part")
 
 
 def given_pairs(args, source: Path) -> list[Pair]:

@@ -311,7 +311,7 @@ class Sampler:
         # What all prompts begin with (worked examples, say) is computed, kept and read once, in blocks of 64
         # tokens; room for the rest is a multiple of 64 too, because products of round shapes are faster.
         shared_length = common_prefix_length(prompts) // 64 * 64
-        self.shared = prompts[0][:shared_length]
+        self.shared_ids = prompts[0][:shared_length]
         room = 64 * math.ceil((longest - shared_length) / 64)
         self.cache = Cache(model.config, slots, room, shared_length, model.compute, model.device)
 
@@ -333,9 +333,9 @@ class Sampler:
         on_finished: Callable[[int, Sample], None] = lambda i, sample: None,
     ) -> list[Sample]:
         """One response for every prompt, as `generate` gives it."""
-        begin_alike = all(prompt[: len(self.shared)] == self.shared for prompt in prompts)
+        begin_alike = all(prompt[: len(self.shared_ids)] == self.shared_ids for prompt in prompts)
         longest = max(map(len, prompts), default=0) + self.sampling.max_new_tokens
-        if not begin_alike or longest > len(self.shared) + self.cache.length:
+        if not begin_alike or longest > len(self.shared_ids) + self.cache.length:
             raise ValueError("Sampler.sample: a prompt is longer, or starts differently, than those that the "
                              "sampler was made for")
         self.prompts, self.seed, self.bar, self.on_finished = prompts, seed, bar, on_finished
@@ -356,8 +356,8 @@ class Sampler:
         self.started = time.perf_counter()
 
         self.cache.lengths.zero_()
-        if self.shared and prompts:
-            self.model(self.tensor(self.shared), SharedPrefill(self.cache))
+        if self.shared_ids and prompts:
+            self.model(self.tensor(self.shared_ids), SharedPrefill(self.cache))
         while self.refill():
             self.step()
         return self.results
@@ -387,11 +387,11 @@ class Sampler:
 
     def admit(self) -> None:
         """Prefill waiting prompts into free slots, each distinct one once, and draw their first tokens."""
-        shared = self.cache.shared_length
+        shared_length = self.cache.shared_length
         taken: dict[tuple[int, ...], list[int]] = {}  # prompt -> the slots that start from it
         free = [slot for slot, i in enumerate(self.owner) if i is None]
         for slot in free:
-            tokens = sum(len(prompt) - shared for prompt in taken)
+            tokens = sum(len(prompt) - shared_length for prompt in taken)
             if not self.waiting or tokens >= PREFILL_TOKENS:
                 break
             i = self.waiting.popleft()
@@ -399,7 +399,7 @@ class Sampler:
             taken.setdefault(tuple(self.prompts[i]), []).append(slot)
 
         # What these prompts have in common beyond the shared tokens is computed once, before the rest.
-        prompts = [list(prompt[shared:]) for prompt in taken]
+        prompts = [list(prompt[shared_length:]) for prompt in taken]
         slots_of = list(taken.values())
         lengths = [len(prompt) for prompt in prompts]
         root = common_prefix_length(prompts)

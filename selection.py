@@ -15,7 +15,6 @@ from torch import Tensor
 from batches import all_logps, groups_of, training_rows
 from checks import verify
 from contexts import examples_for, sampling_for
-from data import OWN_FILES, load_all_splits
 from folder import load, read_config, save
 from lora import adapted_layers, save_adapter
 from losses import OBJECTIVES, Group, dpo, sequence_logps
@@ -25,28 +24,13 @@ from optimizer import MasterAdamW
 from negatives import Pair
 from pairs import pairs_for
 from rows import fitting_rows
-from run import UserError, barrier, broadcast, default_device, gather, progress, rank, share_of
+from run import barrier, broadcast, default_device, gather, progress, rank, share_of
 from sample import generate
 from shard import gathered, is_sharded
 from tokenizer import Tokenizer
 
 VALIDATION_METHOD = "dpo"  # validation compares chosen with rejected responses, whatever training does
 MARGIN_PAIRS = 64  # training pairs, the first ones, on which saving measures what rounding costs
-
-
-def refuse_leaks(pairs: list[Pair], args) -> None:
-    """UserError where pairs to train on are rows of the validation or the test part."""
-    if args.data.endswith(OWN_FILES) and not Path(args.data).exists():
-        print(f"{args.data} is not here: whether pairs are validation or test examples could not be checked")
-        return
-    mine = {(pair.id, pair.prompt) for pair in pairs}
-    for part in ("validation", "test"):
-        held_out = [example for example in load_all_splits(args.data, args.seed) if example.split == part]
-        leaks = [example.id for example in held_out if (example.id, example.prompt) in mine]
-        if leaks:
-            raise UserError(f"--pairs {args.pairs}: {len(leaks)} of {len(pairs)} pairs are {part} examples "
-                            f"(first: {leaks[0]!r}), which a model must not be trained on: use pairs of the "
-                            "train part")
 
 
 class Selection:

@@ -250,11 +250,13 @@ MUTATIONS = {
         ("if was != given:", "if was != given and was is None:",
          "test_checkpoint.py::test_a_changed_argument_is_refused_by_name"),
     ],
+    "run_folder.py": [
+        ("if example.split == part]", "if example.split != part]",
+         "test_run_folder.py::test_pairs_that_are_test_examples_are_refused"),
+    ],
     "selection.py": [
         ('score > self.best["score"]', 'score >= self.best["score"]',
          "test_selection.py::test_the_best_of_four_candidates_is_kept"),
-        ("if example.split == part]", "if example.split != part]",
-         "test_run_folder.py::test_pairs_that_are_test_examples_are_refused"),
         ("total += chosen - sum(rejected) / len(rejected)", "total += chosen - sum(rejected)",
          "test_selection.py::test_a_margin_is_against_the_mean_of_the_rejected_responses"),
         ("dpo(logps, self.reference, self.args.beta)", "dpo(self.reference, logps, self.args.beta)",
