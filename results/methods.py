@@ -3,7 +3,8 @@
     python results/methods.py results/methods-tiny          writes table.md and gain.png there
 
 A row is a setting over its seeds: mean ± standard deviation, of one seed the 95% interval; the best comes
-first. `clear` counts the seeds whose interval over prompting lies above 0; KL is divergence.py's.
+first. `clear` counts the seeds whose interval over prompting lies above 0; KL is divergence.py's; cost is the
+processor's seconds per training prompt, loading and sampling included, where the run kept them.
 """
 
 import sys
@@ -24,6 +25,7 @@ COLUMNS = (  # heading, key of a system in eval.json, scale, format
     ("tokens", "tokens", 1, ".0f"),
     ("base NLL", "nll_per_token", 1, ".2f"), ("distinct-2", "distinct_2", 1, ".2f"),
     ("self-BLEU-4", "self_bleu_4", 1, ".2f"), ("prompt gain", "prompt_gain", 1, ".0f"),
+    ("cost, s", "cost", 1, ".1f"),
 )
 
 
@@ -33,7 +35,6 @@ class Run:
 
     trained: dict
     prompted: dict
-    arguments: dict
 
 
 def read_run(folder: Path) -> Run:
@@ -46,7 +47,10 @@ def read_run(folder: Path) -> Run:
     divergence = folder / "divergence.json"
     if divergence.exists():
         trained["kl"] = read_json(divergence)["kl"]
-    return Run(trained, parts["all"]["systems"]["prompted"], read_json(folder / "args.json")["arguments"])
+    arguments, summary = read_json(folder / "args.json")["arguments"], read_json(folder / "summary.json")
+    if "processor_seconds" in summary and arguments["limit"]:
+        trained["cost"] = summary["processor_seconds"] / arguments["limit"]
+    return Run(trained, parts["all"]["systems"]["prompted"])
 
 
 def read_rows(table: Path) -> dict[str, list[Run]]:
