@@ -11,7 +11,7 @@ scripted_judge.py to run beside them, and OPENAI_API_KEY=none.
 """
 
 import argparse
-import shutil
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -135,8 +135,10 @@ def run(name: str, row_name: str, seed: int) -> None:
     if table.divergence and not (folder / "divergence.json").exists():
         command("results/divergence.py", folder, log)
     kept.mkdir(parents=True, exist_ok=True)
-    for file in table.files:
-        shutil.copy(folder / file, kept / file)
+    written = json.loads((folder / "args.json").read_text())
+    for file in table.files:  # where this machine has its folders is nobody's business
+        text = (folder / file).read_text().replace(f"{ROOT}/", "")
+        (kept / file).write_text(text.replace(str(written["base"]), written["arguments"]["model"]))
     print(f"{name} {row_name} seed {seed}: done", flush=True)
 
 
