@@ -74,7 +74,7 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, passes: int = 1) -> tupl
 
     (B, 1 + N) each, the chosen response first; (B, 1) where rejected responses are not used; log-probs
     (B, K, K) where every response is scored under every prompt: [:, i, j] = log pi(y_j | x, c_i).
-    passes: as `passes_together` counts them.
+    passes: how many the busiest process makes (--shard); those that this one lacks are dummies.
     """
     sets = [groups_of(pair, args) for pair in pairs]
     chunks = passes_of(sets, args)

@@ -1,15 +1,17 @@
 """losses.py - the objectives, and the response log-probabilities they use.
 
-    dpo      Eqs. 5, 8 and 10: with MIPO's pairs its optimal reward is pointwise mutual information (9, 14)
+    dpo      Eqs. 5, 8 and 10: with missing contexts at temperature 1 its optimal reward is pointwise mutual
+             information (Eqs. 9, 14)
     sft      token cross-entropy on the chosen responses
     infonce  Eq. 6: which of K contexts a response was sampled with
     sami     Eq. 7: that, and which of K responses was sampled with a context
 
 Each is a pure function of small tensors, one row per pair. The functions below them produce these tensors:
 `token_logps`, hidden states -> the log-prob of each target token, and `response_logps`, which scores all
-responses to a prompt and computes the prompt once. What differs from the paper: nothing in the mathematics.
-The partition term of Eq. 11 cancels in the difference; Eqs. 6 and 7 are written as cross-entropies, which are
-larger by the constant log K; and any K >= 2 is accepted, where the authors' code supports only 2.
+responses to a prompt and computes the prompt once. What differs from the paper: label smoothing and --nll are
+ours, and off. The partition term of Eq. 11 cancels in the difference; Eqs. 6 and 7 are written as
+cross-entropies, which are larger by the constant log K; and any K >= 2 is accepted, where the authors' code
+supports only 2.
 
 Legend: B pairs, N rejected responses of a pair, K = 1 + N responses of a pair and their contexts, T tokens,
         R tokens of one response, E hidden size, V vocabulary.
@@ -140,7 +142,7 @@ class Objective:
     loss(logps, reference, lengths, args) -> the loss of each pair (B,), and metrics, name -> (B,), detached,
     with "loss" among them. logps, reference and lengths (in tokens) are (B, 1 + N), the chosen response
     first, or (B, 1) where rejected responses are not used; with `every_prompt` logps are (B, K, K), as in
-    `infonce`. args: the run's arguments, train.Args.
+    `infonce`. Without `uses_reference` reference is (B, 1) zeros. args: the run's arguments, train.Args.
     """
 
     loss: Callable[[Tensor, Tensor, Tensor, object], Loss]

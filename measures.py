@@ -71,11 +71,11 @@ def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
     if not keep.any():
         return dict(NO_INTERVAL)
     values = values[keep]
-    group = numbered(np.asarray(clusters)[keep])
+    group = numbered([label for label, is_kept in zip(clusters, keep, strict=True) if is_kept])
     variance, units = jackknife(values, group)
     if crossed is not None:
-        other = numbered(np.asarray(crossed)[keep])
-        cells = numbered(group * len(values) + other)
+        other = numbered([label for label, is_kept in zip(crossed, keep, strict=True) if is_kept])
+        cells = numbered(list(zip(group, other, strict=True)))
         across, units_across = jackknife(values, other)
         both = variance + across - jackknife(values, cells)[0]
         variance, units = max(variance, across, both), min(units, units_across)
@@ -92,9 +92,10 @@ def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
     return dict(mean=mean, low=low, high=high, n=len(values))
 
 
-def numbered(labels: np.ndarray) -> np.ndarray:
-    """The labels as numbers from 0 on: (rows,)."""
-    return np.unique(labels, return_inverse=True)[1]
+def numbered(labels: list) -> np.ndarray:
+    """The labels as numbers from 0 on, in the order of their appearance: (rows,)."""
+    numbers: dict = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
 
 
 def jackknife(values: np.ndarray, group: np.ndarray) -> tuple[float, float]:
@@ -115,10 +116,9 @@ def jackknife(values: np.ndarray, group: np.ndarray) -> tuple[float, float]:
 def effective_rows(values: np.ndarray, variance: float, units: float) -> float:
     """The effective number of independent rows (Korn and Graubard, 1998).
 
-    The number of rows n over the design effect d, the variance over that of independent rows, at least 1.
-    With few events (rows unlike the commonest value) d may be small by chance, and equal values show none at
-    all. So, our own rule, d is averaged over the events with two more of the greatest design effect,
-    n / units, that of clusters whose rows all agree: (events * d + 2 n / units) / (events + 2).
+    The number of rows n over the design effect d, the variance over that of independent rows, at least 1. Few
+    events (rows unlike the commonest value) make d unreliable. Our own rule: d is averaged over the events
+    and two pseudo-events, whose design effect is the largest possible, n / units.
     """
     n = len(values)
     independent = float(values.var()) / max(1, n - 1)
@@ -308,7 +308,7 @@ def system_row(examples: list[Example], answers: list[Answer], judge: str = "") 
         unfinished=float(unfinished.mean()),
         nll_per_token=float(-sum(answer.logp for answer in answers) / tokens.sum()),
         context_gain=interval(np.array([answer.gain for answer in answers]), **groups),
-        prompt_gain=float(np.mean(prompt_gains)),
+        prompt_gain=interval(prompt_gains, **groups)["mean"],
         tokens_interval=interval(tokens.astype(float), **groups),
         unfinished_interval=interval(unfinished, **groups, bounds=RATE),
         prompt_gain_interval=interval(prompt_gains, **groups),
@@ -445,6 +445,7 @@ MISSING = dict(  # why a number of a system or of a difference is not there
     entropy_right="no right answer says 'The answer is:'",
     entropy_wrong="no wrong answer says 'The answer is:'",
     off_target="there are no two contexts with checks",
+    prompt_gain="there is one prompt only",
 )
 
 

@@ -7,8 +7,9 @@
               y_r = another row's y_c   --neg reshuffle
               y_r = letters and digits  --neg noise (Table 6's control)
 
-Both are then trained under the same right prompt (x, c). What differs from the paper: noise is as long as the
-chosen response (Table 6's caption; the paper's text says the rejected one).
+Both are then trained under the same right prompt (x, c). What differs from the paper: noise has as many
+tokens as the chosen response (Table 6's caption; the paper's text says the rejected one) and always an end
+token.
 
     python -m pytest tests/test_negatives.py
 """
@@ -43,7 +44,8 @@ class Response:
 
 @dataclass
 class Pair:
-    """A chosen and N rejected responses, all trained under the chosen one's prompt."""
+    """A chosen and N rejected responses, all trained under the chosen one's prompt (by InfoNCE and SAMI under
+    each other's prompts too)."""
 
     id: str
     prompt: str
@@ -55,7 +57,7 @@ class Pair:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The right prompt (x, c), under which all of the pair's responses are trained."""
+        """The right prompt (x, c), which the chosen response was sampled from."""
         return self.chosen.prompt_ids
 
     @property

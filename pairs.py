@@ -2,10 +2,10 @@
 
 Responses are sampled from the reference model itself: a chosen one with the right prompt, and --n-neg
 rejected ones (see negatives.py). Every response keeps the prompt that it was really sampled from, and its
-*context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises (Eq. 14).
-What differs from the paper: it does not give sampling settings; ours are the data sets' (data.py), from the
-authors' scripts where there are any. A rejected response that is empty or equals the chosen one is drawn
-again.
+*context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises with missing contexts
+(Eq. 14). What differs from the paper: it does not give sampling settings; ours are the data sets' (data.py),
+from the authors' scripts where there are any. A rejected response that is empty or equals the chosen one is
+drawn again.
 
     python pairs.py --data demo --neg missing --model DIR --out FOLDER
 
@@ -40,7 +40,9 @@ from sample import Sample, Sampling, generate
 from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, whole
 from tokenizer import Tokenizer
 
+# micro: the summed gain over the summed tokens, not a mean of ratios.
 GAINS = ("chosen", "chosen_per_token_micro", "rejected", "rejected_per_token_micro")
+LITTLE_GAIN = 1.0  # nats a chosen response; below it users are warned, by our own rule
 DRAWS = 10  # rejected responses that are drawn for an example before it is given up
 MOST_NEGATIVES = 1000  # of a chosen response
 PROCESS_FILES = "pairs.jsonl.process-*"  # what processes other than the first have sampled
@@ -323,7 +325,7 @@ def print_statistics(statistics: dict) -> None:
         if gain[side] is not None:
             per_token = gain[side + "_per_token_micro"]
             print(f"context gain of {side} responses: {gain[side]:+.2f} nats, {per_token:+.3f} a token")
-    if gain["chosen"] is not None and gain["chosen"] < 1:
+    if gain["chosen"] is not None and gain["chosen"] < LITTLE_GAIN:
         print("warning: the context gain of chosen responses is near zero: answers hardly depend on the "
               "context (without contexts: on the prompt), so there is little for MIPO to learn (limitation "
               "iii of the paper)")
@@ -508,6 +510,8 @@ def check_negatives(examples: list[Example], args: PairArgs) -> None:
     if first.chosen is None:
         usable = rows_with_contexts(examples, args.neg)
         negative_messages(usable, args.neg, args.seed, args.n_neg)  # it refuses what cannot be drawn
+    elif first.rejected is not None and args.neg != "missing":
+        raise UserError(f"--neg {args.neg}: {args.data} supplies its rejected responses itself")
     elif first.rejected is not None and args.n_neg > 1:
         raise UserError(f"--n-neg {args.n_neg}: {args.data} supplies one rejected response for each chosen "
                         "one")

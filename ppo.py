@@ -55,8 +55,9 @@ DEFAULTS = dict(lr=5e-7, critic_lr=9e-6, rollout_batch=8, train_batch=4)
 TINY_DEFAULTS = dict(lr=2e-4, critic_lr=1e-3, rollout_batch=32, train_batch=16)
 MI_WEIGHTS = {"ppo-mi": 1.0, "rlaif-mi": 0.1}
 TINY_MI_WEIGHT = 0.5  # of ppo-mi: at 1 too many rewards of the embedded model are clipped
-IGNORED = dict(  # options of the other methods, at their defaults
-    pairs="", softmax=False, label_smoothing=0.0, nll=0.0, rounds=1, eval_every=0)
+REFUSED = dict(  # options that have no effect here: any value but these is an error
+    pairs="", neg="missing", softmax=False, beta=0.1, label_smoothing=0.0, nll=0.0, reduce="sum",
+    temperature_loss=None, rounds=1, eval_every=0)
 
 
 @dataclass
@@ -102,7 +103,8 @@ def check(args) -> None:
                         "--reward-clip, --clip and --value-clip must be positive")
     if args.kl_weight < 0 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
         raise UserError("--kl-weight must be at least 0, --gamma and --gae-lambda in [0, 1]")
-    given = [f"--{name.replace('_', '-')}" for name, value in IGNORED.items() if getattr(args, name) != value]
+    given = [f"--{name.replace('_', '-')}" for name, value in REFUSED.items() if getattr(args, name) != value]
+    given += ["--n-neg"] * (args.n_neg > 1)
     if given:
         raise UserError(f"{', '.join(given)}: no effect with --method {args.method}")
     reward = REWARDS[args.method]
@@ -189,6 +191,7 @@ def load_critic(source: Path, args, load_trainable: Callable[[Path, object], Dec
     critic = load_trainable(source, dataclasses.replace(args, shard=False))  # sharded below, with its head
     size = critic.config.hidden_size
     generator = torch.Generator().manual_seed(seed_from("critic", args.seed))
+    # The spread of reward models' heads in the authors' trainer, OpenRLHF.
     weight = torch.empty(1, size).normal_(std=1 / (size + 1), generator=generator)  # (1, E)
     weight = weight.to(critic.device, critic.compute)
     critic.config = dataclasses.replace(critic.config, tie_word_embeddings=False)
@@ -295,11 +298,12 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
     """Train the actor's model on rewards for its own responses; every batch of them is a line of
     metrics.jsonl.
 
-    reference: the start model; None: the actor's own model with its adapters off. args: the run's arguments,
-    train.Args. `state` is continued. Processes share the sampling and the passes of every batch; rewards and
-    advantages are computed on every process. With --shard, rollouts use whole copies of the models.
+    actor, critic: optimizers, each with its model. reference: the start model; None: the actor's own model
+    with its adapters off. args: the run's arguments, train.Args. `state` is continued. Processes share the
+    sampling and the passes of every batch; rewards and advantages are computed on every process. With
+    --shard, rollouts use whole copies of the models.
     """
-    policy, values = gathered(actor.model), gathered(critic.model)
+    policy, value_model = gathered(actor.model), gathered(critic.model)
     reference = reference or policy  # with its adapters off
     prompts = [tokenizer.chat(e.user_message(e.context), e.system) for e in examples]  # (x, c)
     bare_prompts = [tokenizer.chat(e.user_message(None), e.system) for e in examples]  # x
@@ -316,7 +320,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
         # 1. Rollouts: y ~ pi(.|x,c). The sampler's own log-probs round differently from those of training,
         # so they are computed again, as training will compute them.
         refresh(policy, actor.model)
-        refresh(values, critic.model)
+        refresh(value_model, critic.model)
         mine = share_of(batch)
         rows = [row for row, _ in mine]
         samples = sampler.sample([prompts[row] for row in rows], args.seed, mine)
@@ -329,7 +333,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             bare_logps = in_passes(policy_logps, policy, bare_groups, args)  # (R,) each
             information = [mutual_information(*terms).item() for terms in zip(logps, bare_logps, strict=True)]
         start_logps = reference_logps(reference, groups, args)  # (R,) each
-        old_values = in_passes(response_values, values, groups, args)  # (R,) each
+        old_values = in_passes(response_values, value_model, groups, args)  # (R,) each
         rollouts = gather([  # B of all processes
             Rollout(
                 row=row,

@@ -143,6 +143,7 @@ def measured_answers(base: Decoder, tokenizer: Tokenizer, samples: dict[str, lis
     ids = [[sample.ids for sample in row] for row in zip(*samples.values(), strict=True)]
     logps = logps_after(base, tokenizer, own, ids, "own prompt")  # (rows, systems)
     prompt_gains = logps - logps_after(base, tokenizer, other, ids, "another prompt")  # (rows, systems)
+    prompt_gains[[a == b for a, b in zip(own, other, strict=True)]] = np.nan  # there is no other prompt
     gains = np.full(logps.shape, np.nan)  # (rows, systems)
     if without:
         gains = logps - logps_after(base, tokenizer, without, ids, "no context")

@@ -56,7 +56,7 @@ class Sampling:
 @dataclass
 class Sample:
     """One response: ids, with the end token if the model emitted it, and the log-probs of these ids under the
-    model itself, without temperature and filters."""
+    model itself, without temperature and filters. Training computes its own; these are to compare with."""
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)

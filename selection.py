@@ -37,7 +37,8 @@ class Selection:
     """Scores models on the validation part and keeps the best of them in the run folder's model/.
 
     The score is the share of sampled responses that honour their context or solve their task, where the data
-    can check that (win_rate), else the share of validation pairs whose margin is positive (margin_accuracy).
+    can check that (win_rate), else the share of validation pairs whose chosen response has a greater reward
+    than every rejected one (margin_accuracy).
     Ties keep the earlier model.
     """
 
@@ -106,7 +107,7 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
 
     Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
     the folder, and the share of it that the folder keeps; {} for methods without pairs or rejected responses.
-    Where there are validation pairs, "validation" holds the same of these.
+    Where there are validation pairs, "validation" holds the same of these. Saved in fp32: the share alone, 1.
     """
     dtype = getattr(torch, args.save_dtype)
     config = optimizer.model.config

@@ -8,9 +8,10 @@
     sami        that with T = 1 and the same over responses y_j, in equal parts                         Eq. 7
     ppo-mi, rlaif, rlaif-mi, rlvr    reinforcement learning on four rewards: ppo.py has its own loop
 
-A row's way: data.py reads it; pairs.py samples its chosen and rejected response (`sample_pairs`), the
-rejected one from negatives.py's message; batches.py scores both under the right prompt (`pair_logps`);
-losses.py turns the log-probs into a loss (`dpo`); `train`, below, takes the step.
+A row's way: data.py reads it, contexts.py picks it (`examples_for`), rows.py drops what does not fit;
+pairs.py samples its chosen and rejected response (`sample_pairs`), the rejected one from negatives.py's
+message; batches.py scores both under the right prompt (`pair_logps`); losses.py turns the log-probs into a
+loss (`dpo`); `train`, below, takes the step.
 
 Pairs are sampled from the model itself, unless the run folder or --pairs holds them. AdamW on fp32 master
 weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1. Several
@@ -126,6 +127,9 @@ def resolve(args: Args) -> Args:
     neg, n_neg = args.neg, args.n_neg
     if lr is None:
         lr = TINY_LR if is_tiny else LR
+    temperature = args.temperature_loss
+    if temperature is None:
+        temperature = TEMPERATURES.get(args.method)
     if args.method == "sft-revise" and not args.pairs:
         neg = "random"  # the model compares its response with one to a random context, section 5.1
     elif not uses_rejected(args) and not args.pairs and n_neg == 1:
@@ -137,7 +141,7 @@ def resolve(args: Args) -> Args:
         neg=neg,
         n_neg=n_neg,
         lr=lr,
-        temperature_loss=args.temperature_loss or TEMPERATURES.get(args.method),
+        temperature_loss=temperature,
         pass_tokens=pass_tokens,
         save_dtype=args.save_dtype or args.dtype,
         resume=args.resume or args.resume_elsewhere or restarts() > 0,
@@ -180,8 +184,12 @@ def check_method(args: Args) -> None:
                             f"--method {args.method}")
     if args.method != "dpo" and (args.softmax or args.label_smoothing or args.nll):
         raise UserError(f"--softmax, --label-smoothing and --nll go with --method dpo, not {args.method}")
+    if not objective.uses_reference and args.beta != Args.beta:
+        raise UserError(f"--beta has no effect with --method {args.method}")
     if objective.uses_rejected and not args.n_neg:
         raise UserError("--n-neg 0 leaves nothing to prefer: only --method sft trains without")
+    if args.method == "sft-revise" and not args.n_neg:
+        raise UserError("--method sft-revise shows the model a rejected response too: not with --n-neg 0")
     if not objective.uses_rejected and args.n_neg > 1 and not args.pairs:
         raise UserError(f"--n-neg {args.n_neg}: --method {args.method} uses no rejected responses")
     if args.method not in TEMPERATURES:
@@ -235,6 +243,10 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
     bar.update(sum(map(len, batches[: state.batch])))
 
     for number, batch in enumerate(batches[state.batch :], state.batch):
+        if has_stalled(state.scores, args.patience):
+            print(f"stopped after step {number} of {len(batches)}: {args.patience} validations were no "
+                  "better")
+            break
         started = time.perf_counter()
 
         # The loss is one mean over the whole batch, however it is cut into micro-batches and wherever those
@@ -305,17 +317,20 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             state.best = selection.best
             state.scores.append(score)
             metrics.log(candidate=state.candidate, step=state.step, **{"validation_" + selection.name: score})
-            since_best = len(state.scores) - 1 - state.scores.index(max(state.scores))
-            if args.patience and since_best >= args.patience and not is_last:
-                print(f"stopped at step {number + 1} of {len(batches)}: {args.patience} validations were no "
-                      "better")
-                break
 
         state.rows = metrics.rows
         if checkpoints:
             checkpoints.after_step(args.save_every,
                                    lambda: optimizer.tensors() | dict(reference=reference), state)
     bar.close()
+
+
+def has_stalled(scores: list[float], patience: int) -> bool:
+    """Whether the last `patience` validations were no better than one before them; never with patience 0."""
+    if not scores or not patience:
+        return False
+    best = scores.index(max(scores))
+    return len(scores) - 1 - best >= patience
 
 
 def time_steps(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args, file: Path) -> None:
@@ -338,9 +353,6 @@ def program() -> None:
         check(args)
     args = grid[0]
     is_ppo = args.method in ppo.REWARDS
-    has_beta = not is_ppo and OBJECTIVES[args.method].uses_reference
-    if not has_beta and len({candidate.beta for candidate in grid}) > 1:
-        raise UserError(f"--beta has no effect with --method {args.method}: give it one value")
     if is_ppo and args.dry_run:
         raise UserError(f"--dry-run: there is none for --method {args.method}; try a run of --limit 32")
     if len(grid) > 1 and (args.rounds > 1 or is_ppo):
@@ -413,12 +425,13 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
     seconds = dict(pairs=0.0, reference=0.0)
     pairs = None
 
-    for candidate in grid[state.candidate :]:
+    # Candidates differ in beta, lr and epochs alone: model, pairs and reference are the first one's.
+    for candidate_args in grid[state.candidate :]:
         if len(grid) > 1:
-            print(f"candidate {state.candidate + 1} of {len(grid)}: {swept(candidate)}")
+            print(f"candidate {state.candidate + 1} of {len(grid)}: {swept(candidate_args)}")
         model = optimizer = None  # before the next one takes their memory
         model = load_trainable(source, args)
-        optimizer = MasterAdamW(model, candidate.lr, candidate.seed, candidate.rounding)
+        optimizer = MasterAdamW(model, candidate_args.lr, args.seed, args.rounding)
         if tensors:
             optimizer.load_tensors(tensors)
 
@@ -428,12 +441,12 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
             state.round = round
             if pairs is None or round:
                 pairs, reference = prepare(model, args, folder, given, state, seconds, tensors)
-            round_args = dataclasses.replace(candidate, seed=round_seed(args.seed, round))
+            round_args = dataclasses.replace(candidate_args, seed=round_seed(args.seed, round))
             tensors = {}
             with StopSignal() as checkpoints.stop:
                 train(optimizer, pairs, reference, round_args, metrics, state, selection, checkpoints)
             if round + 1 < args.rounds:
-                state.batch, state.rows = 0, metrics.rows
+                state.batch, state.rows, state.scores = 0, metrics.rows, []
                 checkpoints.save(optimizer.tensors(), asdict(state) | dict(round=round + 1))
         summary = dict(steps=state.step, pairs=len(pairs), skipped=state.skipped, tokens=state.tokens,
                        seconds_training=state.seconds)

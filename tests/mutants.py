@@ -150,7 +150,7 @@ MUTATIONS = {
         ("measured = gather(measured)", "measured = list(measured)", PROCESSES),
         ("enumerate(batches[state.batch :], state.batch)", "enumerate(batches, 0)",
          "test_checkpoint.py::test_a_run_that_was_stopped_ends_with_the_same_bits[dpo-3]"),
-        ("since_best >= args.patience", "since_best > args.patience",
+        ("len(scores) - 1 - best >= patience", "len(scores) - 1 - best > patience",
          "test_selection.py::test_early_stopping_keeps_the_best_step"),
     ],
     "model.py": [

@@ -147,6 +147,17 @@ def test_a_row_without_a_context_among_others_has_no_gain(answered):
     assert all(math.isfinite(a.logp) and math.isfinite(a.prompt_gain) for a in prompted)
 
 
+def test_with_one_prompt_there_is_no_prompt_gain(answered):
+    """No other prompt to compare with: NaN, no mean, and a line that says why."""
+    base, _, tokenizer, _ = answered
+    rows = [held_out(0, "Why?", "A"), held_out(1, "Why?", "B")]
+    answers = respond(base, base, tokenizer, rows, SAMPLING, SEED)
+    assert all(math.isnan(a.prompt_gain) for of_system in answers.values() for a in of_system)
+    result = evaluate(rows, answers)
+    assert result["parts"]["all"]["systems"]["trained"]["prompt_gain"] is None
+    assert "no prompt gain of default, prompted, trained: there is one prompt only" in table(result)
+
+
 def test_cached_answers_are_not_sampled_again(answered, monkeypatch):
     """With the base model's answers at hand only the trained model samples; the caller's dict stays as it is.
     """

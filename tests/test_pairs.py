@@ -85,7 +85,8 @@ def test_negatives_that_cannot_be_are_refused(neg, contexts):
     (None, "missing", 1, "no rejected responses: --neg reshuffle or noise"),
     (None, "random", 1, "no rejected responses"),
     (None, "reshuffle", 1, None), (None, "noise", 3, None), (None, "missing", 0, None),
-    ("no", "missing", 1, None),
+    ("no", "missing", 1, None), ("no", "random", 1, "supplies its rejected responses itself"),
+    ("no", "noise", 1, "supplies its rejected responses itself"),
 ])  # fmt: skip
 def test_ready_pairs_have_the_negatives_that_their_file_brings(rejected, neg, n_neg, words):
     """One response, or those that need no sampling; anything else is a UserError."""

@@ -88,3 +88,9 @@ def test_revision_that_was_interrupted_goes_on(call_train):
     call_train(*FLAGS)
     again = {row["id"]: row["response"] for _, row in read_jsonl(file)}
     assert again == {row["id"]: row["response"] for row in rows}
+
+
+def test_without_a_rejected_response_it_is_refused(call_train):
+    """The revision's prompt shows one: said before anything is sampled."""
+    with pytest.raises(UserError, match="shows the model a rejected response"):
+        call_train(*FLAGS, "--n-neg", "0")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from checks import honours
 from data import load_examples
 from folder import load
 from pairs import load_pairs
-from run import read_json
+from run import Stopped, read_json
 from sample import Sample
 from selection import Selection, mean_margin
 from tokenizer import Tokenizer
@@ -73,6 +75,26 @@ def test_early_stopping_keeps_the_best_step(call_train, script, dpo_run):
     assert [row["step"] for row in validations_of(folder)] == [2, 4, 6, 8]
     summary = read_json(folder / "summary.json")
     assert summary["chosen"]["step"] == 4 and summary["steps"] == 8
+
+
+def test_a_signal_after_the_last_validation_ends_the_run_there(call_train, script, dpo_run, monkeypatch):
+    """Stopped by a signal in the step whose validation ended it: resumed, it takes no further step."""
+    shown = script(0.1, 0.5, 0.5, 0.3, 0.9)
+    offer = Selection.offer
+
+    def offer_and_signal(*args):
+        score = offer(*args)
+        if len(shown) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score
+
+    monkeypatch.setattr(Selection, "offer", offer_and_signal)
+    flags = ["--pairs", dpo_run, "--eval-every", "2", "--patience", "2"]
+    with pytest.raises(Stopped):
+        call_train(*flags)
+    folder = call_train(*flags, "--resume")
+    assert len(shown) == 4 and len(steps_of(folder)) == 8
+    assert read_json(folder / "summary.json")["chosen"]["step"] == 4
 
 
 def test_without_patience_every_step_is_taken(call_train, script, dpo_run):
