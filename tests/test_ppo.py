@@ -393,7 +393,7 @@ def row(number: int) -> Example:
 def run_ppo_in_place(actor, critic, source: Path, file: Path, args: train.Args, examples: list[Example],
                      judge=None) -> tuple[ppo.State, list[dict]]:
     """The loop with such optimizers and a frozen reference: where it ends, and the rows of metrics.jsonl."""
-    reference = load(source, actor.model.compute).requires_grad_(False)
+    reference = None if args.lora_rank else load(source, actor.model.compute).requires_grad_(False)
     state = ppo.State()
     ppo.ppo(actor, critic, reference, examples, Tokenizer(source), judge, args, Metrics(file), state)
     return state, [] if rank() else [line for _, line in read_jsonl(file)]

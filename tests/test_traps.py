@@ -122,11 +122,11 @@ def test_7_nothing_is_cut_until_it_is_empty(tiny, capsys):
     dropped, counted and named, never cut; an empty response trains nothing."""
     tokenizer = Tokenizer(tiny)
     examples = [training_example(i, prompt="why " * count) for i, count in enumerate((1, 500, 2))]
-    fitting = fitting_rows(examples, lambda e: [e.prompt], tokenizer, places=100, new_tokens=20)
+    fitting = fitting_rows(examples, lambda e: [e.prompt], tokenizer, positions=100, new_tokens=20)
     assert fitting == [examples[0], examples[2]]
     assert "1 of 3 rows dropped: prompt and 20 new tokens take more than" in capsys.readouterr().out
     with pytest.raises(UserError, match="no row's prompt"):
-        fitting_rows(examples, lambda e: [e.prompt], tokenizer, places=20, new_tokens=20)
+        fitting_rows(examples, lambda e: [e.prompt], tokenizer, positions=20, new_tokens=20)
     empty = random_pairs(1)[0]
     empty.chosen = Response("", [END], True, [5])
     assert drop_useless([empty], needs_rejected=True) == ([], dict(empty=1, identical=0))
