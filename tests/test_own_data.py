@@ -166,7 +166,7 @@ def test_a_program_runs_with_a_world_size_left_over(tiny, tmp_path):
 def test_the_pins_have_the_python_that_is_promised():
     """README.md, pyproject.toml and ruff name one oldest version, and every pinned package installs on it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    (oldest,) = re.findall(r"It needs Python (3\.\d+) or newer", (ROOT / "README.md").read_text())
+    (oldest,) = re.findall(r"needs Python (3\.\d+) or newer", (ROOT / "README.md").read_text())
     assert project["project"]["requires-python"] == f">={oldest}"
     assert project["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
     pins = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line]
