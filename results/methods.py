@@ -99,7 +99,7 @@ def picture(rows: dict[str, list[Run]], file: Path) -> None:
     gains.axvline(0, color=GREY, linewidth=1)
     gains.set(xlabel="points over prompting", yticks=range(len(rows)), yticklabels=list(rows),
               ylim=(len(rows) - 0.5, -0.5))
-    prices.set(xlabel="KL from the start model, nats a response")
+    prices.set(xlabel="KL from the start model, nats per response")
     prices.set_xlim(left=0)
     for axis in (gains, prices):
         axis.grid(color="0.92")
