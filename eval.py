@@ -51,7 +51,7 @@ from figures import entropy_figure, gain_figure, judges_figure
 from folder import find, load, read_config
 from formats import first_of
 from judge import Judge, weight_times
-from measures import RATE, Answers, evaluate, clusters_of, interval, wins
+from measures import RATE, Answers, clusters_of, evaluate, interval, wins
 from pairs import ready_pairs
 from report import report, table
 from responses import group_logps, read_answers, remove_samples, respond, write_responses
@@ -323,9 +323,9 @@ def pairs_of_data(plan: Plan) -> dict | None:
         chosen, rejected = np.array(group_logps(model, groups, "pairs of the data")).reshape(-1, 2).T
         ratios.append(chosen - rejected)  # (pairs,)
     kept = {pair.id for pair in pairs}
-    groups = clusters_of([e for e in plan.examples if e.id in kept])
+    clusters = clusters_of([e for e in plan.examples if e.id in kept])
     positive = (ratios[1] > ratios[0]).astype(float)  # (pairs,)
-    return interval(positive, **groups, bounds=RATE)
+    return interval(positive, **clusters, bounds=RATE)
 
 
 def all_answers(plan: Plan) -> Answers:

@@ -295,23 +295,23 @@ def off_target(examples: list[Example], answers: list[Answer]) -> float | None:
 
 def system_row(examples: list[Example], answers: list[Answer], judge: str = "") -> dict:
     """All numbers of one system: win rate, quality, and what only some data have."""
-    groups = clusters_of(examples)
+    clusters = clusters_of(examples)
     texts, prompts = [answer.text for answer in answers], [e.prompt for e in examples]
     won = wins(examples, answers, judge)
     tokens = np.array([len(answer.ids) for answer in answers])
     unfinished = np.array([float(not answer.finished) for answer in answers])
     prompt_gains = np.array([answer.prompt_gain for answer in answers])
     row = dict(
-        win_rate=interval(won, **groups, bounds=RATE),
+        win_rate=interval(won, **clusters, bounds=RATE),
         off_target=off_target(examples, answers),
         tokens=float(tokens.mean()),
         unfinished=float(unfinished.mean()),
         nll_per_token=float(-sum(answer.logp for answer in answers) / tokens.sum()),
-        context_gain=interval(np.array([answer.gain for answer in answers]), **groups),
-        prompt_gain=interval(prompt_gains, **groups)["mean"],
-        tokens_interval=interval(tokens.astype(float), **groups),
-        unfinished_interval=interval(unfinished, **groups, bounds=RATE),
-        prompt_gain_interval=interval(prompt_gains, **groups),
+        context_gain=interval(np.array([answer.gain for answer in answers]), **clusters),
+        prompt_gain=interval(prompt_gains, **clusters)["mean"],
+        tokens_interval=interval(tokens.astype(float), **clusters),
+        unfinished_interval=interval(unfinished, **clusters, bounds=RATE),
+        prompt_gain_interval=interval(prompt_gains, **clusters),
         distinct_2=distinct_2(texts, prompts),
         **self_bleus(texts, prompts),
     )
@@ -320,9 +320,9 @@ def system_row(examples: list[Example], answers: list[Answer], judge: str = "") 
     if examples[0].choices:
         entropy = np.array([answer.entropy for answer in answers])
         choice_mi = np.array([answer.choice_mi for answer in answers])
-        row |= dict(choice_mi=interval(choice_mi, **groups, bounds=RATE),
-                    entropy_right=interval(nan_where(won != 1, entropy), **groups),
-                    entropy_wrong=interval(nan_where(won != 0, entropy), **groups))
+        row |= dict(choice_mi=interval(choice_mi, **clusters, bounds=RATE),
+                    entropy_right=interval(nan_where(won != 1, entropy), **clusters),
+                    entropy_wrong=interval(nan_where(won != 0, entropy), **clusters))
     if judge:
         row |= judged_columns(examples, answers, judge)
     return row
@@ -343,15 +343,15 @@ def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict
 
     def share_right(finals: list[str | None]) -> dict:
         right = [float(final == e.answer) for e, final in zip(examples, finals, strict=True)]
-        return interval(np.array(right), **groups, bounds=RATE)
+        return interval(np.array(right), **clusters, bounds=RATE)
 
-    groups = clusters_of(examples)
+    clusters = clusters_of(examples)
     strict, flexible = read(flexible=False), read(flexible=True)
     unparsed = np.array([float(final is None) for final in strict])
     columns = dict(flexible=share_right(flexible),
                    unparsed=float(unparsed.mean()),
                    unparsed_flexible=flexible.count(None) / len(flexible),
-                   unparsed_interval=interval(unparsed, **groups, bounds=RATE))
+                   unparsed_interval=interval(unparsed, **clusters, bounds=RATE))
     if examples[0].style == "math":
         last = [math_answer(answer.text, flexible=False) for answer in answers]
         columns["last_marker"] = share_right(last)
@@ -360,15 +360,15 @@ def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict
 
 def judged_columns(examples: list[Example], answers: list[Answer], judge: str) -> dict:
     """The judge's mean score; strict wins, ties, and the win rate at the reference's length."""
-    groups = clusters_of(examples)
+    clusters = clusters_of(examples)
     scores, references = scores_of(answers, judge)
     unknown = np.isnan(scores - references)
     ties = scores[~unknown] == references[~unknown]
     longer = [float(len(answer.text) - len(without_thoughts(e.reference or "")))
               for e, answer in zip(examples, answers, strict=True)]
-    return dict(score=interval(scores, **groups),
+    return dict(score=interval(scores, **clusters),
                 length_controlled=length_controlled(wins(examples, answers, judge), np.array(longer)),
-                strict=interval(nan_where(unknown, scores > references), **groups, bounds=RATE),
+                strict=interval(nan_where(unknown, scores > references), **clusters, bounds=RATE),
                 ties=float(ties.mean()) if len(ties) else None)
 
 
@@ -379,7 +379,7 @@ def paired_differences(examples: list[Example], answers: list[Answer], baseline:
 
     macro: a mean of each response's gain over its own length; micro, in pairs.py, is a ratio of sums.
     """
-    groups = clusters_of(examples)
+    clusters = clusters_of(examples)
     won = wins(examples, answers, judge) - wins(examples, baseline, judge)
     tokens, baseline_tokens = (np.array([len(a.ids) for a in system]) for system in (answers, baseline))
     gain, baseline_gain = (np.array([a.gain for a in system]) for system in (answers, baseline))
@@ -391,12 +391,12 @@ def paired_differences(examples: list[Example], answers: list[Answer], baseline:
         mcnemar_p = mcnemar(wins(examples, answers, judge), wins(examples, baseline, judge))
     texts, baseline_texts = [a.text for a in answers], [a.text for a in baseline]
     return dict(
-        win_rate=interval(won, **groups, bounds=DIFFERENCE),
-        win_rate_length_matched=interval(nan_where(unmatched, won), **groups, bounds=DIFFERENCE),
-        context_gain=interval(gain - baseline_gain, **groups),
-        context_gain_per_token_macro=interval(gain / tokens - baseline_gain / baseline_tokens, **groups),
+        win_rate=interval(won, **clusters, bounds=DIFFERENCE),
+        win_rate_length_matched=interval(nan_where(unmatched, won), **clusters, bounds=DIFFERENCE),
+        context_gain=interval(gain - baseline_gain, **clusters),
+        context_gain_per_token_macro=interval(gain / tokens - baseline_gain / baseline_tokens, **clusters),
         mcnemar_p=mcnemar_p,
-        score=interval(scores, **groups),
+        score=interval(scores, **clusters),
         **self_bleus(texts, [e.prompt for e in examples], baseline_texts),
     )
 

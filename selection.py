@@ -20,8 +20,8 @@ from lora import adapted_layers, save_adapter
 from losses import OBJECTIVES, Group, dpo, sequence_logps
 from memory import FP32, fits_whole, require_copy
 from model import Decoder
-from optimizer import MasterAdamW
 from negatives import Pair
+from optimizer import MasterAdamW
 from pairs import pairs_for
 from rows import fitting_rows
 from run import barrier, broadcast, default_device, gather, progress, rank, share_of

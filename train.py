@@ -54,8 +54,8 @@ from lora import add_adapters
 from losses import OBJECTIVES, token_count
 from memory import require_copy, require_fit
 from model import Decoder
-from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from negatives import SAMPLED, Pair
+from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from revise import check_revisable, revise
 from rewards import check_data

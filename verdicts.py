@@ -51,10 +51,10 @@ def judge_all(judge: Judge, examples: list[Example], answers: Answers,
         items["human_rejected"] = item_scores(judge, examples, rejected, "human_rejected", reasons)
         pair, _ = means_over_shared_items({label: items[label] for label in ("reference", "human_rejected")})
         margin = np.subtract(pair["reference"], pair["human_rejected"])  # (rows,)
-        groups = clusters_of(examples)
+        clusters = clusters_of(examples)
         verdicts["critic"] = dict(
-            strict=interval(nan_where(np.isnan(margin), margin > 0), **groups, bounds=RATE),
-            tie_tolerant=interval(nan_where(np.isnan(margin), margin >= 0), **groups, bounds=RATE))
+            strict=interval(nan_where(np.isnan(margin), margin > 0), **clusters, bounds=RATE),
+            tie_tolerant=interval(nan_where(np.isnan(margin), margin >= 0), **clusters, bounds=RATE))
     verdicts["unread"] = {label: sum(math.isnan(score) for row in rows for score in row)
                           for label, rows in items.items()}
     verdicts["unread_reasons"] = dict(reasons)
@@ -121,16 +121,16 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
     outcomes = np.array([or_nan(outcome) for outcome, _ in verdicts])  # (rows,) 1 win, 1/2 tie, 0 loss
     unread = np.isnan(outcomes)
     flips = nan_where(unread, np.array([float(flipped) for _, flipped in verdicts]))
-    read, groups = int((~unread).sum()), clusters_of(examples)
+    read, clusters = int((~unread).sum()), clusters_of(examples)
     longer = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # in characters
     return dict(
-        win_rate=interval(outcomes, **groups, bounds=RATE),
+        win_rate=interval(outcomes, **clusters, bounds=RATE),
         wins=int((outcomes == 1).sum()),
         ties=int((outcomes == 0.5).sum()),
         losses=int((outcomes == 0).sum()),
         unread=int(unread.sum()),
         flip_rate=float(np.nansum(flips)) / max(1, read),
-        flip_interval=interval(flips, **groups, bounds=RATE),
+        flip_interval=interval(flips, **clusters, bounds=RATE),
         length_controlled=length_controlled(outcomes, np.array(longer)),
         rubrics_unread=written.count(None) if write_rubrics else None,
     )

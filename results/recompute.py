@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checks import verify
 from data import load_demo
-from measures import interval
-from measures import mean_of, with_interval
+from measures import interval, mean_of, with_interval
 from run import read_json, read_jsonl
 
 RESULTS = Path(__file__).resolve().parent

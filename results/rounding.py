@@ -20,12 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from batches import all_logps, groups_of, training_rows
+from figures import pyplot, save_figure
 from folder import find, load, save
 from losses import sequence_logps
 from model import Decoder
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
-from figures import pyplot, save_figure
 from run import (Metrics, default_dtype, environment, main, peak_memory, read_json, read_jsonl, seed_from,
                  write_json)
 from selection import mean_margin
