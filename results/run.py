@@ -96,6 +96,8 @@ TABLES = {
             "sami": Row("--method sami", "mipo-random"),
             "rlvr": Row(f"--method rlvr {TINY_PPO}"),
             "rlvr-shuffled": Row(f"--method rlvr --shuffle-rewards {TINY_PPO}"),
+            "rlaif": Row(f"--method rlaif {SCRIPTED} {TINY_PPO}"),
+            "rlaif-shuffled": Row(f"--method rlaif {SCRIPTED} --shuffle-rewards {TINY_PPO}"),
             "ppo-mi": Row(f"--method ppo-mi --mi-weight 0.5 {TINY_PPO}"),
             "ppo-mi-shuffled": Row(f"--method ppo-mi --mi-weight 0.5 --shuffle-rewards {TINY_PPO}"),
         }),
