@@ -6,6 +6,7 @@
               y_r ~ pi_ref(.|x')        --neg random in data without contexts: another prompt
               y_r = another row's y_c   --neg reshuffle
               y_r = letters and digits  --neg noise (Table 6's control)
+              y_r ~ pi_ref(.|x, c)      --neg same (our control: only chance tells it from y_c)
 
 Both are then trained under the same right prompt (x, c). What differs from the paper: noise has as many
 tokens as the chosen response (Table 6's caption; the paper's text says the rejected one) and always an end
@@ -24,8 +25,8 @@ from rows import require_contexts
 from run import UserError, seed_from
 from tokenizer import Tokenizer
 
-NEGATIVES = ("missing", "random", "reshuffle", "noise")
-SAMPLED = ("missing", "random")  # those whose rejected responses are sampled from a prompt
+NEGATIVES = ("missing", "random", "reshuffle", "noise", "same")
+SAMPLED = ("missing", "random", "same")  # those whose rejected responses are sampled from a prompt
 REPEATS = 100  # after so many duplicates in a row no distinct row is taken to be left
 
 
@@ -84,6 +85,8 @@ def negative_messages(examples: list[Example], neg: str, seed: int, n_neg: int =
         elif neg == "random":
             others = other_rows(examples, i, seed, n_neg)
             messages.append([other.user_message(None) for other in others])  # pi_ref(.|x')
+        elif neg == "same":
+            messages.append([example.user_message(example.context)] * n_neg)  # pi_ref(.|x, c) again
         else:
             raise ValueError(f"negative_messages: nothing says how {neg} is sampled")
     return messages

@@ -54,7 +54,7 @@ from lora import add_adapters
 from losses import OBJECTIVES, token_count
 from memory import require_copy, require_fit
 from model import Decoder
-from negatives import SAMPLED, Pair
+from negatives import Pair
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from revise import check_revisable, revise
@@ -199,7 +199,7 @@ def check_method(args: Args) -> None:
         return
     if args.temperature_loss <= 0:
         raise UserError("--temperature-loss must be positive")
-    if args.neg not in SAMPLED:
+    if args.neg not in ("missing", "random"):
         raise UserError(f"--method {args.method} scores every response under each other's prompts, which "
                         f"--neg {args.neg} does not have: use --neg random or missing")
     if args.neg == "missing" and args.n_neg > 1:

@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from variants import make_variant
+
 ROOT = Path(__file__).parents[1]
 SMALL = ("args.json", "summary.json", "eval.json")
 PYTHON = sys.executable
@@ -25,10 +27,15 @@ PYTHON = sys.executable
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. pairs_of: the row whose pairs it trains on, seed by seed; flags: of train.py."""
+    """One setting.
+
+    flags: of train.py; pairs_of: the row whose pairs it trains on, seed by seed; variant: what variants.py
+    makes of those first.
+    """
 
     flags: str
     pairs_of: str = ""
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,42 @@ TABLES = {
             "ppo-mi": Row(f"--method ppo-mi --mi-weight 0.5 {TINY_PPO}"),
             "ppo-mi-shuffled": Row(f"--method ppo-mi --mi-weight 0.5 --shuffle-rewards {TINY_PPO}"),
         }),
+    # Table 6: the number of rejected responses, as rows of their own (Eq. 5) or in one softmax (Eq. 8).
+    "negatives-tiny": Table(
+        seeds=(0, 1, 2),
+        train=f"{TINY} --neg random",
+        base="random-1",
+        test="--limit 320",
+        divergence=False,
+        rows={
+            "random-1": Row("--n-neg 1"),
+            "random-3": Row("--n-neg 3"),
+            "random-3-softmax": Row("--softmax", "random-3"),
+            "random-5": Row("--n-neg 5"),
+            "random-5-softmax": Row("--softmax", "random-5"),
+            "random-10": Row("--n-neg 10"),
+            "random-10-softmax": Row("--softmax", "random-10"),
+        }),
+    # What each setting does, on validation prompts: the others are those of random negatives by default.
+    "settings-tiny": Table(
+        seeds=(0, 1, 2),
+        train=f"{TINY} --neg random",
+        base="default",
+        test="--split validation --limit 320",
+        divergence=False,
+        rows={
+            "default": Row(""),
+            **{f"lr-{lr}": Row(f"--lr {lr}", "default") for lr in ("2e-5", "5e-5", "1e-4", "5e-4", "1e-3")},
+            **{f"beta-{beta}": Row(f"--beta {beta}", "default") for beta in ("0.03", "0.3", "1")},
+            **{f"pairs-{n}": Row(f"--limit {n}") for n in (75, 150, 300)},
+            "larger-half": Row("", "default", "larger-half"),
+            "smaller-half": Row("", "default", "smaller-half"),
+            **{f"temperature-{t}": Row(f"--temperature {t}") for t in ("0.5", "0.8", "1.2")},
+            "two-epochs": Row("--epochs 2", "default"),
+            "two-rounds": Row("--rounds 2"),
+            "swapped": Row("", "default", "swapped"),
+            "same": Row("--neg same"),
+        }),
 }
 
 
@@ -115,6 +158,17 @@ def command(*parts: str | Path) -> None:
         raise RuntimeError(f"{' '.join(words)} failed: see {log}")
 
 
+def pairs_for(row: Row, place: Path, folder: Path, seed: int) -> Path:
+    """The folder of pairs that a row trains on: another row's, or a variant of them beside the run."""
+    source = place / row.pairs_of / f"seed{seed}"
+    if not row.variant:
+        return source
+    target = folder.with_name(f"seed{seed}-pairs")
+    if not target.exists():
+        make_variant(row.variant, source, target)
+    return target
+
+
 def run(name: str, row_name: str, seed: int) -> None:
     """Train and evaluate one row with one seed, as far as it has not been done, and copy its small files."""
     table = TABLES[name]
@@ -127,7 +181,7 @@ def run(name: str, row_name: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     if not (folder / "summary.json").exists():
-        pairs = ["--pairs", place / row.pairs_of / f"seed{seed}"] if row.pairs_of else []
+        pairs = ["--pairs", pairs_for(row, place, folder, seed)] if row.pairs_of else []
         command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
                 "--out", folder, "--resume", log)
     if not (folder / "eval.json").exists():

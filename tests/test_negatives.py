@@ -195,6 +195,8 @@ def allowed_messages(neg: str, rows: list, i: int) -> set[str]:
     e = rows[i]
     if neg == "missing":
         return {e.prompt}
+    if neg == "same":
+        return {e.user_message(e.context)}
     if e.context is None:
         return {other.prompt for other in rows if other.prompt != e.prompt}
     return {e.user_message(other.context) for other in rows if other.context != e.context}
@@ -213,8 +215,9 @@ def useful_draws(model_and_tokenizer, prompts: list[list[int]], i: int, chosen: 
 
 
 @pytest.mark.parametrize("n_neg", [1, 3])
-@pytest.mark.parametrize(("neg", "rows"), [("missing", ROWS), ("random", ROWS), ("random", BARE)],
-                         ids=["missing", "random", "random-bare"])
+@pytest.mark.parametrize(("neg", "rows"), [
+    ("missing", ROWS), ("random", ROWS), ("random", BARE), ("same", BARE),
+], ids=["missing", "random", "random-bare", "same"])
 def test_n_negatives_are_drawn_from_their_prompts_and_keys(neg, rows, n_neg, model_and_tokenizer, folder):
     """The first N useful ones of ten draws: sample (i, k) of row i's k-th source, which is the bare prompt,
     one with another context, or another prompt. So the first of three is that of one."""
@@ -261,7 +264,8 @@ def test_no_negatives_sample_chosen_responses_only(rows, model_and_tokenizer, ke
 def test_chosen_responses_do_not_depend_on_the_negatives(model_and_tokenizer, tiny):
     """The same ids for every strategy and number of negatives."""
     chosen: dict[str, set] = {}
-    for neg, n_neg in [("missing", 0), ("missing", 2), ("random", 1), ("reshuffle", 1), ("noise", 3)]:
+    kinds = [("missing", 0), ("missing", 2), ("random", 1), ("reshuffle", 1), ("noise", 3), ("same", 2)]
+    for neg, n_neg in kinds:
         made, _ = make_pairs(model_and_tokenizer[0], Tokenizer(tiny), ROWS, neg, SETTINGS, 5, n_neg=n_neg)
         for pair in made:
             chosen.setdefault(pair.id, set()).add(tuple(pair.chosen.ids))
