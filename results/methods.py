@@ -1,4 +1,4 @@
-"""methods.py - the runs of one table of run.py side by side: a Markdown table and a picture.
+"""methods.py - the runs of one table of experiments.py side by side: a Markdown table and a picture.
 
     python results/methods.py results/methods-tiny          writes table.md and gain.png there
 
@@ -15,6 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from figures import BLACK, BLUE, GREY, pyplot, save_figure
+from measures import mean_of
 from report import cell, markdown_row
 from run import read_json, write_atomic
 
@@ -39,7 +40,8 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The small files of one run."""
-    parts = read_json(folder / "eval.json")["parts"]
+    (numbers,) = folder.glob("eval*.json")  # of the test or of the validation part
+    parts = read_json(numbers)["parts"]
     trained = dict(parts["all"]["systems"]["trained"])
     for part, key in dict(all="gain", seen="gain_seen", unseen="gain_unseen").items():
         if part in parts:
@@ -55,7 +57,7 @@ def read_run(folder: Path) -> Run:
 
 def read_rows(table: Path) -> dict[str, list[Run]]:
     """Row -> its runs, a row for each folder; the best row first."""
-    rows = {folder.name: [read_run(file.parent) for file in sorted(folder.glob("seed*/eval.json"))]
+    rows = {folder.name: [read_run(file.parent) for file in sorted(folder.glob("seed*/eval*.json"))]
             for folder in sorted(table.iterdir()) if folder.is_dir()}
     rows = {name: runs for name, runs in rows.items() if runs}
     return dict(sorted(rows.items(), key=lambda row: -mean_gain(row[1])))
@@ -86,20 +88,24 @@ def value(systems: list[dict], key: str, scale: float, form: str) -> str:
 
 
 def picture(rows: dict[str, list[Run]], file: Path) -> None:
-    """A line a row: a dot a seed for points over prompting, with their mean; beside them their price, KL."""
+    """A line a row: a dot a seed for points over prompting, with their mean; beside them their price: KL, or
+    where it was not measured how likely the responses are for the start model."""
     plt = pyplot()
     figure, (gains, prices) = plt.subplots(1, 2, figsize=(9, 0.9 + 0.3 * len(rows)), layout="constrained",
                                            sharey=True, width_ratios=(3, 2))
+    has_divergence = any("kl" in run.trained for runs in rows.values() for run in runs)
+    price, label = (("kl", "KL from the start model, nats per response") if has_divergence else
+                    ("nll_per_token", "base NLL, nats per token"))
     for y, runs in enumerate(rows.values()):
-        for axis, key, scale in ((gains, "gain", 100), (prices, "kl", 1)):
-            values = [scale * run.trained[key]["mean"] for run in runs if key in run.trained]
+        for axis, key, scale in ((gains, "gain", 100), (prices, price, 1)):
+            values = [scale * mean_of(run.trained, key) for run in runs if key in run.trained]
             if values:
                 axis.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.4, markersize=6)
                 axis.plot(np.mean(values), y, "|", color=BLACK, markersize=14, markeredgewidth=2)
     gains.axvline(0, color=GREY, linewidth=1)
     gains.set(xlabel="points over prompting", yticks=range(len(rows)), yticklabels=list(rows),
               ylim=(len(rows) - 0.5, -0.5))
-    prices.set(xlabel="KL from the start model, nats per response")
+    prices.set(xlabel=label)
     prices.set_xlim(left=0)
     for axis in (gains, prices):
         axis.grid(color="0.92")

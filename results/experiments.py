@@ -1,13 +1,13 @@
-"""run.py - the experiments behind the tables, each a row of TABLES: what is missing is run, the rest stays.
+"""experiments.py - what is behind the tables, a row of TABLES each: what is missing is run, the rest stays.
 
-    python results/run.py methods-tiny                        every method on the embedded model, three seeds
-    python results/run.py methods-tiny infonce sami           some of its rows
-    python results/run.py methods-tiny --at-once 2            two runs at a time
-    python results/methods.py results/methods-tiny            the table and a picture
+    python results/experiments.py methods-tiny                      every method on the embedded model
+    python results/experiments.py methods-tiny infonce sami         some of its rows
+    python results/experiments.py methods-tiny --at-once 2          two runs at a time
+    python results/methods.py results/methods-tiny                  the table and a picture
 
-A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied
-to results/TABLE/ROW/seedS, from which methods.py draws the table again. Rows with a scripted judge need
-scripted_judge.py to run beside them, and OPENAI_API_KEY=none.
+A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied to
+results/TABLE/ROW/seedS, from which methods.py draws the table again. Rows with a scripted judge need
+scripted_judge.py to run beside them, and OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from pathlib import Path
 from variants import make_variant
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("args.json", "summary.json", "eval.json")
 PYTHON = sys.executable
 
 
@@ -54,13 +53,19 @@ class Table:
     divergence: bool = True
 
     @property
+    def numbers(self) -> str:
+        """The file that eval.py writes."""
+        return "eval-validation.json" if "--split validation" in self.test else "eval.json"
+
+    @property
     def files(self) -> tuple[str, ...]:
         """The small files of each run."""
-        return (*SMALL, "divergence.json") if self.divergence else SMALL
+        return ("args.json", "summary.json", self.numbers, *["divergence.json"] * self.divergence)
 
 
 # The defaults of --model tiny, spelled out, as its own name would also evaluate every run from the beginning.
 TINY = "--model assets/tiny --lr 2e-4"
+SMOLLM2 = "--model SmolLM2-135M-Instruct"
 TINY_PPO = "--critic-lr 1e-3 --rollout-batch 32 --train-batch 16"
 SCRIPTED = "--judge scripted --judge-url http://127.0.0.1:8099/v1"
 SMALL_PPO = "--rollout-batch 8 --train-batch 8 --critic-lr 1e-4"
@@ -68,7 +73,7 @@ TABLES = {
     # Every method end to end on a real model: what a prompt costs, not what it gains.
     "methods-smollm2-small": Table(
         seeds=(0,),
-        train="--model SmolLM2-135M-Instruct --data demo --limit 16 --max-new-tokens 48 --lr 1e-5",
+        train=f"{SMOLLM2} --data demo --limit 16 --max-new-tokens 48 --lr 1e-5",
         base="mipo-random",
         test="--limit 16",
         divergence=False,
@@ -123,6 +128,29 @@ TABLES = {
             "random-5-softmax": Row("--softmax", "random-5"),
             "random-10": Row("--n-neg 10"),
             "random-10-softmax": Row("--softmax", "random-10"),
+        }),
+    # Learning rates on a real model, on validation prompts.
+    "rates-smollm2": Table(
+        seeds=(0,),
+        train=f"{SMOLLM2} --data demo --neg random --limit 120",
+        base="lr-1e-5",
+        test="--split validation --limit 96",
+        divergence=False,
+        rows={
+            "lr-1e-5": Row("--lr 1e-5"),
+            **{f"lr-{lr}": Row(f"--lr {lr}", "lr-1e-5") for lr in ("1e-6", "3e-6", "3e-5")},
+        }),
+    # Questions with right answers, where a gain or its absence can be seen on a small model.
+    "own-task-smollm2": Table(
+        seeds=(0,),
+        train=f"{SMOLLM2} --data runs/own-task.jsonl --max-new-tokens 32 --limit 160 --lr 1e-5",
+        base="mipo-random",
+        test="--limit 200",
+        divergence=False,
+        rows={
+            "mipo-random": Row("--neg random"),
+            "sft": Row("--method sft", "mipo-random"),
+            "rlvr": Row(f"--method rlvr {SMALL_PPO}"),
         }),
     # What each setting does, on validation prompts: the others are those of random negatives by default.
     "settings-tiny": Table(
@@ -184,7 +212,7 @@ def run(name: str, row_name: str, seed: int) -> None:
         pairs = ["--pairs", pairs_for(row, place, folder, seed)] if row.pairs_of else []
         command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
                 "--out", folder, "--resume", log)
-    if not (folder / "eval.json").exists():
+    if not (folder / table.numbers).exists():
         base = place / table.base / f"seed{seed}"
         reuse = ["--reuse", base] if row_name != table.base else []
         command("eval.py", "--model", folder, *table.test.split(), *reuse, log)

@@ -1,0 +1,160 @@
+"""results/: what its scripts make of a run is what they say.
+
+    python -m pytest -n 0 tests/test_results.py
+"""
+
+import json
+import random
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "results"))
+import context_gain
+import experiments
+import methods
+import own_task
+import variants
+
+import train
+from data import load_jsonl
+from run import parse
+
+PARTS = own_task.PARTS
+
+
+def pair(i: int, gain: float) -> dict:
+    """A line of pairs.jsonl whose responses name their sides."""
+    chosen = dict(text=f"chosen {i}", ids=[i], finished=True, prompt_ids=[1], gain=gain)
+    rejected = dict(text=f"rejected {i}", ids=[-i], finished=True, prompt_ids=[2], gain=0.0)
+    return dict(id=str(i), prompt="p", context="c", chosen=chosen, rejected=[rejected])
+
+
+ROWS = [pair(i, gain) for i, gain in enumerate(np.random.default_rng(0).normal(size=101))]
+
+
+# ------------------------------------------------------------------------- variants.py
+
+def test_swapped_pairs_change_sides_half_of_the_time_and_keep_their_prompt():
+    swapped = variants.swapped(ROWS)
+    changed = 0
+    for before, after in zip(ROWS, swapped, strict=True):
+        texts = [after["chosen"]["text"], after["rejected"][0]["text"]]
+        assert sorted(texts) == [before["chosen"]["text"], before["rejected"][0]["text"]]
+        assert after["chosen"]["prompt_ids"] == [1]
+        changed += texts[0].startswith("rejected")
+    assert 35 < changed < 66
+
+
+def test_the_larger_and_the_smaller_half_are_all_pairs_apart_by_their_gain():
+    larger, smaller = variants.larger_half(ROWS), variants.smaller_half(ROWS)
+    assert (len(larger), len(smaller)) == (51, 50)
+    assert sorted(row["id"] for row in larger + smaller) == sorted(row["id"] for row in ROWS)
+    least = min(row["chosen"]["gain"] for row in larger)
+    assert least > max(row["chosen"]["gain"] for row in smaller)
+
+
+def test_a_variant_is_a_folder_of_pairs(tmp_path):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.mkdir()
+    (source / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (source / "pairs.json").write_text("{}")
+    variants.make_variant("larger-half", source, target)
+    lines = (target / "pairs.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == variants.larger_half(ROWS)
+    assert (target / "pairs.json").read_text() == "{}"
+
+
+# ------------------------------------------------------------------------- own_task.py
+
+def content(part: str) -> set[str]:
+    """Categories, words, opposites and sums of a part's questions; the question words are no content."""
+    found = set()
+    for row in own_task.questions(part):
+        text = row["prompt"].rstrip("?")
+        if "+" in text:
+            found.add(text.removeprefix("What is "))
+        elif "opposite" in text:
+            found |= {text.rpartition(" ")[2], row["answer"]}
+        else:
+            category, _, words = text.removeprefix("Which of these is a ").partition(": ")
+            found |= {category, *words.replace(" or ", ", ").split(", ")}
+    return found
+
+
+@pytest.mark.parametrize(("a", "b"), list(combinations(PARTS, 2)))
+def test_parts_of_our_own_task_share_nothing(a, b):
+    assert len(content(a)) > 50 and not content(a) & content(b)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_answers_of_our_own_task_are_right(part):
+    """Sums by arithmetic, categories and opposites by the lists; wrong answers are wrong and apart."""
+    pairs = [set(pair.split()) for pair in own_task.OPPOSITES[part].split(",")]
+    kinds = set()
+    for row in own_task.questions(part):
+        text, right, wrong = row["prompt"], row["answer"], row["wrong"]
+        assert len({right, *wrong}) == 4
+        if "+" in text:
+            a, b = text.removeprefix("What is ").rstrip("?").split(" + ")
+            assert int(right) == int(a) + int(b)
+        elif "opposite" in text:
+            assert {text.rstrip("?").rpartition(" ")[2], right} in pairs
+        else:
+            category = text.removeprefix("Which of these is a ").partition(":")[0]
+            members = own_task.CATEGORIES[part][category].split()
+            assert right in members and right in text and not set(wrong) & set(members)
+        kinds.add(text[:12])
+    assert len(kinds) >= 3
+
+
+def test_our_own_task_is_a_file_of_ones_own_data(tmp_path):
+    """Every row has its split and its answer, as data.py reads them."""
+    own_task.write_task(tmp_path / "own.jsonl")
+    examples = load_jsonl(tmp_path / "own.jsonl", 0)
+    counts = {part: sum(example.split == part for example in examples) for part in PARTS}
+    assert counts == own_task.SIZES
+    assert all(example.answer and example.context is None for example in examples)
+
+
+# ------------------------------------------------------------------------- context_gain.py
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlations_are_those_of_scipy(seed):
+    """With ties."""
+    rng = random.Random(seed)
+    x, y = (np.array([rng.randrange(8) for _ in range(24)], float) for _ in range(2))
+    assert context_gain.spearman(x, y) == pytest.approx(spearmanr(x, y).statistic)
+
+
+def test_the_bootstrap_finds_a_strong_correlation_and_doubts_a_weak_one():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=24)
+    strong, weak = (context_gain.with_bootstrap(x, x + noise * rng.normal(size=24)) for noise in (0.3, 30))
+    assert strong["low"] > 0.5 and weak["low"] < 0 < weak["high"]
+
+
+# ------------------------------------------------------------------------- experiments.py, methods.py
+
+def test_every_row_of_the_tables_can_be_run():
+    """Its flags are train.py's, its pairs another row's."""
+    for name, table in experiments.TABLES.items():
+        assert table.base in table.rows, name
+        for row in table.rows.values():
+            assert not row.pairs_of or row.pairs_of in table.rows
+            assert not row.variant or row.variant in variants.VARIANTS
+            parse(train.Args, f"{table.train} {row.flags}".split(), usage="")
+
+
+def test_a_picture_shows_what_was_measured(tmp_path):
+    """KL where there is any, else the base model's NLL, with or without an interval."""
+    system = dict(gain=dict(mean=0.1, low=0.0, high=0.2), nll_per_token=0.2)
+    for with_kl in (False, True):
+        trained = system | (dict(kl=dict(mean=1.0, low=0.5, high=1.5)) if with_kl else {})
+        file = tmp_path / f"{with_kl}.png"
+        methods.picture(dict(a=[methods.Run(trained, system)]), file)
+        assert file.stat().st_size > 1000
