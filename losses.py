@@ -209,9 +209,20 @@ def response_logps(model: Decoder, groups: list[Group]) -> list[list[Tensor]]:
 
     Equal in value and gradient to scoring each prefix + response alone, but each prefix, and whatever all
     prefixes share (a chat template, worked examples), is computed once. Only positions that predict a
-    response token reach the output layer. A response's last token predicts nothing and is not fed at all.
+    response token reach the output layer.
+    """
+    responses = [response for _, of_prefix in groups for response in of_prefix]
+    targets = torch.tensor([token for response in responses for token in response], device=model.device)
+    logps = token_logps(states_before(model, groups), model.head, targets)  # (response tokens,)
+    remaining = iter(logps.split([len(response) for response in responses]))  # (R,) each
+    return [[next(remaining) for _ in of_prefix] for _, of_prefix in groups]
 
-    With one group, prefix [5, 6] and responses [[7, 8], [9]], what is fed and what is predicted from it are
+
+def states_before(model: Decoder, groups: list[Group]) -> Tensor:
+    """The hidden states that predict the tokens of every response, in their order: (response tokens, E).
+
+    A response's last token predicts nothing and is not fed at all. With one group, prefix [5, 6] and
+    responses [[7, 8], [9]], what is fed and what is predicted from it are
 
         fed         5  6  7
         predicted      7  8
@@ -219,27 +230,21 @@ def response_logps(model: Decoder, groups: list[Group]) -> list[list[Tensor]]:
     """
     root = common_prefix_length([prefix for prefix, _ in groups])
     ids = groups[0][0][:root]  # all tokens that are fed
-    targets: list[int] = []  # all response tokens
-    predicted_from: list[int] = []  # for each of them, the position in `ids` that predicts it
+    predicted_from: list[int] = []  # for each response token, the position in `ids` that predicts it
     shapes = []  # for Packed: how many tokens are fed of each prefix, and of each of its responses
     for prefix, responses in groups:
         if not prefix or not all(responses):
-            raise ValueError("response_logps: an empty prefix or response has no log-probability")
+            raise ValueError("states_before: an empty prefix or response has no state that predicts it")
         ids += prefix[root:]
         last = len(ids) - 1  # the prefix's last token predicts the first token of every response
         for response in responses:
             predicted_from += [last, *range(len(ids), len(ids) + len(response) - 1)]
             ids += response[:-1]
-            targets += response
         shapes.append((len(prefix) - root, [len(response) - 1 for response in responses]))
 
     device = model.device
     hidden = model(torch.tensor(ids, device=device), Packed(shapes, root, device=device))  # (T, E)
-    predicting = hidden[torch.tensor(predicted_from, device=device)]  # (response tokens, E)
-    logps = token_logps(predicting, model.head, torch.tensor(targets, device=device))  # (response tokens,)
-    lengths = [len(response) for _, responses in groups for response in responses]
-    remaining = iter(logps.split(lengths))  # (R,) each
-    return [[next(remaining) for _ in responses] for _, responses in groups]
+    return hidden[torch.tensor(predicted_from, device=device)]  # (response tokens, E)
 
 
 def common_prefix_length(sequences: list[list[int]]) -> int:

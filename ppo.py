@@ -33,9 +33,9 @@ from data import Example
 from figures import learning_curve
 from folder import load
 from judge import Judge
-from losses import Group, common_prefix_length, response_logps, split_by_tokens
+from losses import Group, response_logps, split_by_tokens, states_before
 from lora import adapters_off
-from model import Decoder, Packed
+from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
@@ -211,21 +211,8 @@ def response_values(critic: Decoder, groups: list[Group]) -> list[Tensor]:
     With a prompt of ids [5, 6] and the response [7, 8], these are the states after 5 6 and after 5 6 7: the
     very positions that predict 7 and 8. What comes after the last token has no value.
     """
-    root = common_prefix_length([prompt for prompt, _ in groups])
-    ids = groups[0][0][:root]  # all tokens that are fed: what all prompts begin with, once
-    before: list[int] = []  # the position in `ids` of the state before each response token
-    lengths, shapes = [], []
-    for prompt, [response] in groups:
-        last = len(ids) + len(prompt) - root - 1  # the prompt's last token
-        before += range(last, last + len(response))
-        ids += prompt[root:] + response[:-1]
-        lengths.append(len(response))
-        shapes.append((len(prompt) - root + len(response) - 1, []))
-    device = critic.device
-    hidden = critic(torch.tensor(ids, device=device), Packed(shapes, root, device=device))  # (T, E)
-    states = hidden[torch.tensor(before, device=device)]  # (response tokens, E)
-    values = critic.logits(states).squeeze(1)  # (response tokens,)
-    return list(values.cpu().split(lengths))
+    values = critic.logits(states_before(critic, groups)).squeeze(1)  # (response tokens,)
+    return list(values.cpu().split([len(response) for _, [response] in groups]))
 
 
 @torch.no_grad()

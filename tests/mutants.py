@@ -210,7 +210,7 @@ MUTATIONS = {
         ("(own - tokens.mean()) * scale", "(own - own.mean()) * scale", EQUATIONS),
         ("-torch.minimum(ratio * advantages", "-torch.maximum(ratio * advantages", EQUATIONS),
         ("0.5 * torch.maximum((values", "0.5 * torch.minimum((values", EQUATIONS),
-        ("before += range(last, last + len(response))", "before += range(last - 1, last - 1 + len(response))",
+        ("logits(states_before(critic, groups))", "logits(states_before(critic, groups).roll(1, 0))",
          "test_ppo.py::test_values_are_of_the_states_before_the_tokens"),
         ("min(args.reward_clip, reward))", "reward)", "test_ppo.py::test_rewards_are_clipped_and_counted"),
         ("(sum(policy_losses) / len(batch))", "(sum(policy_losses) / len(part))",
