@@ -6,6 +6,7 @@
 What differs from the paper: its own figures stand beside ours.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,15 +210,28 @@ def read_runs(folders: list[str]) -> tuple[list[Measured], list[str]]:
     return [system for _, system in first.values()], lines
 
 
+def read_numbers(folder: Path) -> dict:
+    """A run's evaluation: on the test part or, where there is none, on the validation part."""
+    test, validation = folder / "eval.json", folder / "eval-validation.json"
+    return read_json(validation if validation.exists() and not test.exists() else test)
+
+
+def without_number(path: str, seed: int) -> str:
+    """A path without the seed in it: runs/random/seed2, of a run with seed 2, becomes runs/random/seed*."""
+    return re.sub(rf"(?<!\d){seed}(?!\d)", "*", path)
+
+
 def systems_of(folder: Path) -> list[Measured]:
     """The systems of one run. Those of the base model depend on the evaluation alone, not on training."""
-    result, written = read_json(folder / "eval.json"), read_json(folder / "args.json")
-    arguments, evaluated = written["arguments"], result["arguments"]
+    result, written = read_numbers(folder), read_json(folder / "args.json")
+    arguments = written["arguments"]
+    evaluated = result["arguments"] | result.get("settings", {}).get("sampling", {})  # as it really was
     data = arguments["data"].partition(":")[0]  # wherever a copy of a known data set is
     evaluation = {f"test {key}": value for key, value in evaluated.items() if key not in NO_SETTINGS}
     evaluation |= {"test model": arguments["model"], "test data": data,
                    "test judge": evaluated.get("judge", "").split(",")[0]}  # it decides what wins
     training = {key: value for key, value in arguments.items() if key not in NO_SETTINGS} | dict(data=data)
+    training["pairs"] = without_number(training["pairs"], arguments["seed"])
     candidates = written.get("candidates", [])
     if len(candidates) > 1:  # every seed chooses anew
         training |= {key: [candidate[key] for candidate in candidates] for key in candidates[0]}

@@ -243,6 +243,34 @@ def test_a_run_of_an_early_version_is_reported(tmp_path):
     assert win_rates(report([run], tmp_path / "out"))["random"] == "80.0 [70.0, 90.0] (89.68)"
 
 
+def test_seeds_that_train_on_pairs_of_their_own_are_seeds_of_one_experiment(tmp_path):
+    """The pairs' folders differ by the seed alone. Another folder of the same seed is another experiment."""
+    runs = [write_run(tmp_path / f"r{seed}", seed, 0.6 + seed / 10, pairs=f"runs/v10/seed{seed}")
+            for seed in (0, 1)]
+    runs.append(write_run(tmp_path / "swapped", 1, 0.5, pairs="runs/v10/seed1-swapped"))
+    rates = win_rates(report(runs, tmp_path / "out"))
+    assert rates["missing (pairs runs/v10/seed*)"] == "65.0 ± 7.1 (2 seeds) (93.26)"
+    assert rates["missing (pairs runs/v10/seed*-swapped)"] == "50.0 [40.0, 60.0] (93.26)"
+
+
+def test_sampling_is_compared_as_it_was_and_not_as_it_was_written(tmp_path):
+    """96 new tokens are 96, whether the data set says so or the command."""
+    runs = [write_run(tmp_path / f"r{i}", i, 0.6) for i in range(2)]
+    for run, written in zip(runs, (None, 96), strict=True):
+        file = Path(run) / "eval.json"
+        result = read_json(file)
+        result["arguments"] |= dict(max_new_tokens=written)
+        result["settings"] |= dict(sampling=dict(max_new_tokens=96))
+        write_json(file, result)
+    assert set(win_rates(report(runs, tmp_path / "out"))) == {"default", "prompted", "missing"}
+
+
+def test_a_run_that_was_only_evaluated_on_validation_is_reported(tmp_path):
+    run = write_run(tmp_path / "a", 0, 0.8)
+    (tmp_path / "a" / "eval.json").rename(tmp_path / "a" / "eval-validation.json")
+    assert win_rates(report([run], tmp_path / "out"))["missing"] == "80.0 [70.0, 90.0] (93.26)"
+
+
 @pytest.mark.parametrize("more", [dict(pairs="runs/swapped"), dict(lr=1e-5), dict(limit=300),
                                   dict(model="/n/Llama-3.2-1B-Instruct")])
 def test_different_experiments_are_not_seeds_of_one(more, tmp_path):

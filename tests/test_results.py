@@ -5,25 +5,29 @@
 
 import json
 import random
+import re
 import sys
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy.stats import spearmanr
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "results"))
+import train
+from data import load_jsonl
+from report import report
+from run import parse
+
+sys.path.insert(0, str(ROOT / "results"))
+
 import context_gain
 import experiments
 import methods
 import own_task
 import variants
 
-import train
-from data import load_jsonl
-from run import parse
-
+RESULTS = ROOT / "results"
 PARTS = own_task.PARTS
 
 
@@ -148,6 +152,24 @@ def test_every_row_of_the_tables_can_be_run():
             assert not row.pairs_of or row.pairs_of in table.rows
             assert not row.variant or row.variant in variants.VARIANTS
             parse(train.Args, f"{table.train} {row.flags}".split(), usage="")
+
+
+TABLES = sorted(file.parent for file in RESULTS.glob("*/table.md"))
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda folder: folder.name)
+def test_a_committed_table_is_what_its_runs_say(table):
+    assert methods.markdown(methods.read_rows(table)) == (table / "table.md").read_text(encoding="utf-8")
+
+
+def test_the_report_makes_the_same_table(tmp_path):
+    """python eval.py --report on the stored runs: the same win rates over the same seeds."""
+    table = RESULTS / "methods-tiny"
+    text = report([str(folder) for folder in sorted(table.glob("*/seed*"))], tmp_path)
+    rates = sorted(re.findall(r"\| (\d+\.\d ± \d+\.\d) \(3 seeds\)", text.split("self-BLEU")[0]))
+    rows = [line.split(" | ") for line in (table / "table.md").read_text(encoding="utf-8").splitlines()[2:]]
+    expected = sorted(row[3] for row in rows if row[1] == "3")
+    assert len(expected) > 10 and [rate for rate in rates if rate in expected] == expected
 
 
 def test_a_picture_shows_what_was_measured(tmp_path):
