@@ -5,8 +5,9 @@
 Every run trains on the same pairs. Three ways: fp32 weights throughout; a bf16 working copy made by
 stochastic rounding of fp32 masters after every step (what train.py does in bf16); the same with rounding to
 the nearest. Each is measured by the mean margin of its training pairs (selection.mean_margin: nats, in fp32
-arithmetic) of the masters, of the copy that forward passes read, and of the saved folder. On a machine
-without bf16 products the copy's values are bf16 numbers but products run in fp32: the file says which.
+arithmetic) of the masters, of the copy that forward passes read, and of the saved folder, and with
+--val-limit by the share of validation prompts whose context the saved model honours. On a machine without
+bf16 products the copy's values are bf16 numbers but products run in fp32: the file says which.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
 from run import (Metrics, default_dtype, environment, main, peak_memory, read_json, read_jsonl, seed_from,
                  write_json)
-from selection import mean_margin
+from selection import Selection, mean_margin
 from train import Args, State, resolve, train
 
 WAYS = ("fp32", "stochastic", "nearest")
@@ -63,11 +64,12 @@ class EmulatedAdamW(MasterAdamW):
             copy.grad = None
 
 
-def measure(name: str, rows: list, lr: float, seed: int, way: str, epochs: int) -> dict:
+def measure(name: str, rows: list, lr: float, seed: int, way: str, options: argparse.Namespace) -> dict:
     """Train one model one way and measure what is left of it."""
     source = find(name)
     dtype = "float32" if way == "fp32" else default_dtype()
-    args = resolve(Args(model=name, lr=lr, seed=seed, epochs=epochs, dtype=dtype))
+    args = resolve(Args(model=name, lr=lr, seed=seed, epochs=options.epochs, dtype=dtype,
+                        val_limit=options.val_limit))
     compute = getattr(torch, dtype)
     model = load(source, torch.bfloat16).to(compute) if compute == torch.float32 else load(source, compute)
     start = load(source, torch.bfloat16).float()
@@ -90,11 +92,12 @@ def measure(name: str, rows: list, lr: float, seed: int, way: str, epochs: int) 
             weights = MasterAdamW(masters, lr, seed).weights_to_save(torch.bfloat16)
         save(weights, model.config, Path(folder) / "model", source, torch.bfloat16)
         saved = load(Path(folder) / "model", torch.float32)
+        win_rate = Selection(args, Path(folder), source).measure(saved) if options.val_limit else None
     before = sequence_logps(start, groups)
     margins = {name: mean_margin(sequence_logps(m, groups), before)
                for name, m in (("masters", masters), ("copy", model.float()), ("saved", saved))}
-    return dict(way=way, lr=lr, seed=seed, **margins, seconds=seconds, peak_memory_gb=peak_memory() / 1e9,
-                weights_changed=steps[-1]["weights_changed"],
+    return dict(way=way, lr=lr, seed=seed, **margins, win_rate=win_rate, seconds=seconds,
+                peak_memory_gb=peak_memory() / 1e9, weights_changed=steps[-1]["weights_changed"],
                 metrics_margin=sum(step["margin"] for step in steps[-10:]) / len(steps[-10:]) / args.beta)
 
 
@@ -135,6 +138,7 @@ def program() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", default="1e-6,2e-6,5e-6,1e-5")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--val-limit", type=int, default=0, help="validation prompts for a win rate")
     parser.add_argument("--out", required=True, help=".json file; a .png is drawn beside it")
     parser.add_argument("--draw", action="store_true", help="only draw what --out holds")
     options = parser.parse_args()
@@ -146,10 +150,11 @@ def program() -> None:
     for seed in map(int, options.seeds.split(",")):
         for lr in map(float, options.lr.split(",")):
             for way in WAYS:
-                result = measure(options.model, rows, lr, seed, way, options.epochs)
+                result = measure(options.model, rows, lr, seed, way, options)
                 results.append(result)
                 print(result, flush=True)
-                settings = dict(model=Path(options.model).name, rows=len(rows), epochs=options.epochs)
+                settings = dict(model=Path(options.model).name, rows=len(rows), epochs=options.epochs,
+                                val_limit=options.val_limit)
                 write_json(out, dict(settings=settings, products=default_dtype(), environment=environment(),
                                      results=results))
     draw(results, out.with_suffix(".png"))
