@@ -92,8 +92,7 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, passes: int = 1) -> tupl
 def passes_of(sets: list[list[Group]], args) -> list[list[Group]]:
     """The groups of some pairs, cut into passes of --pass-tokens tokens."""
     groups = [group for groups in sets for group in groups]
-    chunks = split_by_tokens([[group] for group in groups], args.pass_tokens)
-    return [[groups[i] for i in chunk] for chunk in chunks]
+    return list(split_by_tokens(groups, lambda group: [group], args.pass_tokens))
 
 
 def score_passes(model: Decoder, chunks: list[list[Group]]) -> list[list[Tensor]]:
@@ -158,8 +157,7 @@ def micro_batches(pairs: list[Pair], batch: list[int], args, process: int | None
     """A process's share of a batch, by default this one's, cut into passes of --pass-tokens tokens (see
     split_by_tokens)."""
     mine = share_of(batch, process)
-    sets = [groups_of(pairs[i], args) for i in mine]
-    return [[mine[k] for k in chunk] for chunk in split_by_tokens(sets, args.pass_tokens)]
+    return list(split_by_tokens(mine, lambda i: groups_of(pairs[i], args), args.pass_tokens))
 
 
 def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -> list[tuple[list[int], int]]:

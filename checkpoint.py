@@ -93,10 +93,10 @@ class Checkpoints:
         sync(self.folder)
         write_json(self.folder / "latest.json", dict(checkpoint=name))
         sync(self.folder)  # the pointer is there before what it pointed to is gone
-        names = sorted(path.name for path in self.folder.glob("step-*"))
-        for old in names[: -self.keep]:
-            if old != name:
-                shutil.rmtree(self.folder / old)
+        oldest_first = sorted(self.folder.glob("step-*"), key=lambda path: path.stat().st_mtime_ns)
+        for old in oldest_first[: -self.keep]:
+            if old.name != name:
+                shutil.rmtree(old)
 
     def remove(self) -> None:
         """A run that is whole needs none."""

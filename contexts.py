@@ -44,7 +44,7 @@ class DataArgs(JudgeArgs):
                            "ones (default: given, community: infer)", "data")
     model: str = option("", "Hugging Face folder or hub id; tiny is the embedded model (default: tiny for "
                         f"demo, else {QWEN})", "data")
-    limit: int = option(0, "use at most this many examples, 0 for all", "data")
+    limit: int = option(0, "use at most this many examples, or of --pairs this many pairs, 0 for all", "data")
     seed: int = option(0, "decides splits, negatives, every draw and the training order", "data")
     temperature: float | None = option(None, "default: the data set's", "sampling")
     top_p: float | None = option(None, "default: the data set's", "sampling")
@@ -95,15 +95,19 @@ def examples_for(args: DataArgs, split: str) -> list[Example]:
 
     --system is told to the model in all rows that have no system prompt of their own.
     """
-    examples = load_examples(args.data, split, args.seed)
-    if 0 < args.limit < len(examples):
-        rng = random.Random(seed_from("limit", args.seed))
-        drawn = rng.sample(range(len(examples)), args.limit)
-        examples = [examples[i] for i in sorted(drawn)]
+    examples = limited(load_examples(args.data, split, args.seed), args)
     if args.system is not None:
         examples = [dataclasses.replace(example, system=args.system) if example.system is None else example
                     for example in examples]
     return add_contexts(examples, args)
+
+
+def limited(items: list, args: DataArgs) -> list:
+    """At most --limit of the items (0: all), drawn by seed and in their order."""
+    if not 0 < args.limit < len(items):
+        return items
+    drawn = random.Random(seed_from("limit", args.seed)).sample(range(len(items)), args.limit)
+    return [items[i] for i in sorted(drawn)]
 
 
 def warn_of_templates(examples: list[Example], tokenizer: Tokenizer) -> None:

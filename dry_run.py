@@ -23,8 +23,8 @@ from losses import OBJECTIVES, token_count
 from memory import Pass, cards_needed, gb, out_of_reach, peak, predicted_memory
 from model import Decoder
 from negatives import SAMPLED, Pair
-from pairs import check_negatives, make_pairs, pairs_for
-from run import default_device, peak_memory, rank, read_json, read_jsonl, world
+from pairs import check_negatives, make_pairs, pairs_for, read_meta
+from run import default_device, peak_memory, rank, read_jsonl, world
 from shard import gathered
 from tokenizer import Tokenizer
 
@@ -47,7 +47,7 @@ def dry_run(grid: list, folder: Path, source: Path, pairs: list[Pair] | None, lo
     seconds_loading = time.perf_counter() - start
     pairs_file = folder / "pairs.json"
     seconds = {}
-    if pairs is None and pairs_file.exists() and read_json(pairs_file)["statistics"] is not None:
+    if pairs is None and pairs_file.exists() and read_meta(folder)["statistics"] is not None:
         pairs = pairs_for(args, "train", folder)
     if pairs is None:
         pairs, count, seconds = estimate_sampling(args, model, tokenizer)

@@ -59,6 +59,7 @@ from rows import fitting_pairs, fitting_rows
 from run import (UserError, barrier, default_device, default_dtype, environment, fingerprint, main, option,
                  parse, rank, read_json, seed_from, write_json)
 from sample import Sampling
+from schema import TEXT, checked, optional, record
 from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer
 from verdicts import judge_all
 
@@ -151,11 +152,13 @@ def resolve(args: Args) -> Plan:
 
     names = [name for name in args.judge.split(",") if name]
     judges = [Judge(dataclasses.replace(args, judge=name), args.slots, args.date) for name in names]
-    # The run's seed made the split: another one would put training prompts into the test part. Contexts come
-    # from where training's came from, whoever judges here.
+    # The run's seed made the split: another one would put training prompts into the test part. The contexts
+    # of the run's own data come from where training's came from, whoever judges here, unless --contexts says.
     source = dict(judge=args.judge.split(",")[0], model=base)
-    source |= {key: trained_with[key] for key in ("seed", "contexts", "judge", "judge_url")
-               if key in trained_with}
+    keys = ["seed"]
+    if not args.contexts and args.data.partition(":")[0] == trained_with.get("data", "").partition(":")[0]:
+        keys += ["contexts", "judge", "judge_url"]
+    source |= {key: trained_with[key] for key in keys if key in trained_with}
     data_args = dataclasses.replace(args, **source)
     examples = examples_for(data_args, args.split)
     without = [e.name for e in examples if not e.context]
@@ -180,7 +183,9 @@ def models_of(args: Args, run: Path) -> tuple[str, str, Path | None, dict]:
     if (run / "args.json").exists():
         if not (run / "model").is_dir():
             raise UserError(f"{run} is a run without a trained model: it has not finished")
-        saved = read_json(run / "args.json")
+        named = record(dict(model=TEXT, data=TEXT))
+        saved = checked(read_json(run / "args.json"), dict(arguments=named, base=optional(TEXT)),
+                        str(run / "args.json"))
         return saved["arguments"]["model"], base_of(args, run, saved), run / "model", saved["arguments"]
     find(args.model)  # report a wrong name first
     if not args.out:
@@ -275,9 +280,10 @@ def changes_since(plan: Plan, earlier: dict) -> str:
 def has_fewer_rows(plan: Plan, earlier: dict) -> bool:
     """Whether an earlier evaluation differs from this one only in having fewer rows of the same data."""
     changes = differing(earlier.get("settings", {}), plan.settings, plan.settings)
-    arguments, limit = earlier["arguments"], plan.args.limit
-    is_more = arguments["limit"] > 0 and (not limit or limit > arguments["limit"])
-    return list(changes) == ["examples"] and is_more and arguments["data"] == plan.args.data
+    before, limit = dataclasses.asdict(Args()) | earlier["arguments"], plan.args.limit
+    is_more = before["limit"] > 0 and (not limit or limit > before["limit"])
+    is_same = all(before[key] == getattr(plan.args, key) for key in ("data", "contexts", "system"))
+    return list(changes) == ["examples"] and is_more and is_same
 
 
 def cached_answers(plan: Plan) -> Answers:
@@ -410,7 +416,7 @@ def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[st
     before, after = won[baseline], won["trained"]
     order = np.random.default_rng(seed_from("examples")).permutation(len(examples))
     gained = [i for i in order if before[i] == 0 and after[i] == 1][:count]
-    failed = [i for i in order if after[i] == 0][:1]
+    failed = [i for i in order if before[i] == after[i] == 0][:1]
     lines = []
     for i in [*gained, *failed]:
         context = f" [{examples[i].context}]" if examples[i].context else ""

@@ -22,6 +22,7 @@ Legend: B pairs, N rejected responses of a pair, K = 1 + N responses of a pair a
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -263,22 +264,23 @@ def token_count(groups: list[Group]) -> int:
     return sum(len(prefix) + sum(map(len, responses)) for prefix, responses in groups)
 
 
-def split_by_tokens(sets: list[list[Group]], max_tokens: int) -> Iterator[list[int]]:
-    """Yield lists of indices, in order; each chunk holds at most `max_tokens` tokens, but at least one set.
+def split_by_tokens(items: list, groups_of: Callable[[Any], list[Group]], max_tokens: int) -> Iterator[list]:
+    """Cut a list into chunks whose groups hold at most `max_tokens` tokens, or into single items with more.
 
-    A set is the groups of one pair. What all prefixes of a chunk share is computed once for all of them, and
-    is not counted.
+    groups_of: the groups of an item, which stay together. What all prefixes of a chunk share is computed once
+    for all of them, and is not counted.
     """
-    chunk: list[int] = []
+    chunk: list = []
     used, prefixes = 0, []
-    for i, groups in enumerate(sets):
+    for item in items:
+        groups = groups_of(item)
         own_prefixes = [prefix for prefix, _ in groups]
         size = token_count(groups)
         root = common_prefix_length(prefixes + own_prefixes)
         if chunk and used + size - (len(prefixes) + len(groups)) * root > max_tokens:
             yield chunk
             chunk, used, prefixes = [], 0, []
-        chunk.append(i)
+        chunk.append(item)
         used += size
         prefixes += own_prefixes
     if chunk:
@@ -290,12 +292,12 @@ def sequence_logps(model: Decoder, groups: list[Group], max_tokens: int = 4096,
                    bar=None) -> list[list[float]]:
     """log pi(response | prefix) of each response of each group, summed over tokens, without gradient.
 
-    max_tokens: how many tokens one forward pass may hold (see split_by_tokens); without a gradient to keep
-    activations for, the default fits everywhere. bar: a progress bar that counts groups.
+    max_tokens: how many tokens one forward pass may hold (see split_by_tokens). Without a gradient no
+    activations are kept, so the default suits most machines. bar: a progress bar that counts groups.
     """
     sums: list[list[float]] = []
-    for chunk in split_by_tokens([[group] for group in groups], max_tokens):
-        for responses in response_logps(model, [groups[i] for i in chunk]):
+    for chunk in split_by_tokens(groups, lambda group: [group], max_tokens):
+        for responses in response_logps(model, chunk):
             sums.append([logps.sum().item() for logps in responses])
         if bar is not None:
             bar.update(len(chunk))

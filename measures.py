@@ -300,7 +300,7 @@ def system_row(examples: list[Example], answers: list[Answer], judge: str = "") 
     won = wins(examples, answers, judge)
     tokens = np.array([len(answer.ids) for answer in answers])
     unfinished = np.array([float(not answer.finished) for answer in answers])
-    prompt_gains = np.array([answer.prompt_gain for answer in answers])
+    prompt_gain = interval(np.array([answer.prompt_gain for answer in answers]), **clusters)
     row = dict(
         win_rate=interval(won, **clusters, bounds=RATE),
         off_target=off_target(examples, answers),
@@ -308,10 +308,10 @@ def system_row(examples: list[Example], answers: list[Answer], judge: str = "") 
         unfinished=float(unfinished.mean()),
         nll_per_token=float(-sum(answer.logp for answer in answers) / tokens.sum()),
         context_gain=interval(np.array([answer.gain for answer in answers]), **clusters),
-        prompt_gain=interval(prompt_gains, **clusters)["mean"],
+        prompt_gain=prompt_gain["mean"],
         tokens_interval=interval(tokens.astype(float), **clusters),
         unfinished_interval=interval(unfinished, **clusters, bounds=RATE),
-        prompt_gain_interval=interval(prompt_gains, **clusters),
+        prompt_gain_interval=prompt_gain,
         distinct_2=distinct_2(texts, prompts),
         **self_bleus(texts, prompts),
     )
@@ -380,22 +380,20 @@ def paired_differences(examples: list[Example], answers: list[Answer], baseline:
     macro: a mean of each response's gain over its own length; micro, in pairs.py, is a ratio of sums.
     """
     clusters = clusters_of(examples)
-    won = wins(examples, answers, judge) - wins(examples, baseline, judge)
+    mine, theirs = wins(examples, answers, judge), wins(examples, baseline, judge)
+    won = mine - theirs
     tokens, baseline_tokens = (np.array([len(a.ids) for a in system]) for system in (answers, baseline))
     gain, baseline_gain = (np.array([a.gain for a in system]) for system in (answers, baseline))
     shorter, longer = np.minimum(tokens, baseline_tokens), np.maximum(tokens, baseline_tokens)
     unmatched = shorter < 0.8 * longer  # lengths more than 20% apart
     scores = scores_of(answers, judge)[0] - scores_of(baseline, judge)[0]
-    mcnemar_p = None
-    if have_final_answers(examples):
-        mcnemar_p = mcnemar(wins(examples, answers, judge), wins(examples, baseline, judge))
     texts, baseline_texts = [a.text for a in answers], [a.text for a in baseline]
     return dict(
         win_rate=interval(won, **clusters, bounds=DIFFERENCE),
         win_rate_length_matched=interval(nan_where(unmatched, won), **clusters, bounds=DIFFERENCE),
         context_gain=interval(gain - baseline_gain, **clusters),
         context_gain_per_token_macro=interval(gain / tokens - baseline_gain / baseline_tokens, **clusters),
-        mcnemar_p=mcnemar_p,
+        mcnemar_p=mcnemar(mine, theirs) if have_final_answers(examples) else None,
         score=interval(scores, **clusters),
         **self_bleus(texts, [e.prompt for e in examples], baseline_texts),
     )

@@ -40,7 +40,8 @@ class Response:
     ids: list[int]
     finished: bool  # whether the model ended it
     prompt_ids: list[int]  # the prompt it was sampled from; empty for noise, and where a file does not say
-    gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair
+    gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair; of a
+    # row without a context log pi_ref(y|x) - log pi_ref(y|x'), where x' is another row's prompt
 
 
 @dataclass
@@ -115,6 +116,8 @@ def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[E
         seen.add(what)
         if len(others) == count:
             return others
+    if others:  # hardly any other row will do: those that were found stand in again
+        return [others[k % len(others)] for k in range(count)]
     raise UserError("--neg random needs two different contexts, of two users where there are users (without "
                     f"contexts: two different prompts): there is no other for example {examples[i].id!r}")
 

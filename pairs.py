@@ -277,7 +277,7 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
     log pi_ref(y|x,c) - log pi_ref(y|x), Eq. 14. Its mean over chosen responses bounds the mutual information
     of Eq. 9 from above, if they were drawn at temperature 1 and top-p 1: it is larger by KL(mean over
     contexts of pi_ref(.|x,c) || pi_ref(.|x)). For a row without a context the second prompt is another row's;
-    where there is no other, there is no gain.
+    where there is no other prompt it is 0, or None if no row has a context.
     """
     prompts = sorted({example.prompt for example in examples})
     if not any(example.context for example in examples) and len(prompts) < 2:
@@ -357,16 +357,17 @@ SAMPLED_WITH = dict(temperature=real(0, 1e6), top_p=real(0, 1), top_k=optional(w
                     max_new_tokens=whole(1, 2**31))
 SETTINGS = dict(data=optional(TEXT), contexts=optional(TEXT), neg=optional(one_of(*NEGATIVES)),
                 n_neg=optional(whole(0, 2**31)), seed=optional(whole(-(2**31), 2**31)), date=optional(TEXT),
-                split=optional(one_of(*SPLITS)), sampling=optional(record(SAMPLED_WITH)))
+                split=optional(one_of(*SPLITS)), sampling=optional(record(SAMPLED_WITH)),
+                template=optional(listing(TEXT)))
 
 
 def read_meta(folder: Path) -> dict:
-    """pairs.json: settings, and statistics once the pairs are complete. UserError where it is anything else.
-    """
+    """pairs.json: settings, and statistics once the pairs are complete, else None. UserError where it is
+    anything else."""
     file = folder / "pairs.json"
     meta = checked(read_json(file), dict(settings=optional(OBJECT), statistics=optional(OBJECT)), str(file))
-    checked(meta.get("settings") or {}, SETTINGS, str(file))
-    return meta
+    settings = checked(meta.get("settings") or {}, SETTINGS, str(file))
+    return dict(settings=settings, statistics=meta.get("statistics"))
 
 
 def read_pair(row: dict, where: str) -> Pair:

@@ -39,7 +39,7 @@ from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
-from run import (Metrics, UserError, barrier, gather, option, peak_memory, progress, rank, seed_from,
+from run import (Metrics, UserError, barrier, flag_of, gather, option, peak_memory, progress, rank, seed_from,
                  share_of, world, write_json)
 from run_folder import begin_or_resume
 from sample import Sampler, Sampling
@@ -55,9 +55,9 @@ DEFAULTS = dict(lr=5e-7, critic_lr=9e-6, rollout_batch=8, train_batch=4)
 TINY_DEFAULTS = dict(lr=2e-4, critic_lr=1e-3, rollout_batch=32, train_batch=16)
 MI_WEIGHTS = {"ppo-mi": 1.0, "rlaif-mi": 0.1}
 TINY_MI_WEIGHT = 0.5  # of ppo-mi: at 1 too many rewards of the embedded model are clipped
-REFUSED = dict(  # options that have no effect here: any value but these is an error
-    pairs="", neg="missing", softmax=False, beta=0.1, label_smoothing=0.0, nll=0.0, reduce="sum",
-    temperature_loss=None, rounds=1, eval_every=0)
+# Options that have no effect here: any value but the default is an error.
+REFUSED = ("pairs", "neg", "softmax", "beta", "label_smoothing", "nll", "reduce", "temperature_loss",
+           "rounds", "eval_every")
 
 
 @dataclass
@@ -79,8 +79,7 @@ class PPOArgs:
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation", "PPO")
     clip: float = option(0.2, "how far the ratio of probabilities may move from 1", "PPO")
     value_clip: float = option(0.2, "how far a value may move", "PPO")
-    shuffle_rewards: bool = option(False, "control: give every response the reward of another one of its "
-                                   "batch", "PPO")
+    shuffle_rewards: bool = option(False, "control: shuffle the rewards of every batch", "PPO")
 
 
 def resolve(args):
@@ -103,7 +102,8 @@ def check(args) -> None:
                         "--reward-clip, --clip and --value-clip must be positive")
     if args.kl_weight < 0 or not (0 <= args.gamma <= 1 and 0 <= args.gae_lambda <= 1):
         raise UserError("--kl-weight must be at least 0, --gamma and --gae-lambda in [0, 1]")
-    given = [f"--{name.replace('_', '-')}" for name, value in REFUSED.items() if getattr(args, name) != value]
+    given = [flag_of(field) for field in dataclasses.fields(args)
+             if field.name in REFUSED and getattr(args, field.name) != field.default]
     given += ["--n-neg"] * (args.n_neg > 1)
     if given:
         raise UserError(f"{', '.join(given)}: no effect with --method {args.method}")
@@ -117,11 +117,10 @@ def check(args) -> None:
 
 def rollout_sampling(args) -> Sampling:
     """How responses are sampled: from the policy as it is, unless the arguments say otherwise."""
-    own = dict(temperature=args.temperature, top_p=args.top_p, max_new_tokens=args.max_new_tokens)
-    of_data = sampling_for(args)
-    default = dict(temperature=1.0, top_p=1.0, max_new_tokens=min(MAX_NEW_TOKENS, of_data.max_new_tokens))
-    given = {name: value for name, value in own.items() if value is not None}
-    return dataclasses.replace(of_data, **default | given)
+    sampling = sampling_for(args)
+    own = dict(temperature=1.0, top_p=1.0, max_new_tokens=min(MAX_NEW_TOKENS, sampling.max_new_tokens))
+    left_open = {name: value for name, value in own.items() if getattr(args, name) is None}
+    return dataclasses.replace(sampling, **left_open)
 
 
 # ------------------------------------------------------------------------- equations
@@ -220,8 +219,8 @@ def in_passes(measure: Callable[[Decoder, list[Group]], list[Tensor]], model: De
               args) -> list[Tensor]:
     """`policy_logps` or `response_values` without gradient, in passes of --pass-tokens tokens."""
     results = []
-    for chunk in split_by_tokens([[group] for group in groups], args.pass_tokens):
-        results += measure(model, [groups[i] for i in chunk])
+    for chunk in split_by_tokens(groups, lambda group: [group], args.pass_tokens):
+        results += measure(model, chunk)
     return results
 
 
@@ -460,8 +459,8 @@ def passes_of(batch: list[Rollout], prompts: list[list[int]], args,
               process: int | None = None) -> list[list[Rollout]]:
     """A process's share of a batch, this one's if none is named, in passes of --pass-tokens tokens."""
     mine = share_of(batch, process)
-    sets = [[(prompts[rollout.row], [rollout.ids])] for rollout in mine]
-    return [[mine[i] for i in chunk] for chunk in split_by_tokens(sets, args.pass_tokens)]
+    return list(split_by_tokens(mine, lambda rollout: [(prompts[rollout.row], [rollout.ids])],
+                                args.pass_tokens))
 
 
 def update(optimizer: MasterAdamW, number: int, lr: float) -> float:
@@ -514,6 +513,7 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
     checkpoints = Checkpoints(folder, args.keep)
     saved, tensors = begin_or_resume([args], folder, checkpoints)
     state = State(**saved)
+    has_begun = state.rows > 0
     actor = MasterAdamW(load_trainable(source, args), args.lr, args.seed, args.rounding)
     critic = MasterAdamW(load_critic(source, args, load_trainable), args.critic_lr, args.seed, args.rounding)
     reference = None
@@ -543,7 +543,7 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
         unreadable=state.unreadable,
         tokens=state.tokens,
         seconds_training=state.seconds,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start,  # since the last start
         processor_seconds=time.process_time() - processor,
         peak_memory_gb=peak_memory() / 1e9,
     )
@@ -551,5 +551,6 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
         learning_curve(folder)
     write_json(folder / "summary.json", summary)  # the last file: whatever has failed before is done again
     checkpoints.remove()
-    print(f"{summary['updates']} updates on {summary['responses']} responses, {summary['seconds']:.0f} s, "
-          f"{summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
+    span = "since the last start" if has_begun else "in all"
+    print(f"{summary['updates']} updates on {summary['responses']} responses, {summary['seconds']:.0f} s "
+          f"{span}, {summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")

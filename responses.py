@@ -29,6 +29,7 @@ from model import Decoder
 from run import (UserError, broadcast, gather, naming, progress, rank, read_appended, read_jsonl, share_of,
                  write_jsonl)
 from sample import Sample, Sampling, generate
+from schema import FLAG, TEXT, TOKEN_IDS, checked, whole
 from tokenizer import Tokenizer
 
 MEASURED = ("ids", "finished", "logp", "gain", "prompt_gain")  # columns of responses.jsonl beside the text,
@@ -223,9 +224,13 @@ def samples_files(file: Path, system: str) -> list[Path]:
     return sorted(file.parent.glob(f"{file.name}.{system}*"))
 
 
+SAMPLED = dict(row=whole(0, 2**63), ids=TOKEN_IDS, finished=FLAG)  # a line of such a file
+
+
 def read_samples(file: Path, system: str) -> dict[int, Sample]:
     """Row -> sample: what an interrupted evaluation has left of a system's samples."""
-    rows = [row for kept in samples_files(file, system) for row in read_appended(kept)]
+    rows = [checked(row, SAMPLED, str(kept)) for kept in samples_files(file, system)
+            for row in read_appended(kept)]
     return {row["row"]: Sample(row["ids"], [], row["finished"]) for row in rows}
 
 
@@ -265,9 +270,10 @@ def or_null(value):
 
 
 def read_answers(file: Path, examples: list[Example], with_trained: bool) -> Answers:
-    """What `write_responses` wrote; UserError where its rows are not these examples."""
+    """What `write_responses` wrote; UserError where a system has not as many rows as there are examples."""
     answers: Answers = {}
-    for _, row in read_jsonl(file):
+    for number, row in read_jsonl(file):
+        checked(row, dict(system=TEXT, response=TEXT), f"{file}:{number}")
         if row["system"] == "trained" and not with_trained:
             continue
         numbers = {key: or_nan(row.get(key)) for key in (*MEASURED, *OF_CHOICES)}

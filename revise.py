@@ -1,7 +1,8 @@
 """revise.py - responses that the model has rewritten, for SFT with revision (section 5.1).
 
     with contexts   the model improves its chosen response, shown beside one that was sampled for the same
-                    prompt with a random context (the prompt is appendix D.2's)
+                    prompt with a random context (with --pairs: beside the rejected one that they hold); the
+                    prompt is appendix D.2's
     on tasks        it rewrites its answer, told what the right one is: privileged information, which MIPO
                     does without
 
@@ -19,8 +20,11 @@ from contexts import examples_for, sampling_for
 from data import Example
 from model import Decoder
 from negatives import Pair, Response
+from pairs import RESPONSE
+from rows import fitting_rows
 from run import UserError, barrier, gather, naming, progress, rank, read_appended, seed_from, share_of
 from sample import Sample, generate
+from schema import TEXT, checked, record
 from tokenizer import Tokenizer
 
 FROM_CONTRAST = (
@@ -34,12 +38,28 @@ FROM_ANSWER = (
     "the new attempt.")
 
 
+REVISED = dict(id=TEXT, response=record(RESPONSE))  # a line of revised.jsonl
+
+
 def check_revisable(examples: list[Example], args) -> None:
     """UserError where examples have neither a context nor a right answer to revise a response by."""
     without = [example.id for example in examples if not example.context and example.answer is None]
     if without:
         raise UserError(f"--method sft-revise needs a context or a right answer in every row of {args.data}; "
                         f"{len(without)} have neither (first: {without[0]!r}): use --method sft")
+
+
+def examples_of(pairs: list[Pair], args) -> dict[str, Example]:
+    """The examples that pairs were made of, by id, in the pairs' order; UserError where some are missing."""
+    every = dataclasses.replace(args, limit=0) if args.pairs else args  # --limit is of these pairs then
+    by_id = {example.id: example for example in examples_for(every, "train")}
+    lost = [pair.id for pair in pairs if pair.id not in by_id]
+    if lost:
+        raise UserError(f"--method sft-revise: {len(lost)} of {len(pairs)} pairs are no rows of {args.data} "
+                        f"(first: {lost[0]!r})")
+    examples = {pair.id: by_id[pair.id] for pair in pairs}
+    check_revisable(list(examples.values()), args)
+    return examples
 
 
 def revision_message(pair: Pair, example: Example) -> str:
@@ -52,16 +72,23 @@ def revision_message(pair: Pair, example: Example) -> str:
 
 
 def revise(model: Decoder, pairs: list[Pair], args, folder: Path, seed: int) -> list[Pair]:
-    """The pairs with their chosen responses rewritten by the model; those rewritten to nothing are left out.
+    """The pairs with their chosen responses rewritten by the model; those rewritten to nothing are left out,
+    and those whose revision would not fit into the model's positions.
 
     args: the run's arguments, train.Args. Every revision is appended to folder/revised.jsonl as it ends, and
     those found there are not made again; several processes share the work, each with a file of its own.
     """
-    tokenizer = Tokenizer(args.model, args.date, args.template)
-    examples = {example.id: example for example in examples_for(args, "train")}
+    tokenizer, sampling = Tokenizer(args.model, args.date, args.template), sampling_for(args)
+    examples = examples_of(pairs, args)
+    of_pair = {pair.id: pair for pair in pairs}
+    fitting = fitting_rows(list(examples.values()), lambda e: [revision_message(of_pair[e.id], e)], tokenizer,
+                           model.config.max_position_embeddings, sampling.max_new_tokens)
+    pairs = [of_pair[example.id] for example in fitting]
     done = {}
     for file in sorted(folder.glob("revised.jsonl*")):
-        done |= {row["id"]: Response(**row["response"]) for row in read_appended(file)}
+        for row in read_appended(file):
+            row = checked(row, REVISED, str(file))
+            done[row["id"]] = Response(**row["response"])
     barrier()  # all processes have read before one of them writes
 
     todo = share_of([i for i, pair in enumerate(pairs) if pair.id not in done])
@@ -80,7 +107,7 @@ def revise(model: Decoder, pairs: list[Pair], args, folder: Path, seed: int) -> 
             fresh[pair.id] = response
 
         bar = progress(len(todo), "responses", "revising")
-        generate(model, prompts, sampling_for(args), tokenizer.stop_ids, seed_from("revise", seed),
+        generate(model, prompts, sampling, tokenizer.stop_ids, seed_from("revise", seed),
                  keys=[(i, 0) for i in todo], slots=args.slots, bar=bar, on_finished=on_finished)
         bar.close()
     done |= dict(gather(list(fresh.items())))

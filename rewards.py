@@ -75,7 +75,8 @@ def mutual_information(logps: Tensor, bare_logps: Tensor) -> Tensor:
 
 def rewards_of(examples: list[Example], texts: list[str], information: list[float], judge: Judge | None,
                args) -> tuple[list[float], int]:
-    """The reward of each response, and how many verdicts could not be read; these earn the others' mean.
+    """The reward of each response, and how many verdicts could not be read; these earn the others' mean, or 0
+    where none could be read.
 
     examples, texts, information (B each): what was asked, the response, and its mutual information, which is
     used only if the reward needs it. A judge divides its work among processes: all must call this with the

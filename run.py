@@ -281,7 +281,7 @@ def share_of(items: list, process: int | None = None) -> list:
 
 
 def gather(share: list) -> list:
-    """The inverse of `shard`: every process passes its share and gets all items, in their order."""
+    """The inverse of `share_of`: every process passes its share and gets all items, in their order."""
     if world() == 1:
         return share
     shares: list = [None] * world()

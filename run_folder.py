@@ -18,11 +18,12 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoint import Checkpoints, refuse_changes
+from contexts import limited
 from data import OWN_FILES, load_all_splits, user_message
 from folder import read_config
 from losses import OBJECTIVES
 from negatives import Pair
-from pairs import load_pairs
+from pairs import load_pairs, read_meta
 from rows import fitting_pairs
 from run import UserError, environment, fingerprint, read_json, world, write_json
 from schema import OBJECT, checked, record
@@ -74,12 +75,12 @@ def with_settings_of_pairs(grid: list) -> list:
     give it another split."""
     if not grid[0].pairs:
         return grid
-    settings = read_json(Path(grid[0].pairs) / "pairs.json").get("settings", {})
+    settings = read_meta(Path(grid[0].pairs))["settings"]
     if settings.get("split", "train") != "train":
         raise UserError(f"--pairs {grid[0].pairs} were made of the {settings['split']} part, which a model "
                         "must not be trained on: make pairs with --split train")
     names = ("data", "contexts", "neg", "n_neg", "seed", "date", "system")
-    known = {name: settings[name] for name in names if name in settings} | settings.get("sampling", {})
+    known = {name: settings[name] for name in names if name in settings} | (settings.get("sampling") or {})
     known["template"] = tuple(settings.get("template") or ())
     return [dataclasses.replace(args, **known) for args in grid]
 
@@ -100,8 +101,8 @@ def refuse_leaks(pairs: list[Pair], args) -> None:
 
 
 def given_pairs(args, source: Path) -> list[Pair]:
-    """The pairs of --pairs, after a check that this model's tokenizer made them."""
-    pairs = load_pairs(Path(args.pairs))
+    """The pairs of --pairs, --limit of them, after a check that this model's tokenizer made them."""
+    pairs = limited(load_pairs(Path(args.pairs)), args)
     first = pairs[0]
     message = user_message(first.prompt, first.context, first.style)
     if Tokenizer(source, args.date, args.template).chat(message, first.system) != first.prompt_ids:

@@ -22,15 +22,33 @@ from memory import FP32, fits_whole, require_copy
 from model import Decoder
 from negatives import Pair
 from optimizer import MasterAdamW
-from pairs import pairs_for
+from pairs import check_negatives, pairs_for
 from rows import fitting_rows
-from run import barrier, broadcast, default_device, gather, progress, rank, share_of
+from run import UserError, barrier, broadcast, default_device, gather, progress, rank, share_of
 from sample import generate
 from shard import gathered, is_sharded
 from tokenizer import Tokenizer
 
 VALIDATION_METHOD = "dpo"  # validation compares chosen with rejected responses, whatever training does
 MARGIN_PAIRS = 64  # training pairs, the first ones, on which saving measures what rounding costs
+
+
+def validation_args(args):
+    """The run's arguments for its validation examples, which have rejected responses whatever the method."""
+    return dataclasses.replace(args, limit=args.val_limit, method=VALIDATION_METHOD, n_neg=max(1, args.n_neg))
+
+
+def check_validation(args) -> None:
+    """UserError where the validation part is empty, or has nothing by which models could be compared."""
+    args = validation_args(args)
+    examples = examples_for(args, "validation")
+    if any(verify(example, "") is not None for example in examples):
+        return
+    try:
+        check_negatives(examples, args)
+    except UserError as e:
+        raise UserError("--eval-every and lists of values compare chosen with rejected responses, whatever "
+                        f"--method is, and so need rejected ones: {e}") from None
 
 
 class Selection:
@@ -47,12 +65,17 @@ class Selection:
         if args.shard:
             require_copy(args, read_config(source), "validation", "give one value of every option, and no "
                          "--eval-every")
-        self.args = dataclasses.replace(args, limit=args.val_limit, method=VALIDATION_METHOD,
-                                        n_neg=max(1, args.n_neg))
+        self.args = validation_args(args)
         self.folder, self.source = folder, source
-        self.examples = examples_for(self.args, "validation")
         self.best = best
         self.tokenizer = Tokenizer(source, args.date, args.template)
+        # As evaluation will sample: --temperature, --top-p and --top-k are for pairs.
+        own_settings = dataclasses.replace(self.args, temperature=None, top_p=None, top_k=0)
+        self.sampling = sampling_for(own_settings, evaluation=True)
+        examples = examples_for(self.args, "validation")
+        positions = read_config(source).max_position_embeddings
+        self.examples = fitting_rows(examples, lambda e: [e.user_message(e.context)], self.tokenizer,
+                                     positions, self.sampling.max_new_tokens)
         has_checks = any(verify(example, "") is not None for example in self.examples)
         self.name = "win_rate" if has_checks else "margin_accuracy"
         self.pairs: list[Pair] = []
@@ -71,16 +94,11 @@ class Selection:
         return metrics["accuracy"].mean().item()
 
     def win_rate(self, model: Decoder) -> float:
-        # As evaluation will sample: --temperature and --top-p are for pairs.
-        own_settings = dataclasses.replace(self.args, temperature=None, top_p=None)
-        sampling = sampling_for(own_settings, evaluation=True)
-        examples = fitting_rows(self.examples, lambda e: [e.user_message(e.context)], self.tokenizer,
-                                model.config.max_position_embeddings, sampling.max_new_tokens)
-        mine = share_of(list(enumerate(examples)))
+        mine = share_of(list(enumerate(self.examples)))
         prompts = [self.tokenizer.chat(e.user_message(e.context), e.system) for _, e in mine]
         keys = [(i, 0) for i, _ in mine]
         bar = progress(len(prompts), "responses", "validation")
-        samples = generate(model, prompts, sampling, self.tokenizer.stop_ids, self.args.seed, keys,
+        samples = generate(model, prompts, self.sampling, self.tokenizer.stop_ids, self.args.seed, keys,
                            self.args.slots, bar)
         bar.close()
         texts = [self.tokenizer.answer(sample.ids) for sample in samples]

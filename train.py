@@ -60,16 +60,16 @@ from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from revise import check_revisable, revise
 from rewards import check_data
 from rows import missing_part
-from run import (Metrics, UserError, barrier, default_device, fingerprint, gather, main, option,
+from run import (Metrics, UserError, barrier, default_device, fingerprint, flag_of, gather, main, option,
                  parse_all, peak_memory, progress, rank, restarts, write_json)
 from run_folder import (begin_or_resume, check_space, given_pairs, is_finished, refuse_occupied, run_folder,
                         swept, with_settings_of_pairs, write_arguments)
-from selection import Selection, save_model
+from selection import Selection, check_validation, save_model
 from shard import gathered, shard_weights
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 TEMPERATURES = dict(infonce=100.0, sami=1.0)  # the authors', on log-probs summed over tokens
-TEST_ROWS = 640  # test rows, drawn by seed, that --test evaluates; eval.py evaluates all
+TEST_ROWS = 640  # test rows, drawn by seed, that --test evaluates where --limit is not given; eval.py: all
 
 
 # ------------------------------------------------------------------------- arguments
@@ -180,8 +180,8 @@ def check_method(args: Args) -> None:
     objective = OBJECTIVES[args.method]
     for unused in dataclasses.fields(ppo.PPOArgs):
         if getattr(args, unused.name) != unused.default:
-            raise UserError(f"--{unused.name.replace('_', '-')} goes with {', '.join(ppo.REWARDS)}, not with "
-                            f"--method {args.method}")
+            raise UserError(f"{flag_of(unused)} goes with {', '.join(ppo.REWARDS)}, not with --method "
+                            f"{args.method}")
     if args.method != "dpo" and (args.softmax or args.label_smoothing or args.nll):
         raise UserError(f"--softmax, --label-smoothing and --nll go with --method dpo, not {args.method}")
     if not objective.uses_reference and args.beta != Args.beta:
@@ -363,6 +363,8 @@ def program() -> None:
     folder = run_folder(grid)
     if not args.pairs:
         check_examples(args)
+    if len(grid) > 1 or args.eval_every:
+        check_validation(args)
     missing = missing_part(args.data, "test", args.seed) if args.test else ""
     if missing:
         print(f"{missing}: the run will not be evaluated")
@@ -374,7 +376,8 @@ def program() -> None:
     if args.dry_run:
         dry_run(grid, folder, source, given, load_trainable, time_steps)
         return
-    if is_finished(grid, folder):
+    was_finished = is_finished(grid, folder)
+    if was_finished:
         print(f"{folder}: training is done")
     else:
         check_space(folder, source)
@@ -386,7 +389,9 @@ def program() -> None:
                 ppo.run_ppo(args, folder, source, load_trainable)
             else:
                 run_training(grid, folder, source, given)
-    if args.test and not missing:
+    if was_finished and (folder / "eval.json").exists():
+        print(f"{folder} is evaluated too: its numbers are in {folder / 'eval.json'}")
+    elif args.test and not missing:
         evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots))
         print(f"learning curve: {folder / 'learning_curve.png'}")
     else:
@@ -399,6 +404,9 @@ def check_examples(args: Args) -> None:
     if args.method in ppo.REWARDS:
         check_data(examples, args)
         return
+    if args.method == "sft-revise" and examples[0].chosen is not None:
+        raise UserError(f"--method sft-revise revises the model's own responses, and {args.data} supplies "
+                        "responses itself: use --method sft")
     check_negatives(examples, args)
     without = [example.id for example in examples if not example.context]
     if OBJECTIVES[args.method].every_prompt and without:
@@ -418,6 +426,7 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
     checkpoints = Checkpoints(folder, args.keep)
     saved, tensors = begin_or_resume(grid, folder, checkpoints)
     state = State(**saved)
+    has_begun = state.rows > 0
     selection = None
     if len(grid) > 1 or args.eval_every:
         selection = Selection(args, folder, source, state.best)
@@ -466,7 +475,7 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
         kept=selection.best["kept"] if selection else kept,
         seconds_pairs=seconds["pairs"],
         seconds_reference=seconds["reference"],
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start,  # since the last start, as are all but seconds_training
         processor_seconds=time.process_time() - processor,
         peak_memory_gb=peak_memory() / 1e9,
     )
@@ -476,7 +485,8 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
         learning_curve(folder, best)
     write_json(folder / "summary.json", summary)  # the last file: whatever has failed before is done again
     checkpoints.remove()
-    print(f"{summary['steps']} steps, {summary['seconds']:.0f} s in all: pairs {seconds['pairs']:.0f}, "
+    span = "since the last start" if has_begun else "in all"
+    print(f"{summary['steps']} steps, {summary['seconds']:.0f} s {span}: pairs {seconds['pairs']:.0f}, "
           f"reference {seconds['reference']:.0f}, training {summary['seconds_training']:.0f}; "
           f"{summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")
 

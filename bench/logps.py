@@ -45,8 +45,7 @@ def ours(args) -> None:
     if args.child == "alone":
         # neighbours have different contexts, so that a pass of several shares nothing
         groups = [(context, [responses[k]]) for k in range(args.contexts) for context, responses in groups]
-        chunks = split_by_tokens([[group] for group in groups], 1024)
-        passes = [[groups[i] for i in chunk] for chunk in chunks]
+        passes = list(split_by_tokens(groups, lambda group: [group], 1024))
     backward(model, passes[0])  # sets up memory and gradients
     start = clock()
     logps = sum(backward(model, some) for some in passes)

@@ -113,16 +113,20 @@ def draw(results: list[dict], file: Path) -> None:
 
     exact = means("fp32", "masters")
     axis.plot(rates, exact, "s", color=GREY, markersize=9, markerfacecolor="none", label="fp32")
-    for way, colour in (("stochastic", BLUE), ("nearest", VERMILION)):
+    for way, colour, below in (("stochastic", BLUE, False), ("nearest", VERMILION, True)):
         saved = means(way, "saved")
         axis.plot(rates, saved, "o-", color=colour, markersize=5, label=f"bf16, {way} rounding")
         for lr, margin, whole in zip(rates, saved, exact, strict=True):
-            axis.annotate(f"{margin / whole:.0%}", (lr, margin), xytext=(4, -12), textcoords="offset points",
-                          color=colour, fontsize="small")
+            axis.annotate(f"{margin / whole:.0%}", (lr, margin), xytext=(5, -12) if below else (-30, 4),
+                          textcoords="offset points", color=colour, fontsize="small")
     axis.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="margin of the saved model, nats",
              title="what rounding to the nearest bf16 number throws away")
     axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axis.minorticks_off()
+    low, high = axis.get_ylim()
+    ticks = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ylim(low, high)
     axis.margins(x=0.08, y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize="small", loc="lower right")

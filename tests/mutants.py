@@ -241,7 +241,7 @@ MUTATIONS = {
     "checkpoint.py": [
         ("state.step % every == 0", "(state.step + 1) % every == 0",
          "test_checkpoint.py::test_a_run_that_was_killed_goes_on_from_its_last_checkpoint"),
-        ("names[: -self.keep]", "names[: 1 - self.keep]",
+        ("oldest_first[: -self.keep]", "oldest_first[: 1 - self.keep]",
          "test_checkpoint.py::test_only_the_newest_are_kept"),
         ("tensor.isfinite().all()", "tensor.isfinite().any()",
          "test_checkpoint.py::test_weights_that_are_not_finite_never_become_a_checkpoint"),

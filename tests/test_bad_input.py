@@ -376,6 +376,8 @@ PAIRS = {
     "no pairs.json": (lambda made: (made / "pairs.json").unlink(), "pairs.json does not exist"),
     "no pairs.jsonl": (lambda made: (made / "pairs.jsonl").unlink(), "pairs.jsonl does not exist"),
     "interrupted": (meta(statistics=None), "pairs.jsonl is incomplete"),
+    "a list": (lambda made: (made / "pairs.json").write_text("[]"), "pairs.json holds [], not a JSON object"),
+    "sampling a list": (meta(settings=dict(sampling=[1])), "'sampling' is [1], not an object"),
     "statistics a list": (meta(statistics=[1]), "'statistics' is [1], not an object"),
     "no lines": (pairs_file(lambda lines: []), "holds 0 pairs"),
     "a line lost": (pairs_file(lambda lines: lines[1:]), "holds 2 pairs, of 2 rows, and pairs.json says 3"),

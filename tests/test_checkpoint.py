@@ -122,6 +122,15 @@ def test_resume_without_a_checkpoint_begins_anew(call_train, work, capsys):
     assert "no checkpoint yet" in out and "8 pairs from" in out
 
 
+def test_resume_of_a_run_that_was_evaluated_leaves_its_numbers(call_train, work, capsys):
+    """Whatever the evaluation was of: --test would make one of other rows."""
+    folder = call_train()
+    (folder / "eval.json").write_text("{}")
+    call_train("--resume", "--test")
+    assert (folder / "eval.json").read_text() == "{}"
+    assert "o is evaluated too" in capsys.readouterr().out
+
+
 def test_resume_of_a_run_that_is_whole_trains_nothing(call_train, capsys):
     """It says so."""
     expected = results(call_train())
@@ -237,6 +246,16 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names == ["step-0-000010", "step-0-000015"]
     tensors, state = checkpoints.load()
     assert tensors["x"].tolist() == [15.0] * 3 and state["step"] == 15
+
+
+def test_of_eleven_candidates_the_last_ones_are_kept(tmp_path):
+    """Ten comes after nine, though not in the alphabet."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for candidate in (8, 9, 10):
+        state = dataclasses.asdict(train.State(step=5, candidate=candidate))
+        checkpoints.save(dict(x=torch.zeros(3)), state)
+    names = sorted(path.name for path in checkpoints.folder.glob("step-*"))
+    assert names == ["step-10-000005", "step-9-000005"]
 
 
 @pytest.mark.parametrize(("function", "error"), [

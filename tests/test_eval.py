@@ -27,7 +27,7 @@ from folder import load
 from measures import RATE, SYSTEMS, evaluate, interval, paired_differences, system_row
 from report import table
 from responses import respond
-from run import UserError, read_json, read_jsonl, write_json
+from run import UserError, parse, read_json, read_jsonl, write_json
 from sample import Sample, Sampling, generate
 from tokenizer import Tokenizer
 from verdicts import judge_all
@@ -435,11 +435,11 @@ def test_comparisons_count_wins_ties_losses_and_flips(monkeypatch):
 
 
 def test_answers_stand_side_by_side():
-    """A row that was gained, and one that is still wrong and says so."""
-    rows = [Example(str(i), f"p{i}", "test", f"c{i}") for i in range(2)]
-    answers = {system: [answer(f"{system} {i}") for i in range(2)]
+    """A row that was gained, and one that is still wrong and says so; one that was lost is neither."""
+    rows = [Example(str(i), f"p{i}", "test", f"c{i}") for i in range(3)]
+    answers = {system: [answer(f"{system} {i}") for i in range(3)]
                for system in ("prompted", "trained")}
-    won = dict(prompted=np.zeros(2), trained=np.array([1.0, 0.0]))
+    won = dict(prompted=np.array([0.0, 0.0, 1.0]), trained=np.array([1.0, 0.0, 0.0]))
     lines = side_by_side(rows, answers, won).splitlines()
     assert lines == ["", "p0 [c0]", "  prompted: 'prompted 0'", "  trained:  'trained 0'",
                      "", "p1 [c1]", "  prompted: 'prompted 1'", "  trained:  'trained 1' (still wrong)"]
@@ -529,6 +529,31 @@ def test_validation_has_files_of_its_own(finished_run, data, call):
     assert read_json(finished_run / "eval-validation.json")["arguments"]["split"] == "validation"
     lines = [line for _, line in read_jsonl(finished_run / "responses-validation.jsonl")]
     assert {r["id"] for r in lines} == {"validation0", "validation1", "validation2"} and len(lines) == 9
+
+
+@pytest.mark.parametrize(("flags", "contexts"), [
+    ([], "of the run"), (["--contexts", "given"], "given"), (["--data", "OTHER"], ""),
+])
+def test_contexts_are_the_runs_unless_the_command_says_or_data_are_others(flags, contexts, finished_run, data,
+                                                                         tmp_path, monkeypatch):
+    """A file of contexts that were inferred for the run's own data goes with these data alone."""
+    other = shutil.copyfile(data, tmp_path / "other.jsonl")
+    written = read_json(finished_run / "args.json")
+    written["arguments"] |= dict(data=str(data), contexts="of the run")
+    write_json(finished_run / "args.json", written)
+    used = []
+    monkeypatch.setattr(evaluation, "examples_for",
+                        lambda args, split: used.append(args.contexts) or load_examples(args.data, split))
+    flags = [str(other) if flag == "OTHER" else flag for flag in flags]
+    evaluation.resolve(parse(evaluation.Args, ["--model", str(finished_run), *flags, *FLAGS]))
+    assert used == [contexts]
+
+
+@pytest.mark.parametrize("written", [{}, dict(arguments={}), dict(arguments=dict(model=1, data="demo"))])
+def test_a_run_without_its_arguments_is_named(written, finished_run, call):
+    write_json(finished_run / "args.json", written)
+    with pytest.raises(UserError, match=r"args\.json"):
+        call("--model", finished_run)
 
 
 def test_prompts_a_run_has_trained_on_are_not_tested(finished_run, call, tmp_path):

@@ -124,9 +124,9 @@ def test_the_common_prefix_leaves_every_sequence_a_token(sequences, length):
 def test_a_shared_root_makes_room_in_a_chunk():
     """Of two groups of 8 tokens that share 5 a chunk counts 3 each; with a third that shares 2, 6 each."""
     a, b, c = (([1, 2, *rest], [[7, 8]]) for rest in ([3, 4, 5, 5], [3, 4, 5, 6], [9, 9, 9, 9]))
-    for tokens, expected in ((5, [[0], [1], [2]]), (6, [[0, 1], [2]]), (17, [[0, 1], [2]]),
-                             (18, [[0, 1, 2]])):
-        assert list(split_by_tokens([[a], [b], [c]], tokens)) == expected
+    apart, two, all_three = [[a], [b], [c]], [[a, b], [c]], [[a, b, c]]
+    for tokens, expected in ((5, apart), (6, two), (17, two), (18, all_three)):
+        assert list(split_by_tokens([a, b, c], lambda group: [group], tokens)) == expected
 
 
 def test_the_end_token_counts(oracle_folder, oracle):
@@ -163,7 +163,7 @@ def test_sequence_logps_are_sums_of_response_logps(models, max_tokens):
     model, graphs, bar = models[0], [], CountingBar()
     with model.register_forward_hook(lambda _, args, hidden: graphs.append(hidden.requires_grad)):
         sums = sequence_logps(model, GROUPS, max_tokens, bar)
-    passes = list(split_by_tokens([[group] for group in GROUPS], max_tokens))
+    passes = list(split_by_tokens(GROUPS, lambda group: [group], max_tokens))
     assert not any(graphs) and len(graphs) == len(passes)
     assert bar.count == len(GROUPS)
     for found, group in zip(sums, response_logps(model, GROUPS), strict=True):
@@ -175,7 +175,7 @@ def test_sequence_logps_are_sums_of_response_logps(models, max_tokens):
 ])  # fmt: skip
 def test_chunks_hold_at_most_their_tokens(tokens, expected):
     """Groups of 11, 9 and 4 tokens, in order; one larger than the budget goes alone."""
-    assert list(split_by_tokens([[group] for group in GROUPS], tokens)) == expected
+    assert list(split_by_tokens([0, 1, 2], lambda i: [GROUPS[i]], tokens)) == expected
 
 
 # ------------------------------------------------------------------------- dpo

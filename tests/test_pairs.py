@@ -43,6 +43,14 @@ def test_missing_is_the_bare_prompt():
     assert negative_messages(rows, "missing", 0) == [[e.prompt] for e in rows]
 
 
+def test_where_hardly_any_other_row_will_do_it_stands_in_for_more():
+    """59 rows of one context and one of another: all draws of the 59 are of that one, ten times over."""
+    rows = [training_example(i, "A" if i else "B") for i in range(60)]
+    messages = negative_messages(rows, "random", 0, n_neg=10)
+    assert all(row == [rows[i].user_message("B")] * 10 for i, row in enumerate(messages) if i)
+    assert messages[0] == [rows[0].user_message("A")] * 10
+
+
 @pytest.mark.parametrize(("rows", "contexts"), [(80, 40), (200, 3), (50, 2)])
 def test_random_is_the_same_prompt_with_the_context_of_another_row(rows, contexts):
     """Never a context of equal text, though many rows share one; the seed decides which."""

@@ -4,14 +4,17 @@
 """
 
 import json
+import shutil
 
 import pytest
 from conftest import metrics_of, training_example
 
+import revise
 import train
 from negatives import Pair, Response
 from pairs import load_pairs
 from revise import check_revisable, revision_message
+from rows import fitting_rows
 from run import UserError, read_json, read_jsonl
 
 FLAGS = ("--method", "sft-revise")
@@ -94,3 +97,44 @@ def test_without_a_rejected_response_it_is_refused(call_train):
     """The revision's prompt shows one: said before anything is sampled."""
     with pytest.raises(UserError, match="shows the model a rejected response"):
         call_train(*FLAGS, "--n-neg", "0")
+
+
+def test_revisions_that_do_not_fit_are_dropped_and_named(call_train, capsys, monkeypatch):
+    """The revision's prompt is longer than the pair's: what does not fit costs its pair, not the run."""
+    lengths = []
+
+    def limited(examples, messages, tokenizer, positions, new_tokens):
+        lengths.extend(len(tokenizer.chat(messages(e)[0], e.system)) for e in examples)
+        return fitting_rows(examples, messages, tokenizer, sorted(lengths)[0] + new_tokens, new_tokens)
+
+    monkeypatch.setattr(revise, "fitting_rows", limited)
+    folder = call_train(*FLAGS)
+    kept = sum(length == min(lengths) for length in lengths)
+    assert 0 < kept < len(lengths)
+    assert len(read_jsonl(folder / "revised.jsonl")) == kept
+    assert f"{len(lengths) - kept} of {len(lengths)} rows dropped" in capsys.readouterr().out
+
+
+def test_given_pairs_that_cannot_be_revised_are_refused(call_train, dpo_run, tmp_path):
+    """Rows that the data have lost, and rows with neither a context nor an answer: one line."""
+    shutil.copytree(dpo_run, tmp_path / "pairs")
+    file = tmp_path / "pairs" / "pairs.jsonl"
+    rows = [row for _, row in read_jsonl(file)]
+    file.write_text("".join(json.dumps(row | dict(id=f"lost {row['id']}")) + "\n" for row in rows))
+    with pytest.raises(UserError, match=rf"{len(rows)} of {len(rows)} pairs are no rows of"):
+        call_train(*FLAGS, "--pairs", tmp_path / "pairs")
+
+
+def test_ready_responses_are_not_revised(call_train, work):
+    """They are not the model's own: said without a word of options that were not given."""
+    line = dict(prompt="p", context="c", chosen="good", rejected="bad", split="train")
+    (work / "ready.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="revises the model's own responses"):
+        call_train(*FLAGS, "--data", "ready.jsonl")
+
+
+def test_a_line_that_is_no_revision_is_named(call_train, work):
+    (work / "o").mkdir()
+    (work / "o" / "revised.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"revised\.jsonl: 'id' is missing"):
+        call_train(*FLAGS)

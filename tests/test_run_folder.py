@@ -199,6 +199,12 @@ def test_pairs_of_another_folder_are_not_sampled_again(call_train, dpo_run, monk
     assert {file: file.stat().st_mtime_ns for file in dpo_run.rglob("*")} == before
 
 
+def test_a_limit_is_of_the_given_pairs(call_train, dpo_run):
+    """As it is of examples: some of them, drawn by seed."""
+    folder = call_train("--pairs", dpo_run, "--limit", "2")
+    assert read_json(folder / "summary.json")["pairs"] == 3 * 2 < 3 * len(load_pairs(dpo_run))
+
+
 def test_a_run_on_given_pairs_remembers_their_data_and_seed(dpo_run, own_data, tiny, tmp_path):
     """With --pairs alone they are those of pairs.json: eval.py goes by args.json."""
     source = copy_pairs(dpo_run, tmp_path / "made", seed=3)

@@ -16,7 +16,7 @@ from checks import honours
 from data import load_examples
 from folder import load
 from pairs import load_pairs
-from run import Stopped, read_json
+from run import Stopped, UserError, read_json
 from sample import Sample
 from selection import Selection, mean_margin
 from tokenizer import Tokenizer
@@ -201,3 +201,22 @@ def test_tasks_are_chosen_by_accuracy(tiny, tmp_path, respond):
     asked = respond(chosen, "The answer is: A")
     assert chosen.measure(load(tiny)) == pytest.approx(4 / 6)
     assert asked == [(1.0, 0.9, 5)]
+
+
+def test_validation_samples_as_evaluation_does(tiny, tmp_path):
+    """--top-k, too, is for pairs alone."""
+    args = resolve(Args(data="demo", model=str(tiny), val_limit=4, top_k=50, temperature=2.0, top_p=0.5))
+    chosen = Selection(args, tmp_path, tiny)
+    assert (chosen.sampling.top_k, chosen.sampling.temperature, chosen.sampling.top_p) == (0, 0.1, 0.9)
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    (dict(prompt="p", chosen="good"), "need rejected ones"), (dict(prompt="p"), "need rejected ones"),
+])
+def test_validation_that_nothing_could_decide_is_refused_at_once(row, words, call_train, work):
+    """SFT takes such rows, but models are compared by rejected responses: said before a folder is made."""
+    rows = [row | dict(prompt=f"p{i}", split=split) for i, split in enumerate(("train", "validation") * 4)]
+    (work / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=words):
+        call_train("--method", "sft", "--data", "own.jsonl", "--eval-every", "5")
+    assert [path.name for path in work.iterdir()] == ["own.jsonl"]

@@ -201,6 +201,8 @@ def test_more_rows_replace_fewer(work, whole, capsys):
         evaluate(work, "--limit", "4")
     with pytest.raises(UserError, match="seed 0, not 1"):
         evaluate(work, "--seed", "1")
+    with pytest.raises(UserError, match="system None, not 'Be brief"):  # more rows, but not only that
+        evaluate(work, "--system", "Be brief.")
     assert results(evaluate(work)) == whole
     assert "eval.json is of fewer rows, --limit 5: it is replaced" in capsys.readouterr().out
 
