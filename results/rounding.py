@@ -123,11 +123,11 @@ def draw(results: list[dict], file: Path) -> None:
              title="what rounding to the nearest bf16 number throws away")
     axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
     axis.minorticks_off()
+    axis.margins(x=0.12, y=0.15)
     low, high = axis.get_ylim()
     ticks = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.set_ylim(low, high)
-    axis.margins(x=0.08, y=0.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize="small", loc="lower right")
     save_figure(figure, file)
