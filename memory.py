@@ -19,7 +19,7 @@ from torch import nn
 
 from config import Config
 from fast import LOGITS_AT_ONCE
-from losses import Group, common_prefix_length
+from losses import OBJECTIVES, Group, common_prefix_length
 from model import Decoder
 from run import UserError, default_device, world
 
@@ -100,17 +100,22 @@ def predicted_memory(config: Config, args, passes: list[Pass], prompt: int, proc
     matrix = config.vocab_size * config.hidden_size  # the embedding's numbers
     share = processes if args.shard else 1
 
+    # PPO trains a critic beside the model and, where no adapters can be switched off, keeps the start model.
+    is_ppo = args.method not in OBJECTIVES
+    models = 2 if is_ppo else 1
+    reference = sizes.total * number if is_ppo and not args.lora_rank else 0
+
     # Gradients add up in fp32. That of a tied embedding has two terms, which exist beside their sum.
-    gradients = trained * FP32 / share
+    gradients = models * trained * FP32 / share
     if not args.lora_rank:
         gradients += matrix * number * (2 if config.tie_word_embeddings else 1)
     master = FP32 if number < FP32 else 0
     activations = activation_bytes(config, args, largest, device)
     parts = dict(
         program=PROGRAM if device == "cpu" else 0.0,
-        weights=(sizes.total + sizes.adapters) * number / share,
+        weights=models * (sizes.total + sizes.adapters) * number / share + reference,
         gradients=gradients,
-        optimizer=trained * (master + 2 * FP32) / share,
+        optimizer=models * trained * (master + 2 * FP32) / share,
         activations=activations,
         heap=heap_bytes(config, args, passes, gradients) if device == "cpu" else 0.0,
         cache=cache_bytes(config, args, prompt, device),

@@ -50,6 +50,7 @@ class Settings:
     slots: int = 0
     max_new_tokens: int = 8
     pass_tokens: int = 8192
+    method: str = "dpo"
 
 
 # ------------------------------------------------------------------------- parts, one by one
@@ -225,6 +226,19 @@ def test_a_model_that_cannot_be_trained_is_refused_with_the_arithmetic(card):
     assert re.search(r"give --lora-rank 32, which takes \d\.\d GB and a pass", said)
     assert said.endswith("or take at least 2 GPUs, with torchrun and --shard") and "\n" not in said
     require_fit(replace(TRAINED, lora_rank=32), config, "")
+
+
+def test_ppo_takes_a_critic_and_a_reference_beside_the_model(card):
+    """The same 1.54 billion weights: two trained models of 18 bytes and, without adapters, one of 2 more."""
+    config = Config.from_dict(QWEN_1B)
+    ppo = replace(TRAINED, method="ppo-mi")
+    card(48e9)
+    require_fit(TRAINED, config, "")
+    with pytest.raises(UserError, match=r"weights 9.3 GB, gradients 13.3 GB, optimizer 37.0 GB"):
+        require_fit(ppo, config, "")
+    adapters = [predicted_memory(config, replace(args, lora_rank=32), [Pass([(1, [1])])], 0, device="cuda")
+                for args in (TRAINED, ppo)]
+    assert adapters[1]["weights"] == 2 * adapters[0]["weights"]  # no reference
 
 
 def test_a_model_that_fits_nowhere_is_told_so(card):
