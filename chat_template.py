@@ -120,7 +120,7 @@ def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 # ------------------------------------------------------------------------- limits
 
 class OutOfTime(BaseException):
-    """No Exception, for jinja passes over these where it computes constants."""
+    """Not an Exception, because jinja swallows every Exception that it meets while it computes constants."""
 
 
 @contextlib.contextmanager

@@ -42,14 +42,16 @@ class Checkpoints:
         self.folder, self.keep = folder / "checkpoints", keep
         self.stop = StopSignal()
 
-    def after_step(self, every: int, tensors: Callable[[], dict[str, Tensor]], state) -> None:
-        """Save where `every` steps have passed or a signal has come; the latter then raises Stopped.
+    def after_step(self, every: int, tensors: Callable[[], dict[str, Tensor]], state,
+                   now: bool = False) -> None:
+        """Save where `every` steps have passed, now if it has to be, or where a signal has come, which then
+        raises Stopped.
 
         state: a dataclass with the candidate and the step among its fields. tensors() gives what is to be
         kept; all processes call this after every step.
         """
         signal_number = self.stop.came()
-        if signal_number or (every and state.step % every == 0):
+        if signal_number or now or (every and state.step % every == 0):
             self.save(tensors(), dataclasses.asdict(state))
         if signal_number:
             raise Stopped(f"stopped after step {state.step}, which is saved: the same command with --resume "

@@ -66,7 +66,7 @@ def words(text: str) -> list[str]:
 
 # ------------------------------------------------------------------------- right answers by rule
 
-LETTERS = "ABCDEFGH"  # of multiple-choice questions
+LETTERS = "ABCDEFGHIJ"  # of multiple-choice questions
 
 # Responses can be long and strange, so every pattern of this file takes time linear in the text's length: no
 # two neighbouring repetitions match the same characters, and look-aheads keep a number from matching in part.
@@ -203,9 +203,9 @@ def says(text: str, answer: str) -> bool:
 def final_style(example) -> str | None:
     """How an example's answer is compared: "math" or "choice" of the paper's data, "number", "letter" or
     "words" of a user's own; None where there is no answer, or no rule for it."""
-    if example.answer is None or example.style in ("math", "choice"):
-        return example.style if example.answer is not None else None
-    return answer_style(example.answer)
+    if example.answer is None:
+        return None
+    return example.style if example.style in ("math", "choice") else answer_style(example.answer)
 
 
 def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> str | None:
@@ -231,8 +231,10 @@ def verify(example, text: str, flexible: bool = False) -> bool | None:
     if example.check:
         return honours(example.check, text)
     style = final_style(example)
-    if style in (None, "words"):
-        return None if style is None else says(text, example.answer)
+    if style is None:
+        return None
+    if style == "words":
+        return says(text, example.answer)
     answer = example.answer
     if style in ("number", "letter"):
         answer = number(answer) if style == "number" else answer.strip().upper()

@@ -133,7 +133,7 @@ def refuse_unsupported(raw: dict, where: str) -> None:
     elif raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
         unsupported = "partial_rotary_factor"
     if unsupported:
-        raise UserError(f"{where}: {unsupported} is not supported (see the docstring of model.py)")
+        raise UserError(f"{where}: {unsupported} is not supported (see the docstring of config.py)")
 
 
 def refuse_misfits(config: Config, where: str) -> None:

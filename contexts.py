@@ -19,7 +19,7 @@ from pathlib import Path
 from data import (DATA, DEMO, OWN_FILE, QWEN, Example, load_all_splits, load_examples, name_and_folder,
                   split_counts)
 from judge import Judge, JudgeArgs, infer, rewrite
-from run import (UserError, default_dtype, main, option, parse, rank, read_appended, read_jsonl, seed_from,
+from run import (UserError, default_dtype, main, option, parse, rank, read_jsonl, seed_from,
                  write_jsonl)
 from sample import Sampling
 from schema import TEXT, checked, listing
@@ -172,7 +172,7 @@ def infer_contexts(examples: list[Example], args: DataArgs) -> dict[str, list[st
     name, _ = name_and_folder(args.data)
     file = Path(args.judge_cache).with_name(f"contexts-{name}.jsonl")
     if not rank():  # other splits' contexts may be in the file already
-        earlier = {row["id"]: row["items"] for row in read_appended(file)}
+        earlier = read_contexts(file) if file.exists() else {}
         write_jsonl(file, [dict(id=id, items=texts) for id, texts in sorted((earlier | items).items())])
     print(f"contexts inferred by {judge_args.judge}, written to {file}")
     return items

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 
 from batches import all_logps, epoch_batches, groups_of, micro_batches, training_rows
 from contexts import examples_for, sampling_for
 from folder import read_config
 from losses import OBJECTIVES, token_count
-from memory import Pass, cards_needed, gb, out_of_reach, peak, predicted_memory
+from memory import Pass, card_memory, cards_needed, gb, out_of_reach, peak, predicted_memory
 from model import Decoder
 from negatives import SAMPLED, Pair
 from pairs import check_negatives, make_pairs, pairs_for, read_meta
@@ -88,19 +87,21 @@ def dry_run(grid: list, folder: Path, source: Path, pairs: list[Pair] | None, lo
 def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:
     """Print what a process will need, predicted from the largest step of these rows; on GPUs also how many
     cards hold the model in parts, and what these cannot do. samples: whether the run samples its pairs."""
+    if rank():  # process 0 alone prints, and it has a share of every batch
+        return
     config, device = read_config(source), default_device()
     args = dataclasses.replace(args, max_new_tokens=sampling_for(args).max_new_tokens)
     steps = []
     for batch in epoch_batches(len(rows), args, epoch=0):
         sets = [[groups_of(rows[i], args) for i in chunk] for chunk in micro_batches(rows, batch, args)]
         steps.append([Pass.of([group for groups in chunk for group in groups]) for chunk in sets])
-    passes = max(filter(None, steps), key=lambda step: max(each.tokens() for each in step))
+    passes = max(steps, key=lambda step: max(each.tokens() for each in step))
     prompt = max(len(row.prompt_ids) for row in rows) if samples else 0
     parts = predicted_memory(config, args, passes, prompt, world(), device.type)
     listed = ", ".join(f"{name} {gb(size)}" for name, size in parts.items() if size)
     print(f"memory of a process: {listed}; {gb(peak(parts, device.type))} at most")
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device).total_memory
+    card = card_memory()
+    if card is not None:
         print(f"cards needed with --shard: {cards_needed(config, args, passes, card)}")
         for line in out_of_reach(config, args, card):
             print("not on these cards: " + line)
@@ -132,7 +133,7 @@ def estimate_sampling(args, model: Decoder, tokenizer: Tokenizer) -> tuple[list[
     pairs, statistics = make_pairs(gathered(model), tokenizer, few, args.neg, sampling_for(args), args.seed,
                                    args.slots, args.n_neg)
     lengths = [len(response.ids) for pair in pairs for response in pair.responses]
-    depth = decoding_depth(lengths, len(examples) * per_example // world(), args.slots)
+    depth = decoding_depth(lengths, -(-len(examples) * per_example // world()), args.slots)
     share = len(few) / len(examples)
     seconds = dict(
         sampling=statistics["seconds_sampling"] * depth / max(lengths),

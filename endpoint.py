@@ -9,8 +9,8 @@ a refusal means (`Endpoint.outcome`):
     the moment      429, 500, silence, nonsense: asked again after a pause, ATTEMPTS times
 
 The key is read from the environment variable OPENAI_API_KEY, is sent to this one address alone, and stands in
-no message. It is all Python's own library: what a client library would bring, pauses and errors with names,
-is the smaller part of this file, and what an error means for one question or for all it would not know.
+no message. Only Python's own library is used. A client library would bring pauses and named errors, the
+smaller part of this file; it would not know whether an error is about one question or about all of them.
 
 What differs from the paper: it does not say how it asked its judges.
 

@@ -204,16 +204,17 @@ def judges_figure(file: Path, judges: dict) -> None:
     judges: eval.json's. No file is written where no judge's comparisons could be read.
     """
     outcomes = dict(wins=BLUE, ties="lightgray", losses=VERMILION)
-    compared = {Path(judge).name: verdicts["pairwise"] for judge, verdicts in judges.items()
+    compared = {judge: verdicts["pairwise"] for judge, verdicts in judges.items()
                 if sum(verdicts.get("pairwise", {}).get(key, 0) for key in outcomes)}
     if not compared:
         return
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(compared)), layout="constrained")
-    labels = []
+    labels, names = [], [Path(judge).name for judge in compared]
     for y, (judge, verdicts) in enumerate(compared.items()):
         count, left = sum(verdicts[key] for key in outcomes), 0.0
-        labels.append(f"{judge} (n = {count})")
+        label = names[y] if names.count(names[y]) == 1 else judge
+        labels.append(f"{label} (n = {count})")
         for key, colour in outcomes.items():
             share = 100 * verdicts[key] / count
             axis.barh(y, share, left=left, color=colour, label=key if y == 0 else None)

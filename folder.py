@@ -7,11 +7,12 @@ over. What is saved opens in other tools. What differs from the paper: nothing; 
     python folder.py DIR       prints the configuration and the parameter count, once every weight has loaded
 """
 
+import contextlib
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -19,9 +20,10 @@ import torch
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config
+from lora import ADAPTER, adapted_layers
 from model import Decoder
 from run import UserError, main, naming, rank, read_json, sync, write_json
 
@@ -40,7 +42,10 @@ def find(name: str | Path) -> Path:
 
     "tiny" is the embedded model, assets/tiny.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:
+        raise UserError(f"model {str(name)!r}: there is no such user's folder") from None
     if str(name) and path.is_dir():
         return path
     if str(name) == "tiny":
@@ -204,27 +209,67 @@ def save(weights: dict[str, Tensor], config: Config, folder: Path, source: Path,
     """
     if rank():
         return
+    with replacing(folder) as temporary:
+        config_file = temporary / "config.json"
+        spelling = "torch_dtype" if "torch_dtype" in config.raw else "dtype"
+        write_json(config_file, {**config.raw, spelling: str(dtype).removeprefix("torch.")})
+        sizes = {key: torch.empty(w.shape, dtype=dtype, device="meta") for key, w in weights.items()}
+        plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=max_file_size)
+        for file, keys in plan.filename_to_tensors.items():
+            tensors = {key: weights[key].detach().to("cpu", dtype).contiguous() for key in keys}
+            with naming(folder / file):
+                save_file(tensors, temporary / file, metadata={"format": "pt"})
+            shutil.copymode(config_file, temporary / file)  # else it could be read by nobody but its owner
+        if plan.is_sharded:
+            index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
+            write_json(temporary / "model.safetensors.index.json", index)
+        for name in ("generation_config.json", *TOKENIZER_FILES):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / name)
+
+
+def save_adapter(model: nn.Module, master_of: Callable[[Tensor], Tensor], folder: Path, base: str) -> None:
+    """Write a folder that PEFT opens: the masters of all adapters, and what they are.
+
+    base: the model that the adapters belong to, a folder or a hub id. The folder appears whole, in the place
+    of one that is there; process 0 alone writes.
+    """
+    layers = adapted_layers(model)
+    tensors = {}
+    for name, layer in layers.items():
+        for part in ADAPTER:
+            master = master_of(getattr(layer, part)).detach()
+            tensors[f"base_model.model.{name}.{part}.weight"] = master.to("cpu", torch.float32).contiguous()
+    if rank():  # having taken part in gathering the masters of a sharded model
+        return
+    first = next(iter(layers.values()))
+    config = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        r=len(first.lora_A),
+        lora_alpha=first.alpha,
+        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    with replacing(folder) as temporary:
+        file = temporary / "adapter_model.safetensors"
+        with naming(folder / file.name):
+            save_file(tensors, file, metadata={"format": "pt"})
+        write_json(temporary / "adapter_config.json", config)
+        shutil.copymode(temporary / "adapter_config.json", file)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `folder`: it is on the disk before it has its name,
+    and at every moment the old one or the new one is whole."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    config_file = temporary / "config.json"
-    spelling = "torch_dtype" if "torch_dtype" in config.raw else "dtype"
-    write_json(config_file, {**config.raw, spelling: str(dtype).removeprefix("torch.")})
-    sizes = {key: torch.empty(w.shape, dtype=dtype, device="meta") for key, w in weights.items()}
-    plan = huggingface_hub.split_torch_state_dict_into_shards(sizes, max_shard_size=max_file_size)
-    for file, keys in plan.filename_to_tensors.items():
-        tensors = {key: weights[key].detach().to("cpu", dtype).contiguous() for key in keys}
-        with naming(folder / file):
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
-        shutil.copymode(config_file, temporary / file)  # else it could be read by nobody but its owner
-    if plan.is_sharded:
-        index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
-        write_json(temporary / "model.safetensors.index.json", index)
-    for name in ("generation_config.json", *TOKENIZER_FILES):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, temporary / name)
-
-    # On the disk before it has its name, and at every moment the old one or the new one is whole.
+    yield temporary
     for path in (*temporary.iterdir(), temporary):
         sync(path)
     shutil.rmtree(old, ignore_errors=True)

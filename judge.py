@@ -146,21 +146,27 @@ class Judge:
         return [self.replies[key] for key in keys]
 
     def ask_local_model(self, questions: list[Question], max_tokens: int,
-                        store: Callable[[int, Completion], None]) -> None:
-        """The same of a local model, as an endpoint's `ask_all`."""
+                        store: Callable[[int, Completion | NoReply], None]) -> None:
+        """Ask the local model every question; `store` is given its number and the reply, as by
+        Endpoint.ask_all."""
         if self.model is None:
             self.tokenizer = Tokenizer(self.args.judge, self.date)
             self.model = load(self.args.judge, torch.bfloat16, device=default_device())
 
-        def on_finished(i: int, sample: Sample) -> None:
+        prompts = [self.tokenizer.chat(user, system) for system, user in questions]
+        room = self.model.config.max_position_embeddings - max_tokens
+        fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+
+        def on_finished(k: int, sample: Sample) -> None:
             # Some templates open the thoughts themselves: the reply then begins within them.
             opened = "<think>" if self.tokenizer.thoughts_began else ""
-            store(i, Completion(opened + self.tokenizer.decode(sample.ids), sample.finished))
+            store(fitting[k], Completion(opened + self.tokenizer.decode(sample.ids), sample.finished))
 
-        prompts = [self.tokenizer.chat(user, system) for system, user in questions]
+        for i in sorted(set(range(len(prompts))) - set(fitting)):
+            store(i, NoReply("too long"))
         greedy = Sampling(temperature=0, top_p=1, max_new_tokens=max_tokens)
-        generate(self.model, prompts, greedy, self.tokenizer.stop_ids, seed=0, slots=self.slots,
-                 on_finished=on_finished)
+        generate(self.model, [prompts[i] for i in fitting], greedy, self.tokenizer.stop_ids, seed=0,
+                 slots=self.slots, on_finished=on_finished)
 
     def check_endpoint(self) -> None:
         """Ask an endpoint one harmless question, whatever the cache holds, before any other work is done.
@@ -178,7 +184,8 @@ class Judge:
                 problem = str(e)
             else:
                 reply = reply_of(answer)
-                if reason := unread_reason(reply, read_score):
+                _, reason = read_reply(reply, read_score)
+                if reason:
                     print(f"--judge {self.args.judge}: its first reply can't be read: {reason}: "
                           f"{text_of(reply)!r}")
         problem = broadcast(problem)
@@ -293,13 +300,14 @@ def quote(text: str) -> str:
 
 # ------------------------------------------------------------------------- what a judge is asked
 
-def unread_reason(reply: Reply, read: Callable[[str], Value | None]) -> str:
-    """Why a reply cannot be read; "" where it can."""
+def read_reply(reply: Reply, read: Callable[[str], Value | None]) -> tuple[Value | None, str]:
+    """What a reply says, and ""; or None, and why it cannot be read."""
     if isinstance(reply, NoReply):
-        return reply.reason
+        return None, reply.reason
     if final_answer(reply) is None:
-        return f"thinking that does not end{MORE_ROOM}"
-    return "not in the form asked for" if read(reply) is None else ""
+        return None, f"thinking that does not end{MORE_ROOM}"
+    value = read(reply)
+    return value, "not in the form asked for" if value is None else ""
 
 
 def read_replies(judge: Judge, questions: list[Question], kind: str, label: str,
@@ -313,8 +321,8 @@ def read_replies(judge: Judge, questions: list[Question], kind: str, label: str,
     reasons: collections.Counter = collections.Counter()
     examples, values = {}, []
     for reply in replies:
-        reason = unread_reason(reply, read)
-        values.append(None if reason else read(reply))
+        value, reason = read_reply(reply, read)
+        values.append(value)
         if reason:
             reasons[reason] += 1
             examples.setdefault(reason, text_of(reply))

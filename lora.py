@@ -14,18 +14,14 @@ Legend: T tokens, I inputs and O outputs of a layer, r rank.
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import run
 from fast import upcast
-from run import naming, seed_from, write_json
+from run import seed_from
 
 ADAPTER = ("lora_A", "lora_B")  # what the two matrices are called, here and in PEFT's files
 
@@ -91,40 +87,3 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
-
-
-def save_adapter(model: nn.Module, master_of: Callable[[Tensor], Tensor], folder: Path, base: str) -> None:
-    """Write a folder that PEFT opens: the masters of all adapters, and what they are.
-
-    base: the model that the adapters belong to, a folder or a hub id. The folder appears whole, in the place
-    of one that is there; process 0 alone writes.
-    """
-    layers = adapted_layers(model)
-    tensors = {}
-    for name, layer in layers.items():
-        for part in ADAPTER:
-            master = master_of(getattr(layer, part)).detach()
-            tensors[f"base_model.model.{name}.{part}.weight"] = master.to("cpu", torch.float32).contiguous()
-    if run.rank():  # having taken part in gathering the masters of a sharded model
-        return
-    first = next(iter(layers.values()))
-    config = dict(
-        peft_type="LORA",
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        r=len(first.lora_A),
-        lora_alpha=first.alpha,
-        target_modules=sorted({name.rpartition(".")[2] for name in layers}),
-        lora_dropout=0.0,
-        bias="none",
-        inference_mode=True,
-    )
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    file = temporary / "adapter_model.safetensors"
-    with naming(folder / file.name):
-        save_file(tensors, file, metadata={"format": "pt"})
-    write_json(temporary / "adapter_config.json", config)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)

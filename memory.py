@@ -241,10 +241,9 @@ def require_fit(args, config: Config, source: str) -> None:
 
     args: train.Args, resolved. source: the model's name.
     """
-    device = default_device()
-    if device.type != "cuda":
+    card = card_memory()
+    if card is None:
         return
-    card = torch.cuda.get_device_properties(device).total_memory
     half = args.pass_tokens // 2
     full = Pass([(args.pass_tokens - half, [half])])
     parts = predicted_memory(config, args, [full], 0, world(), "cuda")
@@ -286,13 +285,15 @@ def require_copy(args, config: Config, what: str, remedy: str) -> None:
 
 
 def fits_whole(config: Config, number: int) -> bool:
-    """Whether this process's GPU can hold all weights, numbers of so many bytes; a CPU's memory is not
-    asked."""
+    """Whether this process's GPU, if it has one, can hold all weights, numbers of so many bytes."""
+    card = card_memory()
+    return card is None or Sizes.of(config, 0).total * number <= USABLE * card
+
+
+def card_memory() -> int | None:
+    """The bytes of this process's GPU; None on a CPU, whose memory is not asked."""
     device = default_device()
-    if device.type != "cuda":
-        return True
-    card = torch.cuda.get_device_properties(device).total_memory
-    return Sizes.of(config, 0).total * number <= USABLE * card
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def gb(size: float) -> str:

@@ -30,7 +30,7 @@ WATCHED = 2**20  # of how many weights `share_changed` looks at
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first 3% of the steps, then a cosine down to 10% of the peak, which the last
-    step has. step from 0."""
+    step has; a run of a single step has the peak. step from 0."""
     warmup = max(1, math.ceil(0.03 * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -99,7 +99,8 @@ class MasterAdamW:
             local(weight).copy_(rounded)  # which rounds to the nearest, where it still has to
 
     def watched_values(self) -> Tensor:
-        """Those of them that this process holds: (about WATCHED,), or its share of that."""
+        """The bf16 values of about WATCHED evenly spread weights, (about WATCHED,); of a sharded model those
+        that this process holds."""
         values = []
         for weight in self.weights:
             first = -span(weight).start % self.stride  # of this process's numbers

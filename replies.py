@@ -95,4 +95,7 @@ def read_object(reply: str) -> dict | None:
         value, end = decoder.raw_decode(answer, start.start())
     except (ValueError, RecursionError):  # what is inside half an object is not what was asked for
         return None
-    return None if opening.search(answer, end) else value
+    if opening.search(answer, end):
+        return None
+    # An escape can spell half a surrogate pair, which no file can hold.
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

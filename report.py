@@ -28,7 +28,7 @@ def cell(runs: list[dict], key: str, scale: float, form: str) -> str:
     if len(values) > 1:
         deviation = format(np.std(values, ddof=1), form.lstrip("+"))
         return f"{np.mean(values):{form}} ± {deviation} ({len(values)} seeds)"
-    measurement = runs[0][key]
+    measurement = next(run[key] for run in runs if mean_of(run, key) is not None)
     return with_interval(measurement, form, scale) if isinstance(measurement, dict) else f"{values[0]:{form}}"
 
 
@@ -132,7 +132,8 @@ def judge_lines(name: str, verdicts: dict) -> list[str]:
 Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data set -> a row for each seed
 
 # What does not make another experiment: the seed, where files are, how fast it goes, how a judge is asked.
-NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "slots", "pass_tokens", "judge_url",
+NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "base", "slots", "pass_tokens", "shard",
+               "checkpoint_activations", "save_every", "keep", "resume", "resume_elsewhere", "judge_url",
                "judge_cache", "judge_at_once", "judge_timeout", "judge_tokens", "judge_options",
                "judge_key_header"}
 
@@ -174,12 +175,13 @@ def strategy(arguments: dict) -> str:
 
 
 def validation_score(folder: Path) -> float | None:
-    """A run's score on validation prompts: its own selection's or, before that, its evaluation's."""
+    """A run's win rate on validation prompts: that of its evaluation there, else of its own selection."""
     if (folder / "eval-validation.json").exists():
         systems = read_json(folder / "eval-validation.json")["parts"]["all"]["systems"]
         return systems["trained"]["win_rate"]["mean"]
     if (folder / "summary.json").exists():
-        return read_json(folder / "summary.json").get("chosen", {}).get("score")
+        chosen = read_json(folder / "summary.json").get("chosen", {})
+        return chosen.get("score") if chosen.get("name", "win_rate") == "win_rate" else None
     return None
 
 
@@ -306,7 +308,7 @@ def strategy_table(title: str, rows: Rows, key: str, scale: float, form: str, pu
 
 def critic_table(rows: Rows) -> list[str]:
     """A Markdown table of each judge's accuracy on human preferences (Table 7), if there is one."""
-    critics = {(Path(judge).name, data): verdicts["critic"]
+    critics = {(judge, data): verdicts["critic"]
                for row in rows.values() for data, runs in row.items() for run in runs
                for judge, verdicts in run["judges"].items() if "critic" in verdicts}
     if not critics:
@@ -326,9 +328,9 @@ def report_figure(models: dict[str, Rows], published: dict, file: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=((3.4 + labels) * len(panels), 3.4),
                                 layout="constrained", squeeze=False)
     for axis, (model, data) in zip(axes[0], panels, strict=True):
-        rows = {name: row[data] for name, row in models[model].items()
-                if any(mean_of(run, "win_rate") is not None for run in row.get(data, []))}
-        names = ordered(rows)
+        rows = {name: [run for run in row.get(data, []) if mean_of(run, "win_rate") is not None]
+                for name, row in models[model].items()}
+        names = [name for name in ordered(rows) if rows[name]]
         for y, name in enumerate(names):
             rates = [100 * mean_of(run, "win_rate") for run in rows[name]]
             mean, interval = np.mean(rates), rows[name][0]["win_rate"]

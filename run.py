@@ -1,9 +1,8 @@
-"""run.py - what is about running, not about MIPO: arguments, run folders, atomic files, metrics, progress.
+"""run.py - what is about running, not about MIPO: arguments, processes, files, metrics, progress.
 
 Arguments are one dataclass a script: `option(default, help, group)` declares a field, `parse` turns the class
-into a command line whose unknown flags are errors that name the nearest known one. A run folder is
-runs/<name>/: the resolved arguments in args.json, one JSON object a step in metrics.jsonl. A file appears
-whole or not at all.
+into a command line whose unknown flags are errors that name the nearest known one. A file appears whole or
+not at all, or grows a line at a time (metrics.jsonl).
 
     python -m doctest run.py           runs the examples below
 """
@@ -470,7 +469,7 @@ def seed_from(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-# ------------------------------------------------------------------------- run folder
+# ------------------------------------------------------------------------- machine and metrics
 
 def environment() -> dict:
     """Versions, git revision, device and threads: what a reader needs to repeat a number."""

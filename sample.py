@@ -51,6 +51,9 @@ class Sampling:
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.top_k < 0:
             raise UserError(f"temperature, top_k must be >= 0, top_p in (0, 1], max_new_tokens >= 1: {self}")
+        if 0 < self.temperature < 1e-6:
+            raise UserError(f"temperature {self.temperature:g} is too small to divide by: 0 takes the "
+                            "likeliest token")
 
 
 @dataclass
@@ -125,8 +128,8 @@ class Cache:
 
     `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot increments
     it. A slot is reused by writing over it: stale entries beyond its length are masked. All L entries are
-    read, since slicing would copy. On a CPU keys are fp32, as the scores are. Values are stored transposed,
-    so that each product reads along the dimension it sums over.
+    read, since slicing would copy. On a CPU the slots' keys are fp32, as the scores are. Values are stored
+    transposed, so that each product reads along the dimension it sums over.
     Where a GPU has a kernel for it (`is_flash`), a step reads only what each slot holds; keys and values have
     the same shapes, but in memory all heads of a token stand side by side, as the kernel wants them.
     """
@@ -214,8 +217,8 @@ class Prefill(Packed):
 
 
 class Decode:
-    """The layout of one new token for each of the cache's first n slots, which sees the shared tokens and its
-    slot's."""
+    """The layout of one new token in each of the cache's first n slots. It sees the shared tokens and what
+    its slot holds."""
 
     def __init__(self, cache: Cache, n: int):
         self.cache, self.n = cache, n

@@ -15,8 +15,8 @@ from torch import Tensor
 from batches import all_logps, groups_of, training_rows
 from checks import verify
 from contexts import examples_for, sampling_for
-from folder import load, read_config, save
-from lora import adapted_layers, save_adapter
+from folder import load, read_config, save, save_adapter
+from lora import adapted_layers
 from losses import OBJECTIVES, Group, dpo, sequence_logps
 from memory import FP32, fits_whole, require_copy
 from model import Decoder
@@ -113,7 +113,7 @@ class Selection:
         print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
         if is_better:
             kept = save_model(optimizer, pairs, args, self.folder, self.source, self.pairs)
-            self.best = dict(score=score, candidate=candidate, step=step, kept=kept)
+            self.best = dict(name=self.name, score=score, candidate=candidate, step=step, kept=kept)
         return score
 
 

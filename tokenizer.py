@@ -423,7 +423,7 @@ class Tokenizer:
         return set(self.encode_rest(text))
 
     def _renders_system(self) -> bool:
-        """Whether the template lets a system prompt be."""
+        """Whether the template writes a system prompt; False where it passes over one or refuses it."""
         try:
             return self.takes_system
         except UserError:

@@ -310,6 +310,7 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {state.tokens / state.seconds:.0f} tokens/s")
         bar.update(len(batch))
 
+        best_before = state.best
         is_last = number + 1 == len(batches)
         is_due = args.eval_every and (number + 1) % args.eval_every == 0
         if selection and (is_last or is_due):
@@ -318,10 +319,11 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             state.scores.append(score)
             metrics.log(candidate=state.candidate, step=state.step, **{"validation_" + selection.name: score})
 
+        # A better model is in model/ already: a run that is killed now must remember which it is.
         state.rows = metrics.rows
         if checkpoints:
-            checkpoints.after_step(args.save_every,
-                                   lambda: optimizer.tensors() | dict(reference=reference), state)
+            checkpoints.after_step(args.save_every, lambda: optimizer.tensors() | dict(reference=reference),
+                                   state, now=state.best is not best_before)
     bar.close()
 
 

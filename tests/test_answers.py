@@ -103,7 +103,7 @@ OWN_ANSWERS = [  # the answer of a user's own file, a response, whether it is ri
     ("yes", "No. Some say yes.", False), ("no", "No, yes is wrong", True), ("True", "It is true", True),
     ("false", "That is true, not false", False), ("yes", "Perhaps", False), ("1/2", "It is 1/2.", True),
     ("北京", "首都是北京。", True), ("北京", "首都是东京。", False), ("café", "cafe\u0301", True),
-    ("x", "", False),
+    ("x", "", False), ("I", "I think the answer is J.", False), ("J", "I think the answer is J.", True),
 ]
 
 

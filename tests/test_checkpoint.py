@@ -19,6 +19,7 @@ import checkpoint
 import train
 from checkpoint import MANIFEST, STATE, TENSORS, Checkpoints, StopSignal, lock
 from run import Stopped, UserError, read_json
+from selection import Selection
 
 TIMES = {"tokens_per_second"}  # which no two runs share
 
@@ -246,6 +247,18 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names == ["step-0-000010", "step-0-000015"]
     tensors, state = checkpoints.load()
     assert tensors["x"].tolist() == [15.0] * 3 and state["step"] == 15
+
+
+def test_a_better_model_is_remembered_at_once(call_train, monkeypatch):
+    """model/ holds it already: a run that is killed before its next checkpoint must know which it is."""
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, tensors, state: saved.append(
+        (state["step"], state["best"] and state["best"]["step"])) or save(self, tensors, state))
+    scores = iter([0.5, 0.4, 0.6, 0.1, 0.1, 0.1, 0.1])
+    monkeypatch.setattr(Selection, "measure", lambda self, model: next(scores))
+    folder = call_train("--eval-every", "1", "--save-every", "0")
+    steps = read_json(folder / "summary.json")["steps"]
+    assert steps > 3 and saved == [(1, 1), (3, 3)]
 
 
 def test_of_eleven_candidates_the_last_ones_are_kept(tmp_path):

@@ -4,7 +4,7 @@ import os
 import re
 
 import pytest
-from conftest import write_data
+from conftest import run_processes, write_data
 
 import dry_run
 from run import read_json
@@ -65,3 +65,11 @@ def test_more_examples_than_slots_are_estimated_from_some(call_train, tmp_path, 
     call_train("--dry-run", "--data", data, "--slots", "2")
     out = capsys.readouterr().out
     assert "16/16 responses" in out and re.search(r"^20 pairs of about", out, re.M)
+
+
+def test_more_processes_than_there_is_work_for(own_data, tiny, tmp_path):
+    """Two processes, one pair a batch and one row to sample: the second has nothing to do, and no error."""
+    flags = ["--data", own_data, "--model", tiny, "--max-new-tokens", "5", "--batch", "1", "--limit", "1"]
+    done = run_processes(2, "train.py", *flags, "--method", "sft", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "memory of a process" in done.stdout and "estimate:" in done.stdout

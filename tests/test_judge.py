@@ -14,7 +14,9 @@ import pytest
 from conftest import JUDGE_KEY, write_model
 
 import judge
+from endpoint import NoReply
 from judge import Judge, JudgeArgs, quote
+from replies import read_object
 from run import main
 from sample import Sample, generate
 from tokenizer import Tokenizer
@@ -362,6 +364,15 @@ def test_a_local_judge_may_think_too(opened, tiny, tmp_path, monkeypatch):
     assert judge.rate(Judge(args), rows) == [4, None, None if opened else 2]
 
 
+def test_a_local_judge_is_not_asked_what_is_too_long_for_it(tiny, tmp_path):
+    """That question has no reply, for a reason that is counted; the others have theirs."""
+    local = Judge(JudgeArgs(judge=str(tiny), judge_cache=str(tmp_path / "v.jsonl")))
+    questions = [("system", text) for text in ("short?", "word " * 3000, "also short?")]
+    first, second, third = local.ask(questions, 8, "asking")
+    assert second == NoReply("too long") and isinstance(first, str) and isinstance(third, str)
+    assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 2  # it may be asked of another model
+
+
 def test_a_local_judges_replies_depend_on_the_question_alone(tmp_path):
     """Neither on the slots nor, as replies drawn at random would, on a question's place among others."""
     folder, replies = write_model(tmp_path / "model"), []
@@ -401,3 +412,9 @@ def test_a_missing_argument_is_answered_with_usage(missing, tmp_path, monkeypatc
     error = capsys.readouterr().err
     assert end.value.code == 2 and "usage: python judge.py" in error and error.count("\n") == 1
     assert not [*tmp_path.iterdir()]
+
+
+def test_half_a_surrogate_pair_in_an_objects_text_is_replaced():
+    """JSON can spell one, no file can hold it."""
+    value = read_object('{"tone": "friendly \\ud83d", "list": ["\\udc00"]}')
+    assert value == {"tone": "friendly ?", "list": ["?"]}

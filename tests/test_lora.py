@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import lora
 from batches import micro_batches, pair_logps
-from folder import load
-from lora import LoRALinear, adapted_layers, adapters_off, add_adapters, save_adapter
+from folder import load, save_adapter
+from lora import LoRALinear, adapted_layers, adapters_off, add_adapters
 from losses import dpo, sequence_logps
 from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients

@@ -36,6 +36,8 @@ MISTAKES = {
     "train --contexts none.jsonl --model tiny": "none.jsonl does not exist",
     "eval --model tiny --judge none --out o": "model 'none' is neither a folder nor a hub id",
     "eval --report folder": "eval.json does not exist",
+    "train --model ~nosuchuser/x": "model '~nosuchuser/x': there is no such user's folder",
+    "sample --model tiny --temperature 1e-40 hello": "temperature 1e-40 is too small to divide by",
     "train --model nowhere": "model 'nowhere' is neither a folder nor a hub id",
     "train --model folder": "config.json does not exist",
     "train --model gpt2": "model_type 'gpt2' (llama, qwen2 and qwen3 are) is not supported",

@@ -103,6 +103,9 @@ def test_a_judge_is_drawn_under_its_own_name(tmp_path, monkeypatch):
     verdicts = dict(pairwise=dict(wins=2, ties=1, losses=1))
     judges_figure(tmp_path / "judges.png", {"/models/Judge-1.5B": verdicts})
     assert "Judge-1.5B (n = 4)" in texts and "50" in texts
+    texts.clear()
+    judges_figure(tmp_path / "judges.png", {"a/model": verdicts, "b/model": verdicts})
+    assert "a/model (n = 4)" in texts and "b/model (n = 4)" in texts
 
 
 def test_entropies_are_drawn_of_right_and_wrong_answers(tmp_path, monkeypatch):
@@ -231,6 +234,49 @@ def test_how_a_judge_is_asked_makes_no_other_experiment(tmp_path):
     result["arguments"] |= dict(judge_tokens=2000, judge_options="{}", judge_key_header="api-key")
     write_json(tmp_path / "b" / "eval.json", result)
     assert set(win_rates(report(runs, tmp_path / "out"))) == {"default", "prompted", "missing"}
+
+
+@pytest.mark.parametrize("more", [dict(resume=True), dict(resume_elsewhere=True), dict(save_every=5),
+                                  dict(keep=2), dict(shard=True), dict(checkpoint_activations=True)])
+def test_a_seed_that_was_interrupted_is_a_seed_of_its_experiment(more, tmp_path):
+    """How a run was carried out is no setting of it, nor where the base model lies now."""
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.9, **more)]
+    result = read_json(tmp_path / "b" / "eval.json")
+    result["arguments"] |= dict(base="/elsewhere")
+    write_json(tmp_path / "b" / "eval.json", result)
+    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "85.0 ± 7.1 (2 seeds) (93.26)"
+
+
+@pytest.mark.parametrize("unmeasured", [0, 1])
+def test_a_seed_without_a_win_rate_hides_no_other(unmeasured, tmp_path):
+    """A judge that could not be read: the other seed's number stands, in the table and in the picture."""
+    runs = [write_run(tmp_path / f"r{seed}", seed, 0.8) for seed in range(2)]
+    file = tmp_path / f"r{unmeasured}" / "eval.json"
+    result = read_json(file)
+    result["parts"]["all"]["systems"]["trained"]["win_rate"] = NO_INTERVAL
+    write_json(file, result)
+    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "80.0 [70.0, 90.0] (93.26)"
+    assert (tmp_path / "out" / "report.png").stat().st_size > 5000
+
+
+def test_judges_of_one_name_are_two_judges(tmp_path):
+    """Every run's model folder is called model."""
+    run = write_run(tmp_path / "a", 0, 0.8)
+    result = read_json(tmp_path / "a" / "eval.json")
+    critic = result["judges"].pop("J")
+    result["judges"] = {"runs/a/model": critic, "runs/b/model": critic}
+    write_json(tmp_path / "a" / "eval.json", result)
+    text = report([run], tmp_path / "out")
+    assert "| runs/a/model | multibench |" in text and "| runs/b/model | multibench |" in text
+
+
+def test_a_share_of_decided_pairs_is_no_win_rate(tmp_path):
+    """What validation chose is marked by win rates alone; on data without checks selection has another score.
+    """
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 0, 0.7, "random", 0.6)]
+    write_json(tmp_path / "a" / "summary.json", dict(chosen=dict(name="margin_accuracy", score=0.95)))
+    rates = win_rates(report(runs, tmp_path / "out"))
+    assert not any("*" in cell for cell in rates.values())
 
 
 def test_a_run_of_an_early_version_is_reported(tmp_path):
