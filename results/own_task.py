@@ -2,17 +2,28 @@
 
     python results/own_task.py runs/own-task.jsonl
     python train.py --data runs/own-task.jsonl --neg random --model MODEL ...
+    python results/own_task.py --score runs/RUN            after eval.py: writes own-task.json there
 
     What is 7 + 5?          What is the opposite of hot?        Which of these is a fruit: hammer, apple, ...?
 
 On the real math files a model of 135M parameters solves next to nothing, so neither a gain nor its absence
 can be seen there. The parts share no category, no sum and no opposite: what is measured is not remembered.
+eval.py takes an answer of words for given wherever a response says them, so a response that names all options
+is right there. --score counts it only where none of three wrong answers is named.
 """
 
 import json
 import random
 import sys
 from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from checks import says, verify
+from data import Example
+from measures import DIFFERENCE, RATE, interval, mcnemar, with_interval
+from run import read_jsonl, write_json
 
 CATEGORIES = {
     "train": {
@@ -88,5 +99,39 @@ def write_task(file: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def is_right(row: dict, response: str) -> bool:
+    """Whether a response gives the right answer; of a choice of words, and none of the wrong ones."""
+    example = Example(row["id"], row["prompt"], "test", answer=row["answer"])
+    is_sum = row["answer"].isdigit()
+    return verify(example, response) and (is_sum or not any(says(response, word) for word in row["wrong"]))
+
+
+def score(run: Path) -> dict:
+    """Shares of right responses before and after training, over all questions and those of each kind."""
+    rows = {row["id"]: row for row in questions("test")}
+    right: dict[str, dict[str, bool]] = {"default": {}, "trained": {}}
+    for _, line in read_jsonl(run / "responses.jsonl"):
+        right[line["system"]][line["id"]] = is_right(rows[line["id"]], line["response"])
+    kinds = dict(all="", sum="+", category="Which of these", opposite="opposite")
+    result = {}
+    for kind, sign in kinds.items():
+        ids = [id for id in right["trained"] if sign in rows[id]["prompt"]]
+        before, after = (np.array([float(right[system][id]) for id in ids]) for system in right)
+        result[kind] = dict(default=interval(before, ids, bounds=RATE),
+                            trained=interval(after, ids, bounds=RATE),
+                            difference=interval(after - before, ids, bounds=DIFFERENCE),
+                            mcnemar_p=mcnemar(before, after))
+    return result
+
+
 if __name__ == "__main__":
-    write_task(Path(sys.argv[1]))
+    if sys.argv[1] == "--score":
+        for folder in map(Path, sys.argv[2:]):
+            measured = score(folder)
+            write_json(folder / "own-task.json", measured)
+            for kind, row in measured.items():
+                print(f"{folder} {kind}: {with_interval(row['default'], '.1f', 100)}% to "
+                      f"{with_interval(row['trained'], '.1f', 100)}%, difference "
+                      f"{with_interval(row['difference'], '+.1f', 100)}, n = {row['default']['n']}")
+    else:
+        write_task(Path(sys.argv[1]))

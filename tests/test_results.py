@@ -116,6 +116,21 @@ def test_answers_of_our_own_task_are_right(part):
     assert len(kinds) >= 3
 
 
+@pytest.mark.parametrize(("response", "right"), [
+    ("The apple is a fruit.", True), ("Not the hammer but the apple.", False), ("A hammer.", False),
+    ("", False),
+])
+def test_a_response_that_names_wrong_words_too_is_not_right(response, right):
+    row = dict(id="0", prompt="Which of these is a fruit: hammer, apple, red or milk?", answer="apple",
+               wrong=["hammer", "red", "milk"])
+    assert own_task.is_right(row, response) == right
+
+
+def test_a_sum_is_right_by_its_last_number():
+    row = dict(id="0", prompt="What is 7 + 5?", answer="12", wrong=["11", "13", "2"])
+    assert own_task.is_right(row, "Not 11: 7 + 5 = 12.") and not own_task.is_right(row, "12, or rather 13")
+
+
 def test_our_own_task_is_a_file_of_ones_own_data(tmp_path):
     """Every row has its split and its answer, as data.py reads them."""
     own_task.write_task(tmp_path / "own.jsonl")
