@@ -163,7 +163,7 @@ TABLES = {
             "default": Row(""),
             **{f"lr-{lr}": Row(f"--lr {lr}", "default") for lr in ("2e-5", "5e-5", "1e-4", "5e-4", "1e-3")},
             **{f"beta-{beta}": Row(f"--beta {beta}", "default") for beta in ("0.03", "0.3", "1")},
-            **{f"pairs-{n}": Row(f"--limit {n}") for n in (75, 150, 300)},
+            **{f"pairs-{n}": Row(f"--limit {n}", "default") for n in (75, 150, 300)},
             "larger-half": Row("", "default", "larger-half"),
             "smaller-half": Row("", "default", "smaller-half"),
             **{f"temperature-{t}": Row(f"--temperature {t}") for t in ("0.5", "0.8", "1.2")},
@@ -186,7 +186,7 @@ def command(*parts: str | Path) -> None:
         raise RuntimeError(f"{' '.join(words)} failed: see {log}")
 
 
-def pairs_for(row: Row, place: Path, folder: Path, seed: int) -> Path:
+def pairs_folder(row: Row, place: Path, folder: Path, seed: int) -> Path:
     """The folder of pairs that a row trains on: another row's, or a variant of them beside the run."""
     source = place / row.pairs_of / f"seed{seed}"
     if not row.variant:
@@ -209,7 +209,7 @@ def run(name: str, row_name: str, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
     if not (folder / "summary.json").exists():
-        pairs = ["--pairs", pairs_for(row, place, folder, seed)] if row.pairs_of else []
+        pairs = ["--pairs", pairs_folder(row, place, folder, seed)] if row.pairs_of else []
         command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
                 "--out", folder, "--resume", log)
     if not (folder / table.numbers).exists():

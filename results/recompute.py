@@ -5,9 +5,7 @@
 prints a line a number: OK, DIFFERENT (with what the file says), or NO FILE where no file holds it. A sentence
 that is not there any more is NOT CLAIMED. Exit code 1 where a number is different.
 
-Intervals are those of the files, which were bootstrapped over prompts. README.md's of differences on the demo
-are t intervals over contexts, from each context's rates: the responses themselves were not kept, so prompts
-and contexts can't be crossed any more.
+Intervals are those of the files; before 2026-11-25 they were bootstrapped over prompts alone.
 """
 
 import re
@@ -26,7 +24,8 @@ from run import read_json, read_jsonl
 RESULTS = Path(__file__).resolve().parent
 
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
-TINY, DEMO = "demo-tiny/seed{}.eval.json", "demo-smollm2/eval.json"
+TINY = "demo-tiny/seed{}.eval.json"
+HEADLINE, DEMO = "headline-smollm2/eval.json", "demo-smollm2/eval.json"  # README.md's, and the one before it
 FIRST_TINY = "demo-tiny-2026-11-21/seed{}.eval.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 TASKS = {"SVAMP": "tasks-smollm2/svamp.eval.json", "GSM8K": "tasks-smollm2/gsm8k.eval.json"}
@@ -108,13 +107,13 @@ COLUMNS = {  # heading -> key, scale, format
 }
 
 
-def source(name: str, above: str) -> tuple[str, str, str] | None:
+def source(document: str, name: str, above: str) -> tuple[str, str, str] | None:
     """The file, part and system of a table's row; above: the file of the row before it."""
     head, _, tail = name.partition(", ")
     if head in TASKS:
         return TASKS[head], "all", "trained" if tail == "trained" else "default"
     if head in ("all", "seen", "unseen") and tail:
-        return DEMO, head, tail
+        return HEADLINE if document == "README.md" else DEMO, head, tail
     if re.fullmatch(r"seed\d", name):
         return TINY.format(name[4:]), "all", "trained"
     if head == "prompting":
@@ -125,7 +124,7 @@ def source(name: str, above: str) -> tuple[str, str, str] | None:
     return None
 
 
-def expected(heading: str, file: str, name: str, system: str, crossed: bool) -> list[str]:
+def expected(heading: str, file: str, name: str, system: str) -> list[str]:
     """What the files say of one cell; empty: nothing."""
     block = part(file, name)
     row = block["systems"][system]
@@ -134,12 +133,7 @@ def expected(heading: str, file: str, name: str, system: str, crossed: bool) -> 
     if heading == "seconds":
         return [seconds(file)] if system == "trained" else []
     if heading == "over prompting":
-        if system != "trained":
-            return []
-        # Files of earlier versions hold intervals over prompts alone.
-        is_old = "intervals" not in read_json(RESULTS / file)
-        difference = over_contexts(file, name, system) if crossed and is_old else gain(file, name)
-        return numbers(with_interval(difference, "+.1f", 100))
+        return points(file, name) if system == "trained" else []
     key, scale, form = COLUMNS[heading]
     if isinstance(row.get(key), dict):
         return numbers(with_interval(row[key], form, scale))
@@ -154,13 +148,13 @@ def check_tables(document: str, text: str) -> list[tuple]:
         if not cells or not headings:
             headings = cells
             continue
-        row = source(cells[0], above)
+        row = source(document, cells[0], above)
         if row is None:
             continue
         above = row[0]
         for heading, cell in list(zip(headings, cells, strict=True))[1:]:
             claimed = numbers(cell)
-            values = expected(heading, *row, crossed=document == "README.md") or [None] * len(claimed)
+            values = expected(heading, *row) or [None] * len(claimed)
             where = f"{document}:{number} {cells[0]}: {heading}"
             found += [(where, *both) for both in zip(claimed, values, strict=False)]
     return found
@@ -178,19 +172,21 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
     unseen_intervals = [points(file, "unseen") for file in tiny]
     svamp, gsm8k = TASKS.values()
     missing = VALIDATION.format("missing-600-lr1e-5")
-    contexts = {name: numbers(with_interval(over_contexts(DEMO, name, "trained"), "+.1f", 100))
-                for name in ("seen", "unseen")}
+    contexts = [text for name in ("all", "seen", "unseen")
+                for text in numbers(with_interval(over_contexts(DEMO, name, "trained"), "+.1f", 100))]
     memories = [text for key, form, scale in (
         ("tokens", ".0f", 1), ("unfinished", ".0f", 100), ("nll_per_token", ".2f", 1),
         ("distinct_2", ".2f", 1), ("self_bleu_4", ".2f", 1), ("prompt_gain", ".0f", 1),
     ) for text in pair(PERSIST, key, form, scale, ("prompted", "trained"))]
     readme = [
-        ("{} minutes of training on two CPU cores", [f"{float(seconds(DEMO)) / 60:.0f}"]),
-        ("by {} points [{}, {}] on contexts seen", contexts["seen"]),
-        ("and by {} [{}, {}] on unseen ones", contexts["unseen"]),
+        ("by {} points [{}, {}] on contexts seen in training ({}% to {}%)",
+         points(HEADLINE, "seen") + rates(HEADLINE, "seen")),
+        ("and by {} [{}, {}] on unseen ones ({}% to {}%)",
+         points(HEADLINE, "unseen") + rates(HEADLINE, "unseen")),
         ("`torchrun train.py --seed S`: {} [{}, {}], {} [{}, {}] and {} [{}, {}] points over", every),
         ("unseen contexts alone {}, {} and {}, with", unseen),
-        ("the rise on seen contexts is {} points [{}, {}]", points(DEMO, "seen", "win_rate_length_matched")),
+        ("the rise on seen contexts is {} points [{}, {}]",
+         points(HEADLINE, "seen", "win_rate_length_matched")),
         ("rises too (by {} points at lr 1e-5)", [f"{100 * gain(missing)['mean']:.0f}"]),
         ("(prompt gain {} at lr 5e-6)",
          pair(VALIDATION.format("missing-600-lr5e-6"), "prompt_gain", ".1f", systems=("trained",))),
@@ -200,6 +196,8 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("only {} of its {} replies contained a number", replies()[::-1]),
     ]
     log = [
+        ("Over contexts (t intervals of the contexts' rates): all {} [{}, {}], seen {} [{}, {}], unseen {} "
+         "[{}, {}].", contexts),
         ("(differences SVAMP {} [{}, {}], McNemar p {}, GSM8K {}, p {})",
          [*points(svamp), f"{gain(svamp, key='mcnemar_p'):.2f}", f"{100 * gain(gsm8k)['mean']:.1f}",
           f"{gain(gsm8k, key='mcnemar_p'):.0f}"]),
