@@ -8,7 +8,7 @@ What differs from the paper: it names PPO and OpenRLHF; the constants come from 
 all arguments. A judge whose first replies cannot be read is refused. The embedded model's settings, and
 --shuffle-rewards, are ours.
 
-Legend: B rollouts, R tokens of one response, T tokens of a pass, E hidden size.
+Legend: B rollouts, R tokens of one response, E hidden size.
 
     python train.py --method rlvr
 """
@@ -57,7 +57,7 @@ MI_WEIGHTS = {"ppo-mi": 1.0, "rlaif-mi": 0.1}
 TINY_MI_WEIGHT = 0.5  # of ppo-mi: at 1 too many rewards of the embedded model are clipped
 # Options that have no effect here: any value but the default is an error.
 REFUSED = ("pairs", "neg", "softmax", "beta", "label_smoothing", "nll", "reduce", "temperature_loss",
-           "rounds", "eval_every")
+           "rounds", "batch", "eval_every", "val_limit")
 
 
 @dataclass

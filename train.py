@@ -22,8 +22,8 @@ rate depends on the model's size: 1e-7 to 1e-6 for 1B and more, several times th
 
     torchrun train.py --data demo --neg missing --model DIR          or plain python train.py ...
 
-The run folder then holds args.json, pairs.jsonl, metrics.jsonl, summary.json, learning_curve.png and model/;
-eval.py reads it. --dry-run shows an example and says what a run will take.
+The run folder then holds args.json, the pairs that were sampled (pairs.jsonl), metrics.jsonl, summary.json,
+learning_curve.png and model/; eval.py reads it. --dry-run shows an example and says what a run will take.
 
 Legend: B pairs of a micro-batch, N rejected responses of a pair.
 """
@@ -76,7 +76,8 @@ TEST_ROWS = 640  # test rows, drawn by seed, that --test evaluates where --limit
 
 @dataclass
 class Args(ppo.PPOArgs, PairArgs):
-    pairs: str = option("", "folder of pairs to train on; data, negatives and seed are theirs", "data")
+    pairs: str = option("", "folder of pairs to train on; data, contexts, negatives, seed, prompts' settings "
+                        "and sampling are theirs", "data")
     out: str = option("", "run folder (default: runs/ and a name made of the arguments)", "data")
     dry_run: bool = option(False, "show an example, estimate memory and time, and stop", "data")
     method: str = option("dpo", "what to train by", "training", (*OBJECTIVES, *ppo.REWARDS))

@@ -50,7 +50,7 @@ def choices(model: Decoder, tokenizer: Tokenizer) -> np.ndarray:
 
 def capability(run: Path) -> dict:
     """Both measures of the start model and of the run's, and what has changed."""
-    plan = evaluating.resolve(evaluating.Args(model=str(run)))
+    plan = evaluating.resolve(evaluating.Args(model=str(run), out=str(run / "capability")))
     tokenizer = Tokenizer(plan.base, plan.args.date, plan.args.template)
     result: dict = dict(text=hashlib.sha256(TEXT.read_bytes()).hexdigest()[:12])
     models = [load(folder, getattr(torch, plan.args.dtype), default_device())

@@ -26,7 +26,8 @@ ROWS = 96
 
 def divergence(run: Path) -> dict:
     """The divergence of a run's model from its start, and how long its responses at temperature 1 are."""
-    plan = evaluating.resolve(evaluating.Args(model=str(run), split="validation", limit=ROWS))
+    plan = evaluating.resolve(evaluating.Args(model=str(run), split="validation", limit=ROWS,
+                                               out=str(run / "divergence")))
     args, examples = plan.args, plan.examples
     tokenizer = Tokenizer(plan.base, args.date, args.template)
     trained, base = (load(model, getattr(torch, args.dtype), default_device())

@@ -192,7 +192,7 @@ def pairs_folder(row: Row, place: Path, folder: Path, seed: int) -> Path:
     if not row.variant:
         return source
     target = folder.with_name(f"seed{seed}-pairs")
-    if not target.exists():
+    if not (target / "pairs.json").exists():
         make_variant(row.variant, source, target)
     return target
 
@@ -237,9 +237,10 @@ def program() -> None:
     unknown = set(names) - set(table.rows)
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))} in {args.table}: {', '.join(table.rows)}")
-    # Rows that others take pairs or responses from are whole before those begin.
-    needed = {table.base, *(table.rows[name].pairs_of for name in names)} - {""}
-    waves = [[name for name in table.rows if name in needed], [name for name in names if name not in needed]]
+    # The base's responses are there before others take them, and pairs before others train on them.
+    needed = {table.rows[name].pairs_of for name in names} - {"", table.base}
+    waves = [[table.base], [name for name in table.rows if name in needed],
+             [name for name in names if name not in {table.base, *needed}]]
     for wave in waves:
         with ThreadPoolExecutor(args.at_once) as pool:
             jobs = [pool.submit(run, args.table, name, seed) for seed in table.seeds for name in wave]

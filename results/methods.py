@@ -42,17 +42,18 @@ def read_run(folder: Path) -> Run:
     """The small files of one run."""
     (numbers,) = folder.glob("eval*.json")  # of the test or of the validation part
     parts = read_json(numbers)["parts"]
+    baseline = "prompted" if "prompted" in parts["all"]["systems"] else "default"  # of data without contexts
     trained = dict(parts["all"]["systems"]["trained"])
     for part, key in dict(all="gain", seen="gain_seen", unseen="gain_unseen").items():
         if part in parts:
-            trained[key] = parts[part]["differences"]["trained - prompted"]["win_rate"]
+            trained[key] = parts[part]["differences"][f"trained - {baseline}"]["win_rate"]
     divergence = folder / "divergence.json"
     if divergence.exists():
         trained["kl"] = read_json(divergence)["kl"]
     arguments, summary = read_json(folder / "args.json")["arguments"], read_json(folder / "summary.json")
     if "processor_seconds" in summary and arguments["limit"]:
         trained["cost"] = summary["processor_seconds"] / arguments["limit"]
-    return Run(trained, parts["all"]["systems"]["prompted"])
+    return Run(trained, parts["all"]["systems"][baseline])
 
 
 def read_rows(table: Path) -> dict[str, list[Run]]:
@@ -69,7 +70,7 @@ def mean_gain(runs: list[Run]) -> float:
 
 
 def markdown(rows: dict[str, list[Run]]) -> str:
-    """The table; prompting, of the seeds of the first row, comes last."""
+    """The table; prompting, of the seeds of the row that has most, comes last."""
     lines = [markdown_row(["", "seeds", "clear", *(heading for heading, *_ in COLUMNS)])]
     lines.append("|" + "---|" * (3 + len(COLUMNS)))
     for name, runs in rows.items():

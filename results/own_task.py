@@ -7,7 +7,8 @@
     What is 7 + 5?          What is the opposite of hot?        Which of these is a fruit: hammer, apple, ...?
 
 On the real math files a model of 135M parameters solves next to nothing, so neither a gain nor its absence
-can be seen there. The parts share no category, no sum and no opposite: what is measured is not remembered.
+can be seen there. The parts share no category and no opposite, and no sum in the same order of its terms (21
+of the 179 test sums stand in the training part the other way round).
 eval.py takes an answer of words for given wherever a response says them, so a response that names all options
 is right there. --score counts it only where none of three wrong answers is named.
 """

@@ -255,10 +255,9 @@ def check_claims(texts: dict[str, str]) -> list[tuple]:
 
 
 def check_responses() -> list[tuple]:
-    """(where, win rate of eval.json, that of the responses by the demo's checks) of every seed and system."""
+    """(where, win rate of eval.json, that of the responses by the demo's checks) of every run and system."""
     found = []
-    for seed in range(3):
-        file = TINY.format(seed)
+    for file, seed in ((HEADLINE, 0), *((TINY.format(seed), seed) for seed in range(3))):
         examples = {example.id: example for example in load_demo(seed)}
         wins: dict[str, list[bool]] = {}
         for _, row in read_jsonl(RESULTS / file.replace("eval.json", "responses.jsonl")):

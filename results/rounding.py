@@ -5,7 +5,8 @@
 Every run trains on the same pairs. Three ways: fp32 weights throughout; a bf16 working copy made by
 stochastic rounding of fp32 masters after every step (what train.py does in bf16); the same with rounding to
 the nearest. Each is measured by the mean margin of its training pairs (selection.mean_margin: nats, in fp32
-arithmetic) of the masters, of the copy that forward passes read, and of the saved folder, and with
+arithmetic) of the masters, of the copy that forward passes read, and of a folder that is saved from the
+masters, rounded once more (train.py saves the copy itself, where there is one), and with
 --val-limit by the share of validation prompts whose context the saved model honours. On a machine without
 bf16 products the copy's values are bf16 numbers but products run in fp32: the file says which.
 """
@@ -41,27 +42,23 @@ class EmulatedAdamW(MasterAdamW):
 
     def __init__(self, model: Decoder, lr: float, seed: int, rounding: str):
         super().__init__(model, lr, seed, rounding)
-        self.copies = self.weights
-        self.weights = self.masters = [weight.detach().clone() for weight in self.copies]
+        self.masters = [weight.detach().clone() for weight in self.weights]
+        self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
         self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 
     @torch.no_grad()
     def step(self, number: int, lr: float) -> None:
-        for copy, master in zip(self.copies, self.masters, strict=True):
+        for copy, master in zip(self.weights, self.masters, strict=True):
             master.grad = copy.grad
-        super().step(number, lr)
+        self.adamw.param_groups[0]["lr"] = lr
+        self.adamw.step()
         generator = torch.Generator().manual_seed(seed_from("rounding", self.seed, number))
-        for copy, master in zip(self.copies, self.masters, strict=True):
+        for copy, master in zip(self.weights, self.masters, strict=True):
             is_matrix = copy.dim() > 1  # norms stay in fp32
             rounded = master if not is_matrix else master.bfloat16()
             if is_matrix and self.rounding == "stochastic":
                 rounded = round_stochastically(master, generator)
             copy.copy_(rounded)
-
-    def zero_grad(self) -> None:
-        super().zero_grad()
-        for copy in self.copies:
-            copy.grad = None
 
 
 def measure(name: str, rows: list, lr: float, seed: int, way: str, options: argparse.Namespace) -> dict:

@@ -11,7 +11,6 @@
 
 import json
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -45,12 +44,15 @@ VARIANTS = {"swapped": swapped, "larger-half": larger_half, "smaller-half": smal
 
 
 def make_variant(name: str, source: Path, target: Path) -> None:
-    """Write a folder of pairs; its pairs.json is that of the source."""
-    target.mkdir(parents=True)
+    """Write a folder of pairs; its pairs.json, which comes last, is that of the source but for their number.
+    """
+    target.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in (source / "pairs.jsonl").open(encoding="utf-8")]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in VARIANTS[name](rows)]
     (target / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
-    shutil.copyfile(source / "pairs.json", target / "pairs.json")
+    meta = json.loads((source / "pairs.json").read_text(encoding="utf-8"))
+    meta["statistics"]["pairs"] = len(lines)
+    (target / "pairs.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -575,6 +575,9 @@ def call_train(own_data, tiny, work) -> Callable[..., Path]:
     """(flags) -> the run folder work/o of train.py on own_data, run inside this process."""
     def get(*flags) -> Path:
         own = ["--data", own_data, "--model", tiny, "--out", "o", *TRAIN_FLAGS]
+        if "--rollout-batch" in flags:  # of PPO, which has batches of its own
+            place = own.index("--batch")
+            del own[place : place + 2]
         run_inside(train.program, work, *own, *flags)
         return work / "o"
 

@@ -347,6 +347,7 @@ def test_rollouts_are_sampled_from_the_policy_itself():
 @pytest.mark.parametrize(("changes", "message"), [
     (dict(method="rlaif"), "rlaif needs a judge"),
     (dict(eval_every=5, nll=0.1), "--nll, --eval-every: no effect with --method rlvr"),
+    (dict(batch=8, val_limit=5), "--batch, --val-limit: no effect with --method rlvr"),
     (dict(neg="random", n_neg=3, beta=0.2), "--neg, --beta, --n-neg: no effect with --method rlvr"),
     (dict(mi_weight=1.0), "--mi-weight"),
     (dict(clip=0.0), "--clip"),

@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 import train
 from data import load_jsonl
+from pairs import load_pairs, read_meta
 from report import report
 from run import parse
 
@@ -33,8 +34,8 @@ PARTS = own_task.PARTS
 
 def pair(i: int, gain: float) -> dict:
     """A line of pairs.jsonl whose responses name their sides."""
-    chosen = dict(text=f"chosen {i}", ids=[i], finished=True, prompt_ids=[1], gain=gain)
-    rejected = dict(text=f"rejected {i}", ids=[-i], finished=True, prompt_ids=[2], gain=0.0)
+    chosen = dict(text=f"chosen {i}", ids=[2 * i], finished=True, prompt_ids=[1], gain=gain)
+    rejected = dict(text=f"rejected {i}", ids=[2 * i + 1], finished=True, prompt_ids=[2], gain=0.0)
     return dict(id=str(i), prompt="p", context="c", chosen=chosen, rejected=[rejected])
 
 
@@ -66,11 +67,10 @@ def test_a_variant_is_a_folder_of_pairs(tmp_path):
     source, target = tmp_path / "a", tmp_path / "b"
     source.mkdir()
     (source / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (source / "pairs.json").write_text("{}")
+    (source / "pairs.json").write_text(json.dumps(dict(settings=dict(seed=3), statistics=dict(pairs=101))))
     variants.make_variant("larger-half", source, target)
-    lines = (target / "pairs.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == variants.larger_half(ROWS)
-    assert (target / "pairs.json").read_text() == "{}"
+    assert [pair.id for pair in load_pairs(target)] == [row["id"] for row in variants.larger_half(ROWS)]
+    assert read_meta(target) == dict(settings=dict(seed=3), statistics=dict(pairs=51))
 
 
 # ------------------------------------------------------------------------- own_task.py
