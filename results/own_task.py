@@ -1,4 +1,4 @@
-"""own_task.py - questions made by a program, which a small model can half solve.
+"""own_task.py - questions made by a program, of which a small model can solve some.
 
     python results/own_task.py runs/own-task.jsonl
     python train.py --data runs/own-task.jsonl --neg random --model MODEL ...

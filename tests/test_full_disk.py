@@ -19,7 +19,7 @@ import judge
 import train
 from run import read_json
 
-SAVERS = ("checkpoint", "folder", "lora")  # modules that call safetensors, whose own code opens the file
+SAVERS = ("checkpoint", "folder")  # modules that call safetensors, whose own code opens the file
 MODEL = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
 PNG_END = b"IEND\xaeB`\x82"
 
