@@ -44,8 +44,8 @@ class Checkpoints:
 
     def after_step(self, every: int, tensors: Callable[[], dict[str, Tensor]], state,
                    now: bool = False) -> None:
-        """Save where `every` steps have passed, now if it has to be, or where a signal has come, which then
-        raises Stopped.
+        """Save where `every` steps have passed, where the caller says now, and where a signal has come, which
+        then raises Stopped.
 
         state: a dataclass with the candidate and the step among its fields. tensors() gives what is to be
         kept; all processes call this after every step.

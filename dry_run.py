@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-
 from batches import all_logps, epoch_batches, groups_of, micro_batches, training_rows
 from contexts import examples_for, sampling_for
 from folder import read_config

@@ -162,8 +162,9 @@ class Judge:
             opened = "<think>" if self.tokenizer.thoughts_began else ""
             store(fitting[k], Completion(opened + self.tokenizer.decode(sample.ids), sample.finished))
 
-        for i in sorted(set(range(len(prompts))) - set(fitting)):
-            store(i, NoReply("too long"))
+        for i, prompt in enumerate(prompts):
+            if len(prompt) > room:
+                store(i, NoReply("too long"))
         greedy = Sampling(temperature=0, top_p=1, max_new_tokens=max_tokens)
         generate(self.model, [prompts[i] for i in fitting], greedy, self.tokenizer.stop_ids, seed=0,
                  slots=self.slots, on_finished=on_finished)

@@ -69,17 +69,17 @@ class Selection:
         self.folder, self.source = folder, source
         self.best = best
         self.tokenizer = Tokenizer(source, args.date, args.template)
-        # As evaluation will sample: --temperature, --top-p and --top-k are for pairs.
-        own_settings = dataclasses.replace(self.args, temperature=None, top_p=None, top_k=0)
-        self.sampling = sampling_for(own_settings, evaluation=True)
-        examples = examples_for(self.args, "validation")
-        positions = read_config(source).max_position_embeddings
-        self.examples = fitting_rows(examples, lambda e: [e.user_message(e.context)], self.tokenizer,
-                                     positions, self.sampling.max_new_tokens)
-        has_checks = any(verify(example, "") is not None for example in self.examples)
-        self.name = "win_rate" if has_checks else "margin_accuracy"
         self.pairs: list[Pair] = []
-        if self.name == "margin_accuracy":
+        checkable = [e for e in examples_for(self.args, "validation") if verify(e, "") is not None]
+        self.name = "win_rate" if checkable else "margin_accuracy"
+        if checkable:
+            # As evaluation will sample: --temperature, --top-p and --top-k are for pairs.
+            own_settings = dataclasses.replace(self.args, temperature=None, top_p=None, top_k=0)
+            self.sampling = sampling_for(own_settings, evaluation=True)
+            positions = read_config(source).max_position_embeddings
+            self.examples = fitting_rows(checkable, lambda e: [e.user_message(e.context)], self.tokenizer,
+                                         positions, self.sampling.max_new_tokens)
+        else:
             pairs = pairs_for(self.args, "validation", folder / "validation")
             self.pairs = training_rows(pairs, self.args)
             base = load(source, getattr(torch, args.dtype), default_device())
@@ -103,7 +103,6 @@ class Selection:
         bar.close()
         texts = [self.tokenizer.answer(sample.ids) for sample in samples]
         wins = gather([verify(example, text) for (_, example), text in zip(mine, texts, strict=True)])
-        wins = [won for won in wins if won is not None]  # rows that have something to be checked by
         return sum(wins) / len(wins)
 
     def offer(self, optimizer: MasterAdamW, pairs: list[Pair], args, candidate: int, step: int) -> float:

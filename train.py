@@ -111,7 +111,8 @@ class Args(ppo.PPOArgs, PairArgs):
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
     test: bool = option(False, f"evaluate on {TEST_ROWS} test rows at the end (tiny: always)", "choosing")
     val_limit: int = option(192, "validation examples, 0 for all", "choosing")
-    save_every: int = option(200, "steps between checkpoints; 0: only when a signal stops it", "resuming")
+    save_every: int = option(200, "steps between checkpoints, which better validations and signals write "
+                             "too; 0: these alone", "resuming")
     keep: int = option(1, "checkpoints to keep, the newest ones", "resuming")
     resume: bool = option(False, "continue the run in --out from its last checkpoint", "resuming")
     resume_elsewhere: bool = option(False, "also with another torch, device, number of threads or processes, "

@@ -220,3 +220,13 @@ def test_validation_that_nothing_could_decide_is_refused_at_once(row, words, cal
     with pytest.raises(UserError, match=words):
         call_train("--method", "sft", "--data", "own.jsonl", "--eval-every", "5")
     assert [path.name for path in work.iterdir()] == ["own.jsonl"]
+
+
+def test_ready_pairs_are_validated_whatever_could_be_sampled(call_train, work):
+    """Nothing is sampled for them: --max-new-tokens beyond the model's positions does not matter."""
+    rows = [dict(prompt=f"p{i}", context="c", chosen=f"good {i}", rejected="bad", split=split)
+            for i, split in enumerate(("train", "validation") * 3)]
+    (work / "ready.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = call_train("--data", "ready.jsonl", "--eval-every", "1", "--max-new-tokens", "5000")
+    assert validations_of(folder)
+    assert read_json(folder / "summary.json")["chosen"]["name"] == "margin_accuracy"
