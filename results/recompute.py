@@ -183,7 +183,7 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
          points(HEADLINE, "seen") + rates(HEADLINE, "seen")),
         ("and by {} [{}, {}] on unseen ones ({}% to {}%)",
          points(HEADLINE, "unseen") + rates(HEADLINE, "unseen")),
-        ("`torchrun train.py --seed S`: {} [{}, {}], {} [{}, {}] and {} [{}, {}] points over", every),
+        ("`torchrun train.py --seed S` gains {} [{}, {}], {} [{}, {}] and {} [{}, {}] points over", every),
         ("unseen contexts alone {}, {} and {}, with", unseen),
         ("the rise on seen contexts is {} points [{}, {}]",
          points(HEADLINE, "seen", "win_rate_length_matched")),
@@ -288,6 +288,7 @@ if __name__ == "__main__":
     for (where, claimed, _), says in zip(checked, verdicts, strict=True):
         print(f"{claimed or '-':>8}  {says:18}  {where}")
     different = sum(says.startswith("DIFFERENT") for says in verdicts)
+    gone = verdicts.count("NOT CLAIMED")
     print(f"{len(checked)} numbers: {verdicts.count('OK')} OK, {different} different, "
-          f"{verdicts.count('NO FILE')} without a file")
-    sys.exit(1 if different else 0)
+          f"{verdicts.count('NO FILE')} without a file; {gone} sentences are not there")
+    sys.exit(1 if different or gone else 0)

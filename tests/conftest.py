@@ -7,6 +7,7 @@ tests that ask for it are skipped where it is not.
 """
 
 import contextlib
+import gc
 import http.server
 import inspect
 import json
@@ -341,6 +342,17 @@ def run_processes(count: int, script: str, *argv, cwd: Path) -> subprocess.Compl
                ROOT / script, *argv]
     return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, check=False,
                           env=child_environment())
+
+
+def seconds_of(function: Callable, *args) -> float:
+    """Processor seconds of one call in this thread, without those that collect the garbage of other tests."""
+    gc.disable()
+    try:
+        start = time.thread_time()
+        function(*args)
+        return time.thread_time() - start
+    finally:
+        gc.enable()
 
 
 def start_workers(count: int, file: str, *argv) -> None:

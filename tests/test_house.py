@@ -108,7 +108,7 @@ def test_code_is_not_dense(name):
 
 def test_readme_names_all_files_and_no_others():
     """Its tree: every program file once, and folders and pages that exist."""
-    tree = README.split("## The files, in reading order")[1].split("| paper |")[0]
+    tree = README.split("## The files, in reading order")[1].split("`train.py --method`")[0]
     entries = re.findall(r"\b\w+\.py\b", tree)
     assert len(entries) == len(set(entries))
     assert set(entries) == {file.name for file in FILES}
