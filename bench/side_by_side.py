@@ -42,9 +42,10 @@ def read_rows(path: str, count: int) -> list[dict]:
 
 
 def report(**values) -> None:
-    """A child's last words: its measurements and its peak memory."""
+    """A child's last words: its measurements, and the peak memory of the largest of it and its children."""
     unit = 2**20 if sys.platform == "darwin" else 2**10
-    values["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    used = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    values["peak_rss_mb"] = max(used) / unit
     if torch.cuda.is_available():
         values["peak_gpu_mb"] = torch.cuda.max_memory_allocated() / 2**20
     print(json.dumps(values), flush=True)
