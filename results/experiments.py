@@ -29,12 +29,13 @@ class Row:
     """One setting.
 
     flags: of train.py; pairs_of: the row whose pairs it trains on, seed by seed; variant: what variants.py
-    makes of those first.
+    makes of those first (and of `other` row's).
     """
 
     flags: str
     pairs_of: str = ""
     variant: str = ""
+    other: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,20 @@ TABLES = {
             "lr-1e-5": Row("--lr 1e-5"),
             **{f"lr-{lr}": Row(f"--lr {lr}", "lr-1e-5") for lr in ("1e-6", "3e-6", "3e-5")},
         }),
+    # Why missing contexts fail on a small model, and what would mend it, on validation prompts.
+    "missing-smollm2": Table(
+        seeds=(0,),
+        train=f"{SMOLLM2} --data demo --limit 160 --lr 2e-5",
+        base="random",
+        test="--split validation --limit 96",
+        divergence=False,
+        rows={
+            "random": Row("--neg random"),
+            "missing": Row("--neg missing"),
+            "missing-lower-lr": Row("--lr 1e-5", "missing"),
+            "answering-half": Row("--epochs 2", "missing", "answering-half"),
+            "mixed": Row("", "missing", "mixed", "random"),
+        }),
     # Questions with right answers, where a gain or its absence can be seen on a small model.
     "own-task-smollm2": Table(
         seeds=(0,),
@@ -188,12 +203,12 @@ def command(*parts: str | Path) -> None:
 
 def pairs_folder(row: Row, place: Path, folder: Path, seed: int) -> Path:
     """The folder of pairs that a row trains on: another row's, or a variant of them beside the run."""
-    source = place / row.pairs_of / f"seed{seed}"
+    sources = [place / of / f"seed{seed}" for of in (row.pairs_of, row.other) if of]
     if not row.variant:
-        return source
+        return sources[0]
     target = folder.with_name(f"seed{seed}-pairs")
     if not (target / "pairs.json").exists():
-        make_variant(row.variant, source, target)
+        make_variant(row.variant, sources, target)
     return target
 
 
@@ -238,7 +253,8 @@ def program() -> None:
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))} in {args.table}: {', '.join(table.rows)}")
     # The base's responses are there before others take them, and pairs before others train on them.
-    needed = {table.rows[name].pairs_of for name in names} - {"", table.base}
+    chosen = [table.rows[name] for name in names]
+    needed = {of for row in chosen for of in (row.pairs_of, row.other)} - {"", table.base}
     waves = [[table.base], [name for name in table.rows if name in needed],
              [name for name in names if name not in {table.base, *needed}]]
     for wave in waves:

@@ -11,14 +11,17 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, training_example
 from scipy.stats import spearmanr
 
 import train
 from data import load_jsonl
+from folder import load
+from losses import sequence_logps
 from pairs import load_pairs, read_meta
 from report import report
 from run import parse
+from tokenizer import Tokenizer
 
 sys.path.insert(0, str(ROOT / "results"))
 
@@ -29,7 +32,7 @@ import own_task
 import variants
 
 RESULTS = ROOT / "results"
-PARTS = own_task.PARTS
+TINY, PARTS = ROOT / "assets" / "tiny", own_task.PARTS
 
 
 def pair(i: int, gain: float) -> dict:
@@ -56,7 +59,8 @@ def test_swapped_pairs_change_sides_half_of_the_time_and_keep_their_prompt():
 
 
 def test_the_larger_and_the_smaller_half_are_all_pairs_apart_by_their_gain():
-    larger, smaller = variants.larger_half(ROWS), variants.smaller_half(ROWS)
+    gains = variants.context_gains(ROWS)
+    larger, smaller = variants.larger_half(ROWS, gains), variants.smaller_half(ROWS, gains)
     assert (len(larger), len(smaller)) == (51, 50)
     assert sorted(row["id"] for row in larger + smaller) == sorted(row["id"] for row in ROWS)
     least = min(row["chosen"]["gain"] for row in larger)
@@ -68,9 +72,41 @@ def test_a_variant_is_a_folder_of_pairs(tmp_path):
     source.mkdir()
     (source / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (source / "pairs.json").write_text(json.dumps(dict(settings=dict(seed=3), statistics=dict(pairs=101))))
-    variants.make_variant("larger-half", source, target)
-    assert [pair.id for pair in load_pairs(target)] == [row["id"] for row in variants.larger_half(ROWS)]
+    variants.make_variant("larger-half", [source], target)
+    larger = variants.larger_half(ROWS, variants.context_gains(ROWS))
+    assert [pair.id for pair in load_pairs(target)] == [row["id"] for row in larger]
     assert read_meta(target) == dict(settings=dict(seed=3), statistics=dict(pairs=51))
+
+
+def test_mixed_pairs_have_their_rejected_responses_from_both_in_turn():
+    others = [row | dict(rejected=[row["rejected"][0] | dict(text="other")]) for row in ROWS]
+    texts = [row["rejected"][0]["text"] for row in variants.mixed(ROWS, others)]
+    assert texts == ["other" if i % 2 else f"rejected {i}" for i in range(101)]
+    with pytest.raises(ValueError, match="row 0: the chosen responses differ"):
+        variants.mixed(ROWS, ROWS[::-1])
+
+
+def test_prompt_gains_are_those_that_an_evaluation_measures(tmp_path):
+    """Of the embedded model: log-probs after the row's own prompt less those after the next one."""
+    example = [training_example(i, "I live in Nairobi.", prompt) for i, prompt in
+               enumerate(("How do I keep bread fresh?", "What should I read?", "How do I save money?"))]
+    tokenizer, model = Tokenizer(TINY), load(TINY)
+    texts = ["Keep it in a bag.", "A long book.", "Spend less."]
+    with open(tmp_path / "pairs.jsonl", "w") as file:
+        for e, text in zip(example, texts, strict=True):
+            prompt_ids = tokenizer.chat(e.user_message(e.context))
+            response = dict(text=text, ids=tokenizer.response(text), finished=True,
+                            prompt_ids=prompt_ids, gain=0.0)
+            row = dict(id=e.id, prompt=e.prompt, context=e.context, chosen=response,
+                       rejected=[response | dict(text="x", ids=tokenizer.response("x"))])
+            file.write(json.dumps(row) + "\n")
+    meta = dict(settings=dict(model=str(TINY)), statistics=dict(pairs=3))
+    (tmp_path / "pairs.json").write_text(json.dumps(meta))
+    found = variants.prompt_gains(tmp_path)
+    for i, text in enumerate(texts):
+        after = [tokenizer.chat(e.user_message(e.context)) for e in (example[i], example[(i + 1) % 3])]
+        own, other = (sequence_logps(model, [(ids, [tokenizer.response(text)])])[0][0] for ids in after)
+        assert found[i] == pytest.approx(own - other, abs=1e-3) and own != other
 
 
 # ------------------------------------------------------------------------- own_task.py
@@ -166,6 +202,7 @@ def test_every_row_of_the_tables_can_be_run():
         for row in table.rows.values():
             assert not row.pairs_of or row.pairs_of in table.rows
             assert not row.variant or row.variant in variants.VARIANTS
+            assert not row.other or row.other in table.rows
             parse(train.Args, f"{table.train} {row.flags}".split(), usage="")
 
 
