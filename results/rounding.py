@@ -8,10 +8,12 @@ the nearest. Each is measured by the mean margin of its training pairs (selectio
 arithmetic) of the masters, of the copy that forward passes read, and of a folder that is saved from the
 masters, rounded once more (train.py saves the copy itself, where there is one), and with
 --val-limit by the share of validation prompts whose context the saved model honours. On a machine without
-bf16 products the copy's values are bf16 numbers but products run in fp32: the file says which.
+bf16 products the copy's values are bf16 numbers but products run in fp32: the file says which. What --out
+holds already is not measured again.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -28,8 +30,8 @@ from losses import sequence_logps
 from model import Decoder
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
-from run import (Metrics, default_dtype, environment, main, peak_memory, read_json, read_jsonl, seed_from,
-                 write_json)
+from run import (Metrics, UserError, default_dtype, environment, main, peak_memory, read_json, read_jsonl,
+                 seed_from, write_json)
 from selection import Selection, mean_margin
 from train import Args, State, resolve, train
 
@@ -148,16 +150,21 @@ def program() -> None:
         return
     rows = training_rows(load_pairs(Path(options.pairs)), Args())[: options.rows]
     out, results = Path(options.out), []
-    for seed in map(int, options.seeds.split(",")):
-        for lr in map(float, options.lr.split(",")):
-            for way in WAYS:
-                result = measure(options.model, rows, lr, seed, way, options)
-                results.append(result)
-                print(result, flush=True)
-                settings = dict(model=Path(options.model).name, rows=len(rows), epochs=options.epochs,
-                                val_limit=options.val_limit)
-                write_json(out, dict(settings=settings, products=default_dtype(), environment=environment(),
-                                     results=results))
+    settings = dict(model=Path(options.model).name, rows=len(rows), epochs=options.epochs,
+                    val_limit=options.val_limit)
+    if out.exists():
+        held = read_json(out)
+        if held["settings"] != settings:
+            raise UserError(f"{out} holds runs of other settings, {held['settings']}: choose another --out")
+        results = held["results"]
+    measured = {(r["seed"], r["lr"], r["way"]) for r in results}
+    numbers = ([float(text) for text in given.split(",")] for given in (options.seeds, options.lr))
+    for seed, lr, way in itertools.product(*numbers, WAYS):
+        if (seed, lr, way) not in measured:
+            results.append(measure(options.model, rows, lr, int(seed), way, options))
+            print(results[-1], flush=True)
+            write_json(out, dict(settings=settings, products=default_dtype(), environment=environment(),
+                                 results=results))
     draw(results, out.with_suffix(".png"))
 
 
