@@ -44,7 +44,7 @@ def distinct_sets(pairs: list[Pair], args) -> list[Pair]:
     for pair in pairs:
         if pair.context is None or not all(response.prompt_ids for response in pair.responses):
             raise UserError(f"--method {args.method} needs responses to one prompt with different contexts, "
-                            f"each with the prompt it was sampled from: example {pair.id!r} has none")
+                            f"each with the prompt it was sampled from: example {pair.id!r} lacks one")
     sets = [pair for pair in pairs if len({tuple(r.prompt_ids) for r in pair.responses}) == 1 + args.n_neg]
     if len(sets) < len(pairs):
         print(f"{len(pairs) - len(sets)} of {len(pairs)} sets repeat a context and are left out")
@@ -161,7 +161,8 @@ def micro_batches(pairs: list[Pair], batch: list[int], args, process: int | None
 
 
 def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -> list[tuple[list[int], int]]:
-    """This process's micro-batches, each with the number of its passes.
+    """This process's micro-batches, each with the least number of passes that it must take: 1, if every
+    process holds the whole model.
 
     Sharded weights are gathered for every pass by all processes. So every process runs as many micro-batches,
     of as many passes, as the busiest one: micro-batches that it lacks are empty here, and `pair_logps` and

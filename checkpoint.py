@@ -5,8 +5,8 @@
 
 A checkpoint is written beside its final name, reaches the disk, and is then renamed; so a run that is killed
 or fills the disk leaves the earlier one as it was. No random state is kept: the order of pairs, learning
-rates, rounding and draws all follow from the seed and the number of the step. A run holds a lock on its
-folder, so that no other one writes there.
+rates, rounding and draws all follow from the seed and the number of the step. A program holds a lock on the
+folder that it writes to, so that no other one writes there.
 What differs from the paper: nothing; it does not say.
 
     python train.py --resume      goes on with a run that was interrupted
@@ -141,10 +141,12 @@ def sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """The right to write into a run folder, which also ends with the process that holds it.
+    """The right to write into a folder, which also ends with the process that holds it. A folder that does
+    not exist is made, and removed again if nothing was written.
 
     UserError where another process has it, or nobody may write there.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} can't be written to: have that allowed, or name another --out")
@@ -161,6 +163,9 @@ def lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        if made:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 class StopSignal:

@@ -13,6 +13,7 @@ prints how many examples each split has, how responses are sampled, and the firs
 
 import dataclasses
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def check(args: DataArgs) -> None:
     if not 1 <= args.slots <= MOST_SLOTS or args.limit < 0:
         raise UserError(f"--slots {args.slots} must be from 1 to {MOST_SLOTS} and --limit {args.limit} at "
                         "least 0")
+    if args.judge_url and not args.judge:
+        raise UserError("--judge-url says where the judge answers: name it with --judge")
     template_variables(args.template)  # for what it refuses
 
 
@@ -155,7 +158,7 @@ def infer_contexts(examples: list[Example], args: DataArgs) -> dict[str, list[st
     """Example id -> the items of its context, as --judge, else the model itself, infers them.
 
     From the response that a person chose and the one that they rejected; Multi-Bench's preferences are put
-    in the user's words. The judge's cache keeps the replies, and a file beside it the contexts, for
+    in the user's words. The judge's cache keeps the replies, and a file beside it this judge's contexts, for
     --contexts FILE.
     """
     judge_args = args if args.judge else dataclasses.replace(args, judge=args.model, judge_url="")
@@ -170,7 +173,8 @@ def infer_contexts(examples: list[Example], args: DataArgs) -> dict[str, list[st
     items = {e.id: texts for e, texts in zip(examples, inferred, strict=True) if texts}
 
     name, _ = name_and_folder(args.data)
-    file = Path(args.judge_cache).with_name(f"contexts-{name}.jsonl")
+    by = re.sub(r"[^\w.-]+", "-", Path(judge_args.judge).name)
+    file = Path(args.judge_cache).with_name(f"contexts-{name}-{by}.jsonl")
     if not rank():  # other splits' contexts may be in the file already
         earlier = read_contexts(file) if file.exists() else {}
         write_jsonl(file, [dict(id=id, items=texts) for id, texts in sorted((earlier | items).items())])

@@ -487,10 +487,14 @@ def load_svamp(folder: str) -> Loaded:
     return svamp + gsm8k, ""
 
 
+def choice_lines(choices: list[str]) -> str:
+    """The end of a multiple-choice prompt; letters go by position, whatever the data call the choices."""
+    return "\n".join(f"{letter}: {text}" for letter, text in zip(LETTERS, choices, strict=False))
+
+
 def choice_example(id: str, question: str, choices: list[str], right: int, split: str) -> Example:
-    """A multiple-choice question; letters go by position, whatever the data call the choices."""
-    lines = [f"{letter}: {text}" for letter, text in zip(LETTERS, choices, strict=False)]
-    return Example(id, "\n".join([question, *lines]), split, answer=LETTERS[right], style="choice",
+    """A multiple-choice question."""
+    return Example(id, f"{question}\n{choice_lines(choices)}", split, answer=LETTERS[right], style="choice",
                    choices=list(choices))
 
 

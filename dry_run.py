@@ -77,10 +77,13 @@ def dry_run(grid: list, folder: Path, source: Path, pairs: list[Pair] | None, lo
     total = sum(seconds.values()) + (1 + len(grid)) * seconds_loading
     parts = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
     each = " in each process" if world() > 1 else ""
-    uncounted = "; validation not counted" if len(grid) > 1 or args.eval_every else ""
+    uncounted = ["validation"] * (len(grid) > 1 or args.eval_every > 0)
+    uncounted += ["the revision"] * (args.method == "sft-revise")
+    uncounted += ["rounds after the first"] * (args.rounds > 1)
     print(f"\n{count} pairs of about {tokens:.0f} tokens, {math.ceil(count / args.batch)} steps an epoch, "
           f"{sum(candidate.epochs for candidate in grid)} epochs in all")
-    print(f"estimate: {total:.0f} s ({parts}), {peak_memory() / 1e9:.1f} GB at most{each}{uncounted}")
+    print(f"estimate: {total:.0f} s ({parts}), {peak_memory() / 1e9:.1f} GB at most{each}"
+          + f"; {' and '.join(uncounted)} not counted" * bool(uncounted))
 
 
 def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:

@@ -43,6 +43,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoint import lock
 from checks import verify
 from contexts import DataArgs, examples_for, note_of, sampling_for, warn_of_templates
 from contexts import check as check_data
@@ -50,16 +51,16 @@ from data import OWN_FILES, SPLITS, Example
 from figures import entropy_figure, gain_figure, judges_figure
 from folder import find, load, read_config
 from formats import first_of
-from judge import Judge, weight_times
+from judge import Judge, JudgeArgs, weight_times
 from measures import RATE, Answers, clusters_of, evaluate, interval, wins
-from pairs import ready_pairs
+from pairs import is_useful, ready_pairs
 from report import report, table
 from responses import group_logps, read_answers, remove_samples, respond, write_responses
 from rows import fitting_pairs, fitting_rows
 from run import (UserError, barrier, default_device, default_dtype, environment, fingerprint, main, option,
                  parse, rank, read_json, seed_from, write_json)
 from sample import Sampling
-from schema import TEXT, checked, optional, record
+from schema import OBJECT, TEXT, checked, optional, record
 from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer
 from verdicts import judge_all
 
@@ -87,6 +88,8 @@ def check(args: Args) -> None:
     """Raise UserError where the arguments alone are wrong."""
     if not args.model and not args.report:
         raise UserError("usage: python eval.py --model RUN (or a bare model, with --out FOLDER)")
+    if args.rubrics and not args.judge:
+        raise UserError("--rubrics: a judge writes and uses them, so give --judge too")
     check_data(args)
 
 
@@ -150,14 +153,14 @@ def resolve(args: Args) -> Plan:
     sampling = sampling_for(args, evaluation=True)
     args = dataclasses.replace(args, temperature=sampling.temperature, top_p=sampling.top_p)
 
-    names = [name for name in args.judge.split(",") if name]
-    judges = [Judge(dataclasses.replace(args, judge=name), args.slots, args.date) for name in names]
-    # The run's seed made the split: another one would put training prompts into the test part. The contexts
-    # of the run's own data come from where training's came from, whoever judges here, unless --contexts says.
+    asked = [judge for judge in args.judge.split(",") if judge]
+    judges = [Judge(dataclasses.replace(args, judge=judge), args.slots, args.date) for judge in asked]
+    # The run's seed made the split: another one would put training prompts into the test part. On the run's
+    # own data, contexts are those of training, even if another judge scores here; --contexts overrides this.
     source = dict(judge=args.judge.split(",")[0], model=base)
     keys = ["seed"]
     if not args.contexts and args.data.partition(":")[0] == trained_with.get("data", "").partition(":")[0]:
-        keys += ["contexts", "judge", "judge_url"]
+        keys += ["contexts", *(field.name for field in dataclasses.fields(JudgeArgs))]
     source |= {key: trained_with[key] for key in keys if key in trained_with}
     data_args = dataclasses.replace(args, **source)
     examples = examples_for(data_args, args.split)
@@ -247,7 +250,7 @@ def refuse_to_replace(plan: Plan) -> None:
     for file in (plan.progress_file, plan.numbers_file):
         if not file.exists():
             continue
-        earlier = read_json(file)
+        earlier = read_evaluation(file)
         changes = changes_since(plan, earlier)
         if changes and not has_fewer_rows(plan, earlier):
             raise UserError(f"{file} is of an evaluation with {changes}: name another folder with --out, or "
@@ -259,6 +262,15 @@ def refuse_to_replace(plan: Plan) -> None:
         if lost and not plan.reuses_itself:
             raise UserError(f"{file} holds the verdicts of {', '.join(lost)}: name it in --judge too, add "
                             f"others with --reuse {plan.run}, or name another folder with --out")
+
+
+# Of such a file; runs from before there were settings have none.
+EVALUATION = dict(arguments=OBJECT, settings=optional(OBJECT), judges=optional(OBJECT))
+
+
+def read_evaluation(file: Path) -> dict:
+    """eval.json, or what an unfinished evaluation has written of itself."""
+    return checked(read_json(file), EVALUATION, str(file))
 
 
 def differing(before: dict, now: dict, keys: Iterable[str]) -> dict[str, str]:
@@ -295,7 +307,7 @@ def cached_answers(plan: Plan) -> Answers:
     if (folder / f"unfinished{suffix}.json").exists():
         raise UserError(f"--reuse {folder}: its evaluation has not ended: give the command that began it "
                         "again")
-    changes = changes_since(plan, read_json(folder / f"eval{suffix}.json"))
+    changes = changes_since(plan, read_evaluation(folder / f"eval{suffix}.json"))
     if changes:
         raise UserError(f"--reuse {folder}: made with {changes}")
     return read_answers(folder / f"responses{suffix}.jsonl", plan.examples, plan.reuses_itself)
@@ -304,10 +316,10 @@ def cached_answers(plan: Plan) -> Answers:
 def read_progress(plan: Plan) -> dict:
     """What an interruption of this evaluation has left in its progress file, {} where there is none. Answers
     from other weights are ignored."""
-    earlier = read_json(plan.progress_file) if plan.progress_file.exists() else {}
+    earlier = read_evaluation(plan.progress_file) if plan.progress_file.exists() else {}
     if earlier.get("settings") != plan.settings:  # there was none, or one of fewer rows
         return {}
-    if earlier["weights"] != plan.progress["weights"]:
+    if earlier.get("weights") != plan.progress["weights"]:
         print(f"{plan.out}: the models have been written again since: everything is sampled again")
         return {}
     return earlier
@@ -325,9 +337,12 @@ def pairs_of_data(plan: Plan) -> dict | None:
         model = load(folder, getattr(torch, args.dtype), device=default_device())
         pairs = ready_pairs(Tokenizer(plan.base, args.date, args.template), plan.examples)
         pairs = fitting_pairs(pairs, plan.examples, model.config.max_position_embeddings)
+        pairs = [pair for pair in pairs if is_useful(pair.rejected[0], pair)]
         groups = [(pair.prompt_ids, [response.ids for response in pair.responses]) for pair in pairs]
         chosen, rejected = np.array(group_logps(model, groups, "pairs of the data")).reshape(-1, 2).T
         ratios.append(chosen - rejected)  # (pairs,)
+    if not pairs:
+        return None
     kept = {pair.id for pair in pairs}
     clusters = clusters_of([e for e in plan.examples if e.id in kept])
     positive = (ratios[1] > ratios[0]).astype(float)  # (pairs,)
@@ -353,8 +368,7 @@ def all_answers(plan: Plan) -> Answers:
     base = load(plan.base, dtype, device=device)
     tokenizer = Tokenizer(plan.base, args.date, args.template)
 
-    barrier()  # all processes have looked at the folder before one of them writes there
-    plan.out.mkdir(parents=True, exist_ok=True)
+    barrier()
     if not earlier:
         remove_samples(plan.responses_file)
         write_json(plan.progress_file, dict(plan.progress, sampled=False))
@@ -386,12 +400,18 @@ def measure(plan: Plan) -> tuple[Answers, dict]:
 
 
 def write(plan: Plan, answers: Answers, result: dict) -> None:
-    """Write responses.jsonl, eval.json and the figures; print the table and some answers."""
+    """Write responses.jsonl and eval.json; print the table and some answers; draw the figures."""
     out, suffix, examples = plan.out, plan.suffix, plan.examples
-    out.mkdir(parents=True, exist_ok=True)
     write_responses(plan.responses_file, examples, answers)
     write_json(plan.numbers_file, result)
     won = {system: wins(examples, rows, plan.deciding_judge) for system, rows in answers.items()}
+    if not rank():
+        plan.progress_file.unlink(missing_ok=True)
+    print(table(result))
+    if "trained" in answers:
+        print(side_by_side(examples, answers, won))
+    written = f"{plan.numbers_file.name} and {plan.responses_file.name}"
+    print(f"\n{result['seconds']:.0f} s; written: {written} in {out}")
     if not rank():
         judges_figure(out / f"judges{suffix}.png", result["judges"])
         if examples[0].choices:
@@ -399,14 +419,8 @@ def write(plan: Plan, answers: Answers, result: dict) -> None:
                          for system, rows in answers.items()}
             entropy_figure(out / f"entropy{suffix}.png", entropies, won,
                            max(len(e.choices) for e in examples))
-        if out == plan.run and not suffix and (plan.run / "summary.json").exists():
+        if out == plan.run and not suffix and (plan.run / "metrics.jsonl").exists():
             gain_figure(plan.run, plan.run / "gain.png")
-        plan.progress_file.unlink(missing_ok=True)
-    print(table(result))
-    if "trained" in answers:
-        print(side_by_side(examples, answers, won))
-    written = f"{plan.numbers_file.name} and {plan.responses_file.name}"
-    print(f"\n{result['seconds']:.0f} s; written: {written} in {out}")
 
 
 def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[str, np.ndarray],
@@ -430,8 +444,11 @@ def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[st
 def evaluation(args: Args) -> None:
     """Everything that the first lines of this file promise: responses, numbers, files and a table."""
     plan = resolve(args)
-    answers, result = measure(plan)
-    write(plan, answers, result)
+    barrier()  # all processes have looked at the folder before one of them writes there
+    with lock(plan.out):
+        refuse_to_replace(plan)  # what has been written since it was looked at
+        answers, result = measure(plan)
+        write(plan, answers, result)
 
 
 def program() -> None:

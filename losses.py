@@ -277,7 +277,8 @@ def split_by_tokens(items: list, groups_of: Callable[[Any], list[Group]], max_to
         own_prefixes = [prefix for prefix, _ in groups]
         size = token_count(groups)
         root = common_prefix_length(prefixes + own_prefixes)
-        if chunk and used + size - (len(prefixes) + len(groups)) * root > max_tokens:
+        shared = root * (len(prefixes) + len(groups))
+        if chunk and used + size - shared > max_tokens:
             yield chunk
             chunk, used, prefixes = [], 0, []
         chunk.append(item)

@@ -117,8 +117,8 @@ def effective_rows(values: np.ndarray, variance: float, units: float) -> float:
     """The effective number of independent rows (Korn and Graubard, 1998).
 
     The number of rows n over the design effect d, the variance over that of independent rows, at least 1. Few
-    events (rows unlike the commonest value) make d unreliable. Our own rule: d is averaged over the events
-    and two pseudo-events, whose design effect is the largest possible, n / units.
+    events (rows unlike the commonest value) make d unreliable. Our own rule: a mean in which d counts
+    once for every event, and n / units, the largest it can be, twice.
     """
     n = len(values)
     independent = float(values.var()) / max(1, n - 1)

@@ -102,7 +102,8 @@ class Packed:
 
     The root attends to itself, a prefix to the root and itself, each response to all three, causally: exactly
     what every root + prefix + response alone would see, with the root and the prefix computed once. A plain
-    sequence is a group without responses.
+    sequence is a group without responses. P and R count the tokens that are fed: a response's last token is
+    predicted, not fed (losses.states_before).
 
     With shapes [(2, [2, 1])] the five tokens have positions 0 1 2 3 2 and see (x)
 
@@ -137,7 +138,7 @@ class Packed:
         root_part = add(root, None, past) if root else None
         for prefix, responses in shapes:
             prefix_part = add(prefix, root_part, past + root)
-            for response in filter(None, responses):  # a response of one token feeds nothing
+            for response in filter(None, responses):  # of a response of one token nothing is fed
                 add(response, prefix_part, past + root + prefix)
         positions = [
             torch.arange(start, start + length)

@@ -39,7 +39,8 @@ class Response:
     text: str
     ids: list[int]
     finished: bool  # whether the model ended it
-    prompt_ids: list[int]  # the prompt it was sampled from; empty for noise, and where a file does not say
+    prompt_ids: list[int]  # the prompt it was sampled from, of ready and revised chosen ones that they are
+    # trained under; empty for noise, and where a file does not say
     gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair; of a
     # row without a context log pi_ref(y|x) - log pi_ref(y|x'), where x' is another row's prompt
 
@@ -59,7 +60,7 @@ class Pair:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The right prompt (x, c), which the chosen response was sampled from."""
+        """The right prompt (x, c), under which the pair is trained."""
         return self.chosen.prompt_ids
 
     @property
@@ -103,7 +104,8 @@ def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[E
     others: list[Example] = []
     seen: set[str] = set()
     repeats = 0  # duplicates in a row
-    # Nearly every row will do, so rows are drawn until enough do; where none does, the draws are bounded.
+    # Nearly every row will do, so rows are drawn until enough do; where none does, the draws are bounded. A
+    # distinct row may turn up after a duplicate; after REPEATS of these in a row a duplicate will do.
     for _ in range(100 * (count + len(examples))):
         other = rng.choice(examples)
         if not is_other(examples[i], other):
@@ -111,7 +113,7 @@ def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[E
         what = other.context or other.prompt
         repeats = repeats + 1 if what in seen else 0
         if 0 < repeats < REPEATS:
-            continue  # a duplicate, and a distinct row may still turn up
+            continue
         others.append(other)
         seen.add(what)
         if len(others) == count:

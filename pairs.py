@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import contexts
+from checkpoint import lock
 from checks import check_rates
 from contexts import DataArgs, contexts_of, examples_for, sampling_for
 from data import SPLITS, Example
@@ -70,20 +71,21 @@ def make_pairs(
     """
     start = time.perf_counter()
     contexts.warn_of_templates(examples, tokenizer)
-    redrawn, given, positions = 0, len(examples), model.config.max_position_embeddings
+    redrawn, earlier, given, positions = 0, 0, len(examples), model.config.max_position_embeddings
     if examples[0].chosen is not None:
         pairs = ready_pairs(tokenizer, examples)
     else:
         new_tokens = sampling.max_new_tokens
         examples, messages = usable_rows(tokenizer, examples, neg, seed, n_neg, positions, new_tokens)
         first_draws = [row[:n_neg] for row in messages]
-        pairs = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots, folder)
+        pairs, earlier = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots, folder)
         if n_neg and neg in SAMPLED:
             redrawn = redraw(model, tokenizer, pairs, messages, n_neg, sampling, seed, slots)
     sampled = [response for pair in pairs for response in pair.responses]
     seconds_sampling = time.perf_counter() - start
 
-    # Pairs of reshuffle and noise have no rejected response yet: only an empty chosen one can drop them here.
+    # Reshuffle and noise make rejected responses from the pairs that are kept, so after this; until then a
+    # pair is dropped only if its chosen response is empty.
     fill_in_later = n_neg > 0 and neg not in SAMPLED and examples[0].rejected is None
     pairs, dropped = drop_useless(pairs, needs_rejected=n_neg > 0 and not fill_in_later)
     if not pairs:
@@ -108,6 +110,7 @@ def make_pairs(
         unfinished=1 - sum(response.finished for response in sampled) / len(sampled),
         response_tokens=sum(len(response.ids) for response in sampled),
         seconds_sampling=seconds_sampling,
+        sampled_before=earlier,  # pairs that an interrupted start left, which these seconds do not hold
         seconds_gain=time.perf_counter() - start - seconds_sampling,
         gain=gain,
     )
@@ -123,7 +126,7 @@ def usable_rows(tokenizer: Tokenizer, examples: list[Example], neg: str, seed: i
     Rows are dropped by their own prompts first, so that no other row borrows a context that is too long.
     """
     if n_neg:
-        examples = rows_with_contexts(examples, neg)
+        examples = rows_with_contexts(examples, neg, tell=True)
     examples = fitting_rows(examples, lambda e: [e.user_message(e.context)], tokenizer, positions, new_tokens)
     messages = negative_messages(examples, neg, seed, max(n_neg, DRAWS) if n_neg else 0)
     if not messages[0]:
@@ -142,11 +145,12 @@ def sample_pairs(
     seed: int,
     slots: int,
     folder: Path | None,
-) -> list[Pair]:
+) -> tuple[list[Pair], int]:
     """Sample every example's chosen response, and a rejected one for each of its `negatives` (user messages).
 
-    With a folder, each pair is written once complete, and those found there are not sampled again. Several
-    processes share the work, each with a file of its own; the result is that of one process.
+    With a folder, each pair is written once complete, and those found there are not sampled again; how many
+    these are is returned too. Several processes share the work, each with a file of its own; the result is
+    that of one process.
     """
     done: dict[str, Pair] = {}
     if folder and not rank():
@@ -189,8 +193,8 @@ def sample_pairs(
         bar.close()
 
     fresh = gather([pairs[i] for i in todo])
-    done |= {pair.id: pair for pair in fresh}
-    return [done[example.id] for example in examples]
+    of_id = done | {pair.id: pair for pair in fresh}
+    return [of_id[example.id] for example in examples], len(done)
 
 
 def redraw(model: Decoder, tokenizer: Tokenizer, pairs: list[Pair], messages: list[list[str]], n_neg: int,
@@ -274,9 +278,10 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
                  seed: int) -> dict:
     """Fill in every response's context gain, and return the means of both sides, per response and per token.
 
-    log pi_ref(y|x,c) - log pi_ref(y|x), Eq. 14. Its mean over chosen responses bounds the mutual information
-    of Eq. 9 from above, if they were drawn at temperature 1 and top-p 1: it is larger by KL(mean over
-    contexts of pi_ref(.|x,c) || pi_ref(.|x)). For a row without a context the second prompt is another row's;
+    log pi_ref(y|x,c) - log pi_ref(y|x), Eq. 14: Eq. 9's pointwise mutual information with pi_ref(y|x) in the
+    place of the mean over contexts. So its own mean over chosen responses, if they were drawn at temperature
+    1 and top-p 1, is larger than their mutual information, by KL(mean over contexts of pi_ref(.|x,c) ||
+    pi_ref(.|x)). For a row without a context the second prompt is another row's;
     where there is no other prompt it is 0, or None if no row has a context.
     """
     prompts = sorted({example.prompt for example in examples})
@@ -316,11 +321,13 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
 def print_statistics(statistics: dict) -> None:
     """Print what a user should know before an hour of training."""
     dropped, gain = statistics["dropped"], statistics["gain"]
+    before = statistics.get("sampled_before", 0)
     print(f"{statistics['pairs']} pairs of {statistics['examples']} examples (dropped: {dropped['empty']} "
           f"empty, {dropped['identical']} without a useful rejected response, "
           f"{dropped.get('unusable', 0)} without a context or too long; {statistics.get('redrawn', 0)} "
           f"drawn again), {statistics['unfinished']:.0%} of responses "
-          f"unfinished, {statistics['response_tokens']} tokens in {statistics['seconds_sampling']:.0f} s")
+          f"unfinished, {statistics['response_tokens']} tokens in {statistics['seconds_sampling']:.0f} s"
+          + f" ({before} pairs were sampled before)" * bool(before))
     for side in ("chosen", "rejected"):
         if gain[side] is not None:
             per_token = gain[side + "_per_token_micro"]
@@ -526,7 +533,8 @@ def program() -> None:
     if not args.out:
         raise UserError("usage: python pairs.py --model DIR --out FOLDER; --help lists all arguments")
     find(args.model)  # a wrong name leaves nothing behind
-    pairs_for(args, args.split, Path(args.out))
+    with lock(Path(args.out)):
+        pairs_for(args, args.split, Path(args.out))
     print(f"pairs are in {Path(args.out) / 'pairs.jsonl'}")
 
 

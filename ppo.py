@@ -342,7 +342,8 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
         state.unreadable += unreadable
         if args.shuffle_rewards:
             order = epoch_order(len(rewards), seed_from("shuffled rewards", args.seed), number)
-            rewards = [rewards[i] for i in order]
+            of_next = dict(zip(order, order[1:] + order[:1], strict=True))  # nobody keeps its own
+            rewards = [rewards[of_next[i]] for i in range(len(rewards))]
 
         # 3. Advantages, one a token, whitened over the whole batch.
         for rollout, reward in zip(rollouts, rewards, strict=True):

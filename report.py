@@ -6,12 +6,14 @@
 What differs from the paper: its own figures stand beside ours.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from contexts import DataArgs, contexts_of, sampling_for
 from figures import BLUE, GREY, pyplot, save_figure
 from judge import PAPER
 from measures import SYSTEMS, gaps, mean_of, with_interval
@@ -137,6 +139,7 @@ NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "base", "slo
                "judge_cache", "judge_at_once", "judge_timeout", "judge_tokens", "judge_options",
                "judge_key_header"}
 
+VALIDATION = " (validation)"  # of a column whose runs were not evaluated on the test part
 EARLY = dict(method="dpo", n_neg=1, softmax=False)  # of runs from before there was anything else
 
 
@@ -219,13 +222,16 @@ def read_numbers(folder: Path) -> dict:
 
 
 def without_number(path: str, seed: int) -> str:
-    """A path without the seed in it: runs/random/seed2, of a run with seed 2, becomes runs/random/seed*."""
-    return re.sub(rf"(?<!\d){seed}(?!\d)", "*", path)
+    """A path without the seed in it: runs/n-2/seed2, of a run with seed 2, becomes runs/n-2/seed*. Where no
+    part of it says seed, the last such number is taken for it."""
+    named = re.sub(rf"(seed[-_]?){seed}(?!\d)", r"\1*", path)
+    return named if named != path else re.sub(rf"(.*)(?<!\d){seed}(?!\d)", r"\1*", path, flags=re.DOTALL)
 
 
 def systems_of(folder: Path) -> list[Measured]:
     """The systems of one run. Those of the base model depend on the evaluation alone, not on training."""
     result, written = read_numbers(folder), read_json(folder / "args.json")
+    part = "" if (folder / "eval.json").exists() else VALIDATION
     arguments = written["arguments"]
     evaluated = result["arguments"] | result.get("settings", {}).get("sampling", {})  # as it really was
     data = arguments["data"].partition(":")[0]  # wherever a copy of a known data set is
@@ -234,6 +240,9 @@ def systems_of(folder: Path) -> list[Measured]:
                    "test judge": evaluated.get("judge", "").split(",")[0]}  # it decides what wins
     training = {key: value for key, value in arguments.items() if key not in NO_SETTINGS} | dict(data=data)
     training["pairs"] = without_number(training["pairs"], arguments["seed"])
+    names = {field.name for field in dataclasses.fields(DataArgs)}  # of which older runs lack some
+    asked = DataArgs(**{key: value for key, value in arguments.items() if key in names})
+    training |= dataclasses.asdict(sampling_for(asked)) | dict(contexts=contexts_of(asked))
     candidates = written.get("candidates", [])
     if len(candidates) > 1:  # every seed chooses anew
         training |= {key: [candidate[key] for candidate in candidates] for key in candidates[0]}
@@ -245,7 +254,8 @@ def systems_of(folder: Path) -> list[Measured]:
             name, settings, seed = strategy(arguments), evaluation | training, arguments["seed"]
             validation = validation_score(folder)
         row |= dict(validation=validation, judges=result.get("judges", {}))
-        systems.append(Measured(Path(arguments["model"]).name, name, Path(data).stem, settings, seed, row))
+        systems.append(Measured(Path(arguments["model"]).name, name, Path(data).stem + part, settings, seed,
+                                row))
     return systems
 
 
@@ -298,7 +308,8 @@ def strategy_table(title: str, rows: Rows, key: str, scale: float, form: str, pu
         cells = []
         for data in data_sets:
             text = cell(rows[name].get(data, []), key, scale, form)
-            if key == "win_rate" and best_strategy(rows, data) == name:
+            chosen = "" if data.endswith(VALIDATION) else best_strategy(rows, data)
+            if key == "win_rate" and chosen == name:
                 text += "*"
             number = published.get(plain(name), {}).get(data)
             cells.append(f"{text} ({number[0]:g})" if number else text)
@@ -321,7 +332,8 @@ def critic_table(rows: Rows) -> list[str]:
 
 
 def report_figure(models: dict[str, Rows], published: dict, file: Path) -> None:
-    """A panel a model and data set: win rates, with deviation or interval; the paper's number is hollow."""
+    """A panel a model and data set: win rates, with standard deviation over seeds or, of one seed, the 95%
+    interval; the paper's number is hollow."""
     plt = pyplot()
     panels = [(model, data) for model, rows in models.items() for data in data_sets_of(rows)]
     labels = 0.07 * max(len(name) for rows in models.values() for name in rows)  # inches

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from checks import LETTERS
-from data import Example, user_message
+from data import Example, choice_lines, user_message
 from losses import Group, sequence_logps
 from measures import SYSTEMS, Answer, Answers, or_nan
 from model import Decoder
@@ -32,9 +32,10 @@ from sample import Sample, Sampling, generate
 from schema import FLAG, TEXT, TOKEN_IDS, checked, whole
 from tokenizer import Tokenizer
 
-MEASURED = ("ids", "finished", "logp", "gain", "prompt_gain")  # columns of responses.jsonl beside the text,
-OF_CHOICES = ("entropy", "choice_mi")  # those of multiple-choice questions,
-JUDGED = ("scores", "reference_scores")  # and those of judged data
+# Columns of responses.jsonl beside the text: of all data, of multiple-choice questions, of judged data.
+MEASURED = ("ids", "finished", "logp", "gain", "prompt_gain")
+OF_CHOICES = ("entropy", "choice_mi")
+JUDGED = ("scores", "reference_scores")
 
 
 class Message(NamedTuple):
@@ -103,7 +104,8 @@ def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, exampl
 
 def sample_responses(model: Decoder, tokenizer: Tokenizer, messages: list[Message], sampling: Sampling,
                      seed: int, slots: int, system: str, file: Path | None = None) -> list[Sample]:
-    """One response to every message. Row i draws from (seed, i, 0), the same numbers for every system.
+    """One response to every message. Message i draws from (seed, i, 0): two systems that are sent the same
+    messages use the same numbers.
 
     With a file, responses.jsonl, each sample is written beside it as it ends, and those found there are not
     sampled again. Several processes share the work, each with a file of its own.
@@ -192,8 +194,8 @@ def choice_measures(model: Decoder, tokenizer: Tokenizer, examples: list[Example
             prompt = tokenizer.chat(e.user_message(None), e.system)
             rows.append(i)
             after_reasoning.append((prompt + tokenizer.encode(reasoning.group()), letters))
-        question = e.prompt.rsplit("\n", len(e.choices))[0]  # the prompt's last lines are the choices
-        choices = [tokenizer.encode(choice) for choice in e.choices]
+        question = e.prompt.removesuffix(choice_lines(e.choices)).rstrip("\n")
+        choices = [tokenizer.encode(choice or " ") for choice in e.choices]  # an empty one is a blank
         after_question.append((tokenizer.chat(f"Question: {question}\nAnswer:", e.system), choices))
         after_nothing.append((tokenizer.chat("Answer:", e.system), choices))
 

@@ -93,7 +93,7 @@ def rewards_of(examples: list[Example], texts: list[str], information: list[floa
         earned = [usual if score is None else score / 5 for score in scores]
         rewards = [own + score for own, score in zip(rewards, earned, strict=True)]
         unreadable = len(scores) - len(readable)
-    if reward.information:
+    if reward.information:  # Eq. 15; with a judge's score Eq. 16
         rewards = [own + args.mi_weight * nats for own, nats in zip(rewards, information, strict=True)]
     return rewards, unreadable
 

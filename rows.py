@@ -14,16 +14,18 @@ from formats import first_of
 from run import UserError
 
 
-def rows_with_contexts(examples: list[Example], neg: str) -> list[Example]:
+def rows_with_contexts(examples: list[Example], neg: str, tell: bool = False) -> list[Example]:
     """The rows that `--neg random` draws from: where some have a context and some have none, the former.
 
-    A row without one has no response to another context; data without any context keep all their rows.
+    A row without one has no response to another context; data without any context keep all their rows. tell:
+    print how many are dropped.
     """
     with_context = [example for example in examples if example.context]
     if neg != "random" or not with_context:
         return examples
     dropped = names_without(examples, with_context)
-    tell_dropped(dropped, len(examples), "no context, which --neg random needs where others have one")
+    if tell:
+        tell_dropped(dropped, len(examples), "no context, which --neg random needs where others have one")
     return with_context
 
 

@@ -128,8 +128,8 @@ class Cache:
 
     `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot increments
     it. A slot is reused by writing over it: stale entries beyond its length are masked. All L entries are
-    read, since slicing would copy. On a CPU the slots' keys are fp32, as the scores are. Values are stored
-    transposed, so that each product reads along the dimension it sums over.
+    read: products would copy a part of them. On a CPU the slots' keys are fp32, as the scores are. Values are
+    stored transposed, so that each product reads along the dimension it sums over.
     Where a GPU has a kernel for it (`is_flash`), a step reads only what each slot holds; keys and values have
     the same shapes, but in memory all heads of a token stand side by side, as the kernel wants them.
     """
@@ -520,6 +520,8 @@ def program() -> None:
     args = parse(Args, usage=__doc__)
     if not args.prompt or not args.model:
         raise UserError('usage: python sample.py --model DIR "prompt"; --template goes after the prompt')
+    if args.samples < 1:
+        raise UserError(f"--samples {args.samples} must be at least 1")
     tokenizer = Tokenizer(args.model, args.date, args.template)
     model = load(args.model, getattr(torch, args.dtype), default_device())
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.top_k)

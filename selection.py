@@ -139,6 +139,7 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     if is_sharded(optimizer.model) and not fits_whole(config, FP32):
         print("what the saved model keeps is not measured: that takes all weights in fp32 on one GPU")
         return {}
+    # The first group is the one of the right prompt; InfoNCE and SAMI have others.
     parts = {part: [groups_of(pair, args)[0] for pair in rows[:MARGIN_PAIRS]]
              for part, rows in dict(training=pairs, validation=validation).items() if rows}
     exact = optimizer.weights_to_save(torch.float32)
@@ -166,7 +167,8 @@ def kept_margins(exact: dict[str, Tensor], parts: dict[str, list[Group]], args, 
                   f"mean margin of {saved_margin:.3f} nats, of {margin:.3f} before rounding")
             if share < 0.9:
                 print("warning: rounding has thrown a part away: use --save-dtype float32")
-    return kept.pop("training") | kept
+    training = kept.pop("training")
+    return training | kept
 
 
 def mean_margin(logps: list[list[float]], start: list[list[float]]) -> float:

@@ -8,10 +8,11 @@
     sami        that with T = 1 and the same over responses y_j, in equal parts                         Eq. 7
     ppo-mi, rlaif, rlaif-mi, rlvr    reinforcement learning on four rewards: ppo.py has its own loop
 
-A row's way: data.py reads it, contexts.py picks it (`examples_for`), rows.py drops what does not fit;
-pairs.py samples its chosen and rejected response (`sample_pairs`), the rejected one from negatives.py's
-message; batches.py scores both under the right prompt (`pair_logps`); losses.py turns the log-probs into a
-loss (`dpo`); `train`, below, takes the step.
+A row's way: data.py reads it, contexts.py picks it (`examples_for`). pairs.py (`pairs_for`, `make_pairs`)
+drops what does not fit (rows.py), takes the rejected response's message from negatives.py and samples both
+responses. `prepare`, below, makes training rows and their reference log-probs (batches.py: `training_rows`,
+`all_logps`); `train` scores both responses under the right prompt (`pair_logps`), takes the loss of losses.py
+(`dpo_loss`, which calls `dpo`) and the step.
 
 Pairs are sampled from the model itself, unless the run folder or --pairs holds them. AdamW on fp32 master
 weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1. Several
@@ -132,10 +133,12 @@ def resolve(args: Args) -> Args:
     temperature = args.temperature_loss
     if temperature is None:
         temperature = TEMPERATURES.get(args.method)
+    # What was left at its default fits the method: the model revises its response beside one to a random
+    # context (section 5.1), and SFT samples no rejected ones.
     if args.method == "sft-revise" and not args.pairs:
-        neg = "random"  # the model compares its response with one to a random context, section 5.1
-    elif not uses_rejected(args) and not args.pairs and n_neg == 1:
-        n_neg = 0  # nothing to be sampled
+        neg = "random" if neg == Args.neg else neg
+    elif not uses_rejected(args) and not args.pairs and n_neg == Args.n_neg:
+        n_neg = 0
     if pass_tokens is None:
         pass_tokens = 8192 if default_device().type == "cuda" else 768
     return dataclasses.replace(
@@ -160,6 +163,8 @@ def check(args: Args) -> None:
         raise UserError("--label-smoothing must be in [0, 0.5); --nll, --eval-every, --patience at least 0")
     if args.lora_rank < 0 or args.lora_alpha <= 0:
         raise UserError("--lora-rank must be at least 0, --lora-alpha positive")
+    if args.lora_alpha != Args.lora_alpha and not args.lora_rank:
+        raise UserError("--lora-alpha scales adapters: give --lora-rank too")
     if args.save_every < 0 or args.keep < 1:
         raise UserError("--save-every must be at least 0, --keep at least 1")
     if args.patience and not args.eval_every:
@@ -180,6 +185,9 @@ def uses_rejected(args: Args) -> bool:
 def check_method(args: Args) -> None:
     """UserError where options contradict a method that trains on pairs."""
     objective = OBJECTIVES[args.method]
+    if args.judge and (args.pairs or contexts.contexts_of(args) != "infer"):
+        raise UserError(f"--judge has nothing to judge in training with --method {args.method}, but where "
+                        "--contexts infer asks it: give it to eval.py")
     for unused in dataclasses.fields(ppo.PPOArgs):
         if getattr(args, unused.name) != unused.default:
             raise UserError(f"{flag_of(unused)} goes with {', '.join(ppo.REWARDS)}, not with --method "
@@ -190,6 +198,9 @@ def check_method(args: Args) -> None:
         raise UserError(f"--beta has no effect with --method {args.method}")
     if objective.uses_rejected and not args.n_neg:
         raise UserError("--n-neg 0 leaves nothing to prefer: only --method sft trains without")
+    if args.method == "sft-revise" and not args.pairs and args.neg != "random":
+        raise UserError(f"--neg {args.neg}: --method sft-revise shows the model a response to a random "
+                        "context")
     if args.method == "sft-revise" and not args.n_neg:
         raise UserError("--method sft-revise shows the model a rejected response too: not with --n-neg 0")
     if not objective.uses_rejected and args.n_neg > 1 and not args.pairs:
@@ -456,7 +467,8 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
                 pairs, reference = prepare(model, args, folder, given, state, seconds, tensors)
             round_args = dataclasses.replace(candidate_args, seed=round_seed(args.seed, round))
             tensors = {}
-            with StopSignal() as checkpoints.stop:
+            checkpoints.stop = StopSignal()
+            with checkpoints.stop:  # a signal now lets the step end first
                 train(optimizer, pairs, reference, round_args, metrics, state, selection, checkpoints)
             if round + 1 < args.rounds:
                 state.batch, state.rows, state.scores = 0, metrics.rows, []

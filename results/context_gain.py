@@ -19,6 +19,7 @@ from figures import BLUE, GREY, pyplot, save_figure
 from run import read_json, read_jsonl, write_json
 
 DRAWS = 2000  # of the bootstrap
+KEYS = ("gain", "honoured", "points")  # what is known of a context
 
 
 def read_contexts(folder: Path) -> dict[str, dict]:
@@ -30,7 +31,7 @@ def read_contexts(folder: Path) -> dict[str, dict]:
     return {
         row["context_id"]: dict(gain=float(np.mean(gains[row["context_id"]])), honoured=row["prompted"],
                                 points=100 * (row["trained"] - row["prompted"]))
-        for row in rows if row["group"] == "seen"
+        for row in rows if row["group"] == "seen" and row["context_id"] in gains
     }
 
 
@@ -77,9 +78,10 @@ def program() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     runs = [read_contexts(folder) for folder in args.runs]
-    contexts = {name: {key: float(np.mean([run[name][key] for run in runs])) for key in row}
-                for name, row in runs[0].items()}
-    columns = {key: np.array([row[key] for row in contexts.values()]) for key in runs[0][next(iter(runs[0]))]}
+    shared = [name for name in runs[0] if all(name in run for run in runs)]
+    contexts = {name: {key: float(np.mean([run[name][key] for run in runs])) for key in KEYS}
+                for name in shared}
+    columns = {key: np.array([row[key] for row in contexts.values()]) for key in KEYS}
     correlations = {key: with_bootstrap(columns[key], columns["points"]) for key in ("gain", "honoured")}
     arguments = read_json(args.runs[0] / "args.json")["arguments"]
     settings = dict(model=arguments["model"], neg=arguments["neg"], runs=len(runs))

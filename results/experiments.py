@@ -18,7 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from variants import make_variant
+from variants import make_variant  # which puts the project on the path
+
+from run import write_atomic
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
@@ -227,7 +229,8 @@ def run(name: str, row_name: str, seed: int) -> None:
         pairs = ["--pairs", pairs_folder(row, place, folder, seed)] if row.pairs_of else []
         command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
                 "--out", folder, "--resume", log)
-    if not (folder / table.numbers).exists():
+    unfinished = folder / table.numbers.replace("eval", "unfinished")
+    if unfinished.exists() or not (folder / table.numbers).exists():
         base = place / table.base / f"seed{seed}"
         reuse = ["--reuse", base] if row_name != table.base else []
         command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
@@ -237,7 +240,7 @@ def run(name: str, row_name: str, seed: int) -> None:
     written = json.loads((folder / "args.json").read_text())
     for file in table.files:  # where this machine has its folders is nobody's business
         text = (folder / file).read_text().replace(f"{ROOT}/", "")
-        (kept / file).write_text(text.replace(str(written["base"]), written["arguments"]["model"]))
+        write_atomic(kept / file, text.replace(str(written["base"]), written["arguments"]["model"]))
     print(f"{name} {row_name} seed {seed}: done", flush=True)
 
 

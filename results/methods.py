@@ -4,7 +4,7 @@
 
 A row is a setting over its seeds: mean ± standard deviation, of one seed the 95% interval; the best comes
 first. `clear` counts the seeds whose interval over prompting lies above 0; KL is divergence.py's; cost is the
-processor's seconds per training prompt, loading and sampling included, where the run kept them.
+processor's seconds per training prompt, loading and sampling included, of runs that sampled their own pairs.
 """
 
 import sys
@@ -51,7 +51,7 @@ def read_run(folder: Path) -> Run:
     if divergence.exists():
         trained["kl"] = read_json(divergence)["kl"]
     arguments, summary = read_json(folder / "args.json")["arguments"], read_json(folder / "summary.json")
-    if "processor_seconds" in summary and arguments["limit"]:
+    if "processor_seconds" in summary and arguments["limit"] and not arguments["pairs"]:
         trained["cost"] = summary["processor_seconds"] / arguments["limit"]
     return Run(trained, parts["all"]["systems"][baseline])
 

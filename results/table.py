@@ -49,7 +49,8 @@ def print_table(files: list[Path]) -> None:
         return
     for file, parts in runs.items():
         print(system_row(file.name.split(".")[0], parts["all"], "trained", seconds_of(file)))
-    print(system_row("prompting", runs[files[-1]]["all"], "prompted"))
+    last = runs[files[-1]]["all"]
+    print(system_row("prompting", last, "prompted" if "prompted" in last["systems"] else "default"))
 
 
 if __name__ == "__main__":

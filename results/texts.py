@@ -22,8 +22,9 @@ def texts(run: Path) -> str:
     responses: dict[str, dict[str, str]] = {}
     for _, row in read_jsonl(run / "responses.jsonl"):
         responses.setdefault(row["id"], {})[row["system"]] = row["response"]
-    lines = [f"# {COUNT} held-out prompts, drawn by seed", ""]
-    for id in sorted(random.Random(0).sample(sorted(responses), COUNT)):
+    drawn = sorted(random.Random(0).sample(sorted(responses), min(COUNT, len(responses))))
+    lines = [f"# {len(drawn)} held-out prompts, drawn by seed", ""]
+    for id in drawn:
         example = examples[id]
         lines += [f"**{example.prompt}** {example.context} *({example.group} context)*", ""]
         for system in ("prompted", "trained"):

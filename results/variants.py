@@ -24,7 +24,7 @@ from data import user_message
 from folder import load
 from pairs import load_pairs, read_meta
 from responses import Message, logps_after
-from run import default_device
+from run import default_device, write_json
 from tokenizer import Tokenizer
 
 
@@ -102,7 +102,7 @@ def make_variant(name: str, sources: list[Path], target: Path) -> None:
     (target / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
     meta = json.loads((sources[0] / "pairs.json").read_text(encoding="utf-8"))
     meta["statistics"]["pairs"] = len(lines)
-    (target / "pairs.json").write_text(json.dumps(meta), encoding="utf-8")
+    write_json(target / "pairs.json", meta)
 
 
 if __name__ == "__main__":

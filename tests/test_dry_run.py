@@ -46,6 +46,15 @@ def test_candidates_are_counted_and_validation_is_not(call_train, dpo_run, capsy
     assert "7 epochs in all" in out and "validation not counted" in out
 
 
+@pytest.mark.parametrize(("flags", "left_out"), [
+    (("--rounds", "3"), "rounds after the first not counted"),
+    (("--method", "sft-revise", "--eval-every", "2"), "validation and the revision not counted"),
+])  # fmt: skip
+def test_what_the_estimate_leaves_out_is_named(call_train, dpo_run, capsys, flags, left_out):
+    call_train("--dry-run", *flags, *(() if "--rounds" in flags else ("--pairs", dpo_run)))
+    assert left_out in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("lengths", "count", "slots", "depth"), [
     ([5], 8, 8, 5), ([5], 9, 8, 10), ([5], 3, 8, 5), ([7], 100, 1, 700), ([1], 1000, 128, 8),
 ])  # fmt: skip

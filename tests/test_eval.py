@@ -21,7 +21,7 @@ import eval as evaluation
 import judge as judging
 import responses
 from checks import honours, verify
-from data import Example, load_examples
+from data import Example, choice_example, load_examples
 from eval import side_by_side
 from folder import load
 from measures import RATE, SYSTEMS, evaluate, interval, paired_differences, system_row
@@ -247,8 +247,7 @@ def test_thoughts_are_no_part_of_an_answer(answered, monkeypatch):
 # ------------------------------------------------------------------------------------------- tasks
 
 MATH = [Example(str(i), f"q{i}", "test", answer="8", style="math") for i in range(4)]
-CHOICE = [Example(str(i), f"Which {i}?\nA: red\nB: blue\nC: green", "test", answer="ABC"[i], style="choice",
-                  choices=["red", "blue", "green"]) for i in range(3)]
+CHOICE = [choice_example(str(i), f"Which {i}?", ["red", "blue\nor teal", ""], i, "test") for i in range(3)]
 
 
 def test_a_tasks_row_has_strict_flexible_and_unparsed_shares():
@@ -282,7 +281,8 @@ def test_data_without_contexts_compare_trained_with_default(tiny):
 
 
 def test_entropy_and_choice_by_mutual_information_by_brute_force(tmp_path):
-    """One sequence at a time: softmax over " A", " B", " C" after the reasoning; log p(c|q) - log p(c)."""
+    """One sequence at a time: softmax over " A", " B", " C" after the reasoning; log p(c|q) - log p(c), also
+    of a choice of two lines, and of an empty one, which is a blank."""
     folder = write_model(tmp_path / "model", scale=0.3)
     tokenizer, oracle = Tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     texts = ["I think. The answer is: B, the answer is: C", "no", "THE ANSWER IS:A"]
@@ -300,7 +300,7 @@ def test_entropy_and_choice_by_mutual_information_by_brute_force(tmp_path):
             p /= p.sum()
             assert a.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=1e-4)
         question, nothing = f"Question: {e.prompt.splitlines()[0]}\nAnswer:", "Answer:"
-        asked, alone = ([oracle_logp(oracle, tokenizer.chat(message), tokenizer.encode(choice))
+        asked, alone = ([oracle_logp(oracle, tokenizer.chat(message), tokenizer.encode(choice or " "))
                          for choice in e.choices] for message in (question, nothing))
         gains = np.subtract(asked, alone)
         assert a.choice_mi == float("ABC"[int(np.argmax(gains))] == e.answer)

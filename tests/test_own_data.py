@@ -85,6 +85,13 @@ def test_the_datas_own_pairs_have_their_margins_counted(run_folder):
     assert "pairs of the data: of " in table(result)
 
 
+def test_pairs_that_can_teach_nothing_are_not_counted(run_folder):
+    """Twice the same response, and an empty one: training drops such rows too."""
+    rows = [dict(prompt="Why?", chosen="Because.", rejected=text) for text in ("No!", "Because.", " ")]
+    result = evaluate(run_folder, write_rows(run_folder.parent / "mine.jsonl", *rows))
+    assert result["pairs"]["n"] == 1
+
+
 def test_a_test_row_that_is_too_long_is_dropped_and_named(run_folder, capsys):
     """Before anything is sampled."""
     data = write_rows(run_folder.parent / "mine.jsonl", dict(prompt="Why?"), dict(prompt="long " * 2000))

@@ -16,6 +16,7 @@ from conftest import END, chat_ids, oracle_logp, run_inside, training_example
 from transformers import AutoModelForCausalLM
 
 import pairs
+from checkpoint import lock
 from data import Example
 from folder import load
 from model import Decoder
@@ -458,6 +459,27 @@ def test_the_program_writes_pairs_and_never_over_them(call, tmp_path, capsys):
     with pytest.raises(UserError, match=r"o/pairs\.jsonl was made with seed 0, not 1"):
         call("--seed", "1")
     assert (tmp_path / "o" / "pairs.jsonl").read_bytes() == before
+
+
+def test_two_programs_cannot_sample_into_one_folder(call, tmp_path):
+    """Their pairs would mix; a program that is refused leaves nothing behind."""
+    with lock(tmp_path / "o"):
+        with pytest.raises(UserError, match="o: another run is writing here"):
+            call()
+        assert not any((tmp_path / "o").iterdir())
+    assert not (tmp_path / "o").exists()
+
+
+def test_seconds_are_said_to_leave_out_what_was_sampled_before(call, tmp_path, capsys):
+    """Two of four pairs are there already, as an interruption leaves them."""
+    call()
+    file, meta = tmp_path / "o" / "pairs.jsonl", read_json(tmp_path / "o" / "pairs.json")
+    assert meta["statistics"]["sampled_before"] == 0 and "sampled before" not in capsys.readouterr().out
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    write_json(tmp_path / "o" / "pairs.json", dict(settings=meta["settings"], statistics=None))
+    call()
+    assert read_json(tmp_path / "o" / "pairs.json")["statistics"]["sampled_before"] == 2
+    assert "(2 pairs were sampled before)" in capsys.readouterr().out
 
 
 def test_a_gain_is_a_number_for_every_response(call, tmp_path):

@@ -10,7 +10,7 @@ import scipy.stats
 
 from figures import entropy_figure, gain_figure, judges_figure, spread
 from measures import NO_INTERVAL
-from report import report, table
+from report import report, table, without_number
 from run import UserError, read_json, write_json
 
 PNG = b"\x89PNG"
@@ -314,7 +314,21 @@ def test_sampling_is_compared_as_it_was_and_not_as_it_was_written(tmp_path):
 def test_a_run_that_was_only_evaluated_on_validation_is_reported(tmp_path):
     run = write_run(tmp_path / "a", 0, 0.8)
     (tmp_path / "a" / "eval.json").rename(tmp_path / "a" / "eval-validation.json")
-    assert win_rates(report([run], tmp_path / "out"))["missing"] == "80.0 [70.0, 90.0] (93.26)"
+    """Its column says so, has no figure of the paper's test part, and marks nothing as chosen by itself."""
+    other = write_run(tmp_path / "b", 0, 0.7, "random")
+    (tmp_path / "b" / "eval.json").rename(tmp_path / "b" / "eval-validation.json")
+    text = report([run, other], tmp_path / "out")
+    assert win_rates(text)["missing"] == "80.0 [70.0, 90.0]" and "*" not in text.partition("\n")[2]
+    assert " (validation) |" in text
+
+
+@pytest.mark.parametrize(("path", "seed", "without"), [
+    ("runs/v1/seed1", 1, "runs/v1/seed*"), ("runs/lr-1e-6/seed1/x", 1, "runs/lr-1e-6/seed*/x"),
+    ("runs/v0/seed10", 10, "runs/v0/seed*"), ("runs/a-2/2", 2, "runs/a-2/*"), ("runs/a", 3, "runs/a"),
+    ("", 0, ""),
+])  # fmt: skip
+def test_a_seed_is_found_in_a_path_that_has_its_digit_elsewhere(path, seed, without):
+    assert without_number(path, seed) == without
 
 
 @pytest.mark.parametrize("more", [dict(pairs="runs/swapped"), dict(lr=1e-5), dict(limit=300),

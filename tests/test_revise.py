@@ -52,6 +52,19 @@ def test_what_cannot_be_revised_is_refused():
         check_revisable(rows, train.Args())
 
 
+@pytest.mark.parametrize(("neg", "refused"), [("missing", False), ("random", False), ("reshuffle", True),
+                                              ("noise", True), ("same", True)])
+def test_the_bad_response_is_one_to_a_random_context(neg, refused):
+    """What was left at its default becomes random; what cannot be is refused, not overruled."""
+    args = train.resolve(train.Args(method="sft-revise", neg=neg))
+    if refused:
+        with pytest.raises(UserError, match=f"--neg {neg}: --method sft-revise shows the model"):
+            train.check(args)
+    else:
+        train.check(args)
+        assert args.neg == "random"
+
+
 def test_revisions_are_trained_under_the_plain_prompt(call_train):
     """revised.jsonl holds one for each pair: its text is not the chosen one, its prompt is the pair's."""
     folder = call_train(*FLAGS)

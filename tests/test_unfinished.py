@@ -16,6 +16,7 @@ from conftest import (ROOT, child_environment, record_samples, run_inside, run_p
                       write_data, write_model)
 
 import eval as evaluation
+from checkpoint import lock
 from run import UserError, read_json, read_jsonl, write_json
 
 FLAGS = ["--data", "own.jsonl", "--max-new-tokens", "6", "--slots", "4", "--dtype", "float32"]
@@ -74,6 +75,49 @@ def stop_after(monkeypatch, count: int) -> list[tuple[int, int]]:
 
     keys = record_samples(monkeypatch, stop, "responses")
     return keys
+
+
+# ------------------------------------------------------------------------- one at a time
+
+def test_two_evaluations_cannot_share_a_folder(work, whole):
+    """Their samples would mix. One that ended in the meantime is seen all the same."""
+    with lock(work / "run"), pytest.raises(UserError, match="run: another run is writing here"):
+        evaluate(work)
+    with lock(work / "elsewhere"), pytest.raises(UserError, match="elsewhere: another run is writing here"):
+        evaluate(work, "--out", "elsewhere")
+    assert not (work / "elsewhere").exists()
+    assert results(evaluate(work)) == whole
+
+
+def test_what_another_evaluation_writes_in_the_meantime_is_not_replaced(work, whole, monkeypatch):
+    """It ends after this one has looked at the folder, and before this one holds the lock."""
+    looked = evaluation.resolve
+
+    def resolve(args) -> evaluation.Plan:
+        plan = looked(args)
+        monkeypatch.setattr(evaluation, "resolve", looked)
+        evaluate(work)
+        return plan
+
+    monkeypatch.setattr(evaluation, "resolve", resolve)
+    with pytest.raises(UserError, match=r"eval\.json is of an evaluation with"):
+        evaluate(work, "--temperature", "0.7")
+    assert results(work / "run") == whole
+
+
+def test_a_run_without_a_learning_curve_is_evaluated_to_its_end(work, whole):
+    """A copy that lacks metrics.jsonl: no picture of the gain, and nothing is left unfinished."""
+    write_json(work / "run" / "summary.json", {})
+    run = evaluate(work)
+    assert results(run) == whole and sorted(os.listdir(run)) == sorted([*DONE, "summary.json"])
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"arguments": 3}'])
+@pytest.mark.parametrize("name", ["eval.json", "unfinished.json"])
+def test_a_file_that_is_no_evaluation_is_refused(work, name, content):
+    (work / "run" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}( holds|: 'arguments' is)"):
+        evaluate(work)
 
 
 # ------------------------------------------------------------------------- going on
