@@ -107,7 +107,7 @@ def picture(rows: dict[str, list[Run]], file: Path) -> None:
     gains.set(xlabel="points over prompting", yticks=range(len(rows)), yticklabels=list(rows),
               ylim=(len(rows) - 0.5, -0.5))
     prices.set(xlabel=label)
-    prices.set_xlim(left=0)
+    prices.set_xlim(0, 1.05 * prices.get_xlim()[1])
     for axis in (gains, prices):
         axis.grid(color="0.92")
         axis.set_axisbelow(True)

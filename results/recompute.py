@@ -27,6 +27,7 @@ NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
 TINY = "demo-tiny/seed{}.eval.json"
 HEADLINE, DEMO = "headline-smollm2/eval.json", "demo-smollm2/eval.json"  # README.md's, and the one before it
 FIRST_TINY = "demo-tiny-2026-11-21/seed{}.eval.json"
+RATES = "rates-smollm2/lr-{}/seed0/eval-validation.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 TASKS = {"SVAMP": "tasks-smollm2/svamp.eval.json", "GSM8K": "tasks-smollm2/gsm8k.eval.json"}
 PERSIST, JUDGED = "persistbench-smollm2/eval.json", "tasks-smollm2/persist.eval.json"
@@ -92,6 +93,14 @@ def replies() -> list[str]:
     unread = read_json(RESULTS / JUDGED)["judges"]["SmolLM2-135M-Instruct"]["unread"]
     asked = 3 * unread["prompted"]
     return [str(asked), str(asked - sum(unread.values()))]
+
+
+def apologies() -> list[str]:
+    """The share of prompting's and of the trained responses that begin with an apology, in percent."""
+    begun: dict[str, list[bool]] = {}
+    for _, row in read_jsonl(RESULTS / HEADLINE.replace("eval.json", "responses.jsonl")):
+        begun.setdefault(row["system"], []).append(row["response"].lstrip().startswith("I'm sorry"))
+    return [f"{100 * sum(begun[system]) / len(begun[system]):.0f}" for system in ("prompted", "trained")]
 
 
 # -------------------------------------------------------------------------------- tables
@@ -179,12 +188,18 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("distinct_2", ".2f", 1), ("self_bleu_4", ".2f", 1), ("prompt_gain", ".0f", 1),
     ) for text in pair(PERSIST, key, form, scale, ("prompted", "trained"))]
     readme = [
-        ("by {} points [{}, {}] on contexts seen in training ({}% to {}%)",
+        ("{} points [{}, {}] on contexts seen in training ({}% to {}%)",
          points(HEADLINE, "seen") + rates(HEADLINE, "seen")),
-        ("and by {} [{}, {}] on unseen ones ({}% to {}%)",
+        ("{} [{}, {}] on unseen ones ({}% to {}%)",
          points(HEADLINE, "unseen") + rates(HEADLINE, "unseen")),
         ("`torchrun train.py --seed S` gains {} [{}, {}], {} [{}, {}] and {} [{}, {}] points over", every),
         ("unseen contexts alone {}, {} and {}, with", unseen),
+        ("where {}% of prompting's and {}% of the trained ones are cut off",
+         pair(HEADLINE, "unfinished", ".0f", 100, ("prompted", "trained"))),
+        ("apologies (\"I'm sorry\") fall from {}% to {}%", apologies()),
+        ("1e-6 gains nothing on validation prompts ({} points [{}, {}]), 3e-6 {}, 1e-5 {} [{}, {}] and 3e-5 "
+         "{} [{}, {}]", [*points(RATES.format("1e-6")), points(RATES.format("3e-6"))[0],
+                         *points(RATES.format("1e-5")), *points(RATES.format("3e-5"))]),
         ("the rise on seen contexts is {} points [{}, {}]",
          points(HEADLINE, "seen", "win_rate_length_matched")),
         ("rises too (by {} points at lr 1e-5)", [f"{100 * gain(missing)['mean']:.0f}"]),

@@ -76,7 +76,7 @@ MUTATIONS = {
         ("*range(len(ids), len(ids) + len(response) - 1)]",
          "*range(len(ids) - 1, len(ids) + len(response) - 2)]", "test_losses.py"),
         ("longest = min(map(len, sequences)) - 1", "longest = min(map(len, sequences))", "test_losses.py"),
-        ("(len(prefixes) + len(groups)) * root", "len(groups) * root", "test_losses.py"),
+        ("root * (len(prefixes) + len(groups))", "root * len(groups)", "test_losses.py"),
     ],
     "negatives.py": [
         ("[example.user_message(None)] * n_neg", "[example.user_message(example.context)] * n_neg",

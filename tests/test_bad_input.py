@@ -22,6 +22,7 @@ from conftest import CONFIG, FakeHub, leave, run_process
 from safetensors.torch import load_file, save_file
 
 import contexts
+import eval as evaluation
 import folder
 import judge
 import pairs
@@ -29,8 +30,8 @@ import sample
 import train
 from pairs import Pair, Response, save_pairs
 
-PROGRAMS = dict(contexts=contexts.program, folder=folder.program, judge=judge.program, pairs=pairs.program,
-                sample=sample.program, train=train.program)
+PROGRAMS = dict(contexts=contexts.program, eval=evaluation.program, folder=folder.program,
+                judge=judge.program, pairs=pairs.program, sample=sample.program, train=train.program)
 
 
 @pytest.fixture

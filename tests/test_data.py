@@ -6,11 +6,13 @@ Oracle: brute force over the assets.
 import dataclasses
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, training_example
 
-from contexts import DataArgs, examples_for
+import contexts
+from contexts import DataArgs, add_contexts, examples_for, read_contexts
 from data import Example, load_demo, load_examples, load_jsonl
 from run import UserError
 
@@ -222,3 +224,22 @@ def test_limit_draws_a_subset_by_seed_in_order(tmp_path):
     assert set().union(*subsets) == set(everything) and subsets[0] == prompts(5, 0)
     assert len({tuple(subset) for subset in subsets}) > 30
     assert prompts(0) == prompts(12) == prompts(99) == everything
+
+
+def test_contexts_that_two_judges_infer_do_not_mix(tmp_path, monkeypatch):
+    """Each judge's are in a file of its own, into which its other splits' go too."""
+    def infer(judge, rows) -> list[list[str]]:
+        return [[f"{judge.args.judge} of {prompt}"] for prompt, _, _ in rows]
+
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(contexts, "infer", infer)
+    monkeypatch.setattr(contexts, "Judge", lambda args, *rest: SimpleNamespace(args=args))
+    rows = [dataclasses.replace(training_example(i), reference="A", human_rejected="B") for i in range(4)]
+    for judge, some in (("org/a", rows[:2]), ("b", rows[1:2]), ("org/a", rows[2:])):
+        add_contexts(some, DataArgs(data="community", judge=judge, contexts="infer"))
+    files = {file.name: read_contexts(file) for file in (tmp_path / "runs").glob("contexts-*.jsonl")}
+    assert files == {
+        "contexts-community-a.jsonl": {e.id: [f"org/a of {e.prompt}"] for e in rows},
+        "contexts-community-b.jsonl": {rows[1].id: [f"b of {rows[1].prompt}"]},
+    }

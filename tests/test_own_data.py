@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 from report import table
-from run import UserError, read_json, started_by_torchrun
+from run import UserError, read_json, started_by_torchrun, write_json
 from tokenizer import Tokenizer
 from train import Args as TrainArgs
 
@@ -108,6 +108,26 @@ def resolved(run: Path, tmp_path: Path, **more) -> evaluation.Plan:
     """The plan of evaluating a run on data at hand."""
     data = write_rows(tmp_path / "here.jsonl", dict(prompt="Why?"))
     return evaluation.resolve(evaluation.Args(model=str(run), **dict(data=str(data)) | more))
+
+
+def test_contexts_are_inferred_for_a_test_as_they_were_for_training(run_folder, monkeypatch):
+    """By the run's judge with all that it was told, whoever judges here; on other data by this judge."""
+    told = dict(judge="thinker", judge_url="http://127.0.0.1:1/v1", judge_tokens=2000, judge_timeout=600.0,
+                judge_options='{"reasoning_effort": "low"}', judge_key_header="x-key", judge_cache="own.jsonl")
+    written = read_json(run_folder / "args.json")
+    write_json(run_folder / "args.json", written | dict(arguments=written["arguments"] | told
+                                                        | dict(data="community")))
+    asked = []
+
+    def examples_for(args, split) -> None:
+        asked.append({name: getattr(args, name) for name in told})
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluation, "examples_for", examples_for)
+    for data in ("community", "prism"):
+        with pytest.raises(UserError, match="enough"):
+            evaluation.resolve(evaluation.Args(model=str(run_folder), data=data, judge="tiny"))
+    assert asked[0] == told and asked[1]["judge"] == "tiny" and asked[1]["judge_tokens"] == 0
 
 
 def test_a_run_folder_that_was_moved_is_evaluated(run_folder, tmp_path, monkeypatch):

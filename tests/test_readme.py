@@ -116,5 +116,6 @@ def test_every_link_leads_somewhere(text):
             assert (ROOT / file).exists(), target
         if heading:
             lines = (ROOT / file).read_text().splitlines() if file else text.splitlines()
-            headings = {line.lstrip("# ").lower().replace(" ", "-") for line in lines if line[:1] == "#"}
+            titles = [re.sub(r"[^\w -]", "", line).strip() for line in lines if line[:1] == "#"]
+            headings = {title.lower().replace(" ", "-") for title in titles}  # as GitHub makes them
             assert heading in headings, target
