@@ -53,7 +53,7 @@ from figures import learning_curve
 from folder import check_weights, find, load, read_config
 from lora import add_adapters
 from losses import OBJECTIVES, token_count
-from memory import require_copy, require_fit
+from memory import Sizes, require_copy, require_fit
 from model import Decoder
 from negatives import Pair
 from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
@@ -69,6 +69,7 @@ from selection import Selection, check_validation, save_model
 from shard import gathered, shard_weights
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
+SMALL = 5e8  # parameters, below which LR is said to be too low: on 135M it gains nothing in 30 steps
 TEMPERATURES = dict(infonce=100.0, sami=1.0)  # the authors', on log-probs summed over tokens
 TEST_ROWS = 640  # test rows, drawn by seed, that --test evaluates where --limit is not given; eval.py: all
 
@@ -386,6 +387,10 @@ def program() -> None:
     source = find(args.model)
     config = read_config(source)
     check_weights(source)
+    parameters = Sizes.of(config, 0).total
+    if parameters < SMALL and max(candidate.lr for candidate in grid) <= LR:
+        print(f"note: --lr {LR:g} is for 1B parameters and more; {parameters / 1e6:.0f}M may learn nothing "
+              "at it: choose a larger one on validation prompts (135M: 1e-5)")
     barrier()  # all processes have looked at the folder before one of them writes there
     given = given_pairs(args, source) if args.pairs else None
     if args.dry_run:

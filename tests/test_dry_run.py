@@ -55,6 +55,14 @@ def test_what_the_estimate_leaves_out_is_named(call_train, dpo_run, capsys, flag
     assert left_out in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("lr", "noted"), [("1e-6", True), ("1e-7,1e-6", True), ("1e-5", False),
+                                          ("1e-6,1e-5", False)])
+def test_a_rate_for_large_models_is_noted_on_a_small_one(call_train, dpo_run, capsys, lr, noted):
+    """Where no value that is tried is larger."""
+    call_train("--dry-run", "--pairs", dpo_run, "--lr", lr)
+    assert ("note: --lr 1e-06 is for 1B parameters and more" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize(("lengths", "count", "slots", "depth"), [
     ([5], 8, 8, 5), ([5], 9, 8, 10), ([5], 3, 8, 5), ([7], 100, 1, 700), ([1], 1000, 128, 8),
 ])  # fmt: skip

@@ -112,8 +112,9 @@ def resolved(run: Path, tmp_path: Path, **more) -> evaluation.Plan:
 
 def test_contexts_are_inferred_for_a_test_as_they_were_for_training(run_folder, monkeypatch):
     """By the run's judge with all that it was told, whoever judges here; on other data by this judge."""
-    told = dict(judge="thinker", judge_url="http://127.0.0.1:1/v1", judge_tokens=2000, judge_timeout=600.0,
-                judge_options='{"reasoning_effort": "low"}', judge_key_header="x-key", judge_cache="own.jsonl")
+    told = dict(judge="thinker", judge_url="http://127.0.0.1:1/v1", judge_cache="own.jsonl",
+                judge_tokens=2000, judge_timeout=600.0, judge_key_header="x-key",
+                judge_options='{"reasoning_effort": "low"}')
     written = read_json(run_folder / "args.json")
     write_json(run_folder / "args.json", written | dict(arguments=written["arguments"] | told
                                                         | dict(data="community")))
