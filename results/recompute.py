@@ -123,6 +123,8 @@ def source(document: str, name: str, above: str) -> tuple[str, str, str] | None:
         return TASKS[head], "all", "trained" if tail == "trained" else "default"
     if head in ("all", "seen", "unseen") and tail:
         return HEADLINE if document == "README.md" else DEMO, head, tail
+    if head == "SmolLM2":
+        return RATES.format(tail.removeprefix("lr ")), "all", "trained"
     if re.fullmatch(r"seed\d", name):
         return TINY.format(name[4:]), "all", "trained"
     if head == "prompting":
