@@ -46,11 +46,12 @@ class DataArgs(JudgeArgs):
     model: str = option("", "Hugging Face folder or hub id; tiny is the embedded model (default: tiny for "
                         f"demo, else {QWEN})", "data")
     limit: int = option(0, "use at most this many examples, or of --pairs this many pairs, 0 for all", "data")
-    seed: int = option(0, "decides splits, negatives, every draw and the training order", "data")
-    temperature: float | None = option(None, "default: the data set's", "sampling")
-    top_p: float | None = option(None, "default: the data set's", "sampling")
+    seed: int = option(0, "decides negatives, every draw, the training order, own files' splits", "data")
+    temperature: float | None = option(None, "default: the data set's, PPO 1", "sampling")
+    top_p: float | None = option(None, "default: the data set's, PPO 1", "sampling")
     top_k: int = option(0, "0 for all", "sampling")
-    max_new_tokens: int | None = option(None, "longest response; default: the data set's", "sampling")
+    max_new_tokens: int | None = option(None, "longest response; default: the data set's, PPO at most 256",
+                                       "sampling")
     date: str = option(TEMPLATE_DATE, "date for chat templates that print one", "sampling")
     system: str | None = option(None, "system prompt of rows without one of their own (default: none, the "
                                 "template's own)", "sampling")
@@ -173,7 +174,7 @@ def infer_contexts(examples: list[Example], args: DataArgs) -> dict[str, list[st
     items = {e.id: texts for e, texts in zip(examples, inferred, strict=True) if texts}
 
     name, _ = name_and_folder(args.data)
-    by = re.sub(r"[^\w.-]+", "-", Path(judge_args.judge).name)
+    by = re.sub(r"[^\w.-]+", "-", judge_args.judge).strip("-")
     file = Path(args.judge_cache).with_name(f"contexts-{name}-{by}.jsonl")
     if not rank():  # other splits' contexts may be in the file already
         earlier = read_contexts(file) if file.exists() else {}

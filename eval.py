@@ -69,6 +69,11 @@ from verdicts import judge_all
 @dataclass
 class Args(DataArgs):
     data: str | None = option(None, "as train.py's --data (default: what the run was trained on)", "data")
+    contexts: str = option("", "as train.py's --contexts (default: the run's, on its own data)", "data")
+    model: str = option("", "run folder; or a bare model, with --out", "data")
+    temperature: float | None = option(None, "default: 0.1, or the data set's", "sampling")
+    top_p: float | None = option(None, "default: 0.9", "sampling")
+    max_new_tokens: int | None = option(None, "longest response; default: the run's", "sampling")
     date: str | None = option(None, "for chat templates that print one (default: the run's)", "sampling")
     dtype: str | None = option(None, "arithmetic (default: the run's; float32 where it saved that)",
                                "sampling", ("bfloat16", "float32"))
@@ -244,9 +249,9 @@ def examples_that_fit(examples: list[Example], base: str, args: Args, sampling: 
 
 # ------------------------------------------------------------------------- earlier evaluations
 
-def refuse_to_replace(plan: Plan) -> None:
+def refuse_to_replace(plan: Plan, tell: bool = False) -> None:
     """UserError where the folder holds another evaluation than this one, or verdicts that this one does not
-    ask for. An evaluation of some rows (--limit) gives way to one of more rows."""
+    ask for. An evaluation of some rows (--limit) gives way to one of more rows; tell: print that."""
     for file in (plan.progress_file, plan.numbers_file):
         if not file.exists():
             continue
@@ -255,7 +260,7 @@ def refuse_to_replace(plan: Plan) -> None:
         if changes and not has_fewer_rows(plan, earlier):
             raise UserError(f"{file} is of an evaluation with {changes}: name another folder with --out, or "
                             "remove that file")
-        if changes:
+        if changes and tell:
             print(f"{file} is of fewer rows, --limit {earlier['arguments']['limit']}: it is replaced")
         asked = [judge.args.judge for judge in plan.judges]
         lost = [name for name in earlier.get("judges", {}) if name not in asked]
@@ -446,7 +451,7 @@ def evaluation(args: Args) -> None:
     plan = resolve(args)
     barrier()  # all processes have looked at the folder before one of them writes there
     with lock(plan.out):
-        refuse_to_replace(plan)  # what has been written since it was looked at
+        refuse_to_replace(plan, tell=True)  # what has been written since it was looked at
         answers, result = measure(plan)
         write(plan, answers, result)
 

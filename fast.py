@@ -2,7 +2,7 @@
 
 The functions down to invert_cumulative have a plain form, given in their docstrings. tests/test_fast.py
 compares the two, values and gradients, in fp64 and bf16; of what only GPUs run tests/test_cuda.py does, in
-fp64. What each saves in a run is in bench/README.md.
+fp64. What those that run on a CPU save in a run is in bench/README.md.
 
     linear_logps     log-softmax-gather of the output layer: no logits are kept; Triton kernels on a GPU
     attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products

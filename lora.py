@@ -5,7 +5,8 @@
 on all linear layers of the blocks (what PEFT calls "all-linear"): neither the embedding nor the output layer.
 A starts as PEFT's does, Kaiming-uniform, and B at 0, so training starts from the very model. Only A and B
 have gradients and optimizer state, and with these adapters off the model is its own reference.
-What differs from the paper: it trains all weights; LoRA is ours, for models that would not fit otherwise.
+The paper trains its 70B model so, at rank 32, and all weights of the others.
+What differs from the paper: it does not say how adapters start; ours start as PEFT's.
 
 Legend: T tokens, I inputs and O outputs of a layer, r rank.
 

@@ -495,8 +495,9 @@ def pairs_for(args: "PairArgs", split: str, folder: Path, model: Decoder | None 
 class PairArgs(DataArgs):
     """What every program that makes pairs needs to be told; train.py adds to it."""
 
-    neg: str = option("missing", "where rejected responses come from", "pairs", NEGATIVES)
-    n_neg: int = option(1, "rejected responses for every chosen one, 0 for none", "pairs")
+    neg: str = option("missing", "where rejected responses come from (sft-revise: random)", "pairs",
+                      NEGATIVES)
+    n_neg: int = option(1, "rejected responses for every chosen one (sft, PPO: 0)", "pairs")
 
 
 @dataclass

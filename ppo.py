@@ -28,7 +28,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from batches import epoch_order, idle_passes
 from checkpoint import Checkpoints, StopSignal
-from contexts import examples_for, sampling_for
+from contexts import contexts_of, examples_for, sampling_for
 from data import Example
 from figures import learning_curve
 from folder import load
@@ -79,7 +79,7 @@ class PPOArgs:
     gae_lambda: float = option(0.95, "lambda of generalised advantage estimation", "PPO")
     clip: float = option(0.2, "how far the ratio of probabilities may move from 1", "PPO")
     value_clip: float = option(0.2, "how far a value may move", "PPO")
-    shuffle_rewards: bool = option(False, "control: shuffle the rewards of every batch", "PPO")
+    shuffle_rewards: bool = option(False, "control: each response gets another one's reward", "PPO")
 
 
 def resolve(args):
@@ -107,7 +107,11 @@ def check(args) -> None:
     given += ["--n-neg"] * (args.n_neg > 1)
     if given:
         raise UserError(f"{', '.join(given)}: no effect with --method {args.method}")
+    if args.shuffle_rewards and args.rollout_batch * args.rollouts < 2:
+        raise UserError("--shuffle-rewards needs two responses in a batch: raise --rollout-batch")
     reward = REWARDS[args.method]
+    if args.judge and not reward.judge and contexts_of(args) != "infer":
+        raise UserError(f"--judge has nothing to judge with --method {args.method}")
     if reward.judge and not args.judge:
         raise UserError(f"--method {args.method} needs a judge: --judge MODEL. The paper's is the start "
                         f"model itself, --judge {args.model}")
@@ -515,6 +519,9 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
     saved, tensors = begin_or_resume([args], folder, checkpoints)
     state = State(**saved)
     has_begun = state.rows > 0
+    judge = Judge(args, args.slots, args.date) if REWARDS[args.method].judge else None
+    if judge:
+        judge.check_endpoint()  # before any model is loaded
     actor = MasterAdamW(load_trainable(source, args), args.lr, args.seed, args.rounding)
     critic = MasterAdamW(load_critic(source, args, load_trainable), args.critic_lr, args.seed, args.rounding)
     reference = None
@@ -528,10 +535,10 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
     examples = fitting_rows(examples_for(args, "train"),
                             lambda e: [e.user_message(e.context), e.user_message(None)], tokenizer,
                             actor.model.config.max_position_embeddings, sampling.max_new_tokens)
-    judge = Judge(args, args.slots, args.date) if REWARDS[args.method].judge else None
     print(f"{folder}: {len(examples)} prompts, lr {args.lr}, critic's {args.critic_lr}, {sampling}")
     metrics = Metrics(folder / "metrics.jsonl", state.rows)
-    with StopSignal() as checkpoints.stop:
+    checkpoints.stop = StopSignal()
+    with checkpoints.stop:  # a signal now lets the step end first
         ppo(actor, critic, reference, examples, tokenizer, judge, args, metrics, state, checkpoints)
     save_model(actor, [], args, folder, source)
     barrier()

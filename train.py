@@ -18,8 +18,8 @@ Pairs are sampled from the model itself, unless the run folder or --pairs holds 
 weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1. Several
 processes (torchrun --nproc_per_node) share the sampling and every batch: results are those of one process, up
 to rounding. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
-What differs from the paper: settings are chosen on validation prompts, never on test ones, and the learning
-rate depends on the model's size: 1e-7 to 1e-6 for 1B and more, several times that for 135M.
+What differs from the paper: settings are chosen on validation prompts, never on test ones. The default rate
+is the paper's largest, 1e-6, for 1B parameters and more; a run with no larger one below 500M is told so.
 
     torchrun train.py --data demo --neg missing --model DIR          or plain python train.py ...
 
@@ -81,12 +81,12 @@ class Args(ppo.PPOArgs, PairArgs):
     pairs: str = option("", "folder of pairs to train on; data, contexts, negatives, seed, prompts' settings "
                         "and sampling are theirs", "data")
     out: str = option("", "run folder (default: runs/ and a name made of the arguments)", "data")
-    dry_run: bool = option(False, "show an example, estimate memory and time, and stop", "data")
+    dry_run: bool = option(False, "show an example, estimate memory and time, and stop (not of PPO)", "data")
     method: str = option("dpo", "what to train by", "training", (*OBJECTIVES, *ppo.REWARDS))
     softmax: bool = option(False, "one softmax over all rejected responses, not a row for each", "training")
     beta: float = option(0.1, "strength of the pull towards the reference", "training", sweep=True)
-    lr: float | None = option(None, f"peak learning rate (default: {LR}; tiny: {TINY_LR})", "training",
-                              sweep=True)
+    lr: float | None = option(None, f"peak learning rate (default: {LR:g}, PPO "
+                              f"{ppo.DEFAULTS['lr']:g}; tiny: {TINY_LR:g})", "training", sweep=True)
     epochs: int = option(1, "passes over the pairs", "training", sweep=True)
     rounds: int = option(1, "self-training rounds; each samples new pairs from the last round's model",
                          "training")
@@ -111,7 +111,8 @@ class Args(ppo.PPOArgs, PairArgs):
                            "training", ("stochastic", "nearest"))
     eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
-    test: bool = option(False, f"evaluate on {TEST_ROWS} test rows at the end (tiny: always)", "choosing")
+    test: bool = option(False, f"evaluate on --limit, else {TEST_ROWS}, test rows at the end (tiny: always)",
+                        "choosing")
     val_limit: int = option(192, "validation examples, 0 for all", "choosing")
     save_every: int = option(200, "steps between checkpoints, which better validations and signals write "
                              "too; 0: these alone", "resuming")
@@ -388,9 +389,10 @@ def program() -> None:
     config = read_config(source)
     check_weights(source)
     parameters = Sizes.of(config, 0).total
-    if parameters < SMALL and max(candidate.lr for candidate in grid) <= LR:
-        print(f"note: --lr {LR:g} is for 1B parameters and more; {parameters / 1e6:.0f}M may learn nothing "
-              "at it: choose a larger one on validation prompts (135M: 1e-5)")
+    largest = max(candidate.lr for candidate in grid)
+    if parameters < SMALL and largest <= LR:
+        print(f"note: --lr {largest:g} is for 1B parameters and more; {parameters / 1e6:.0f}M may learn "
+              "nothing at it: choose a larger one on validation prompts (DPO on 135M: 1e-5)")
     barrier()  # all processes have looked at the folder before one of them writes there
     given = given_pairs(args, source) if args.pairs else None
     if args.dry_run:

@@ -48,7 +48,8 @@ def trained(args, tokenizer, model, rows: list[dict], lr: float, folder: str):
     return trainer
 
 
-def generated(tokenizer, model, turns: list[str], most: int, batch: int = 64) -> list[list[int]]:
+def generated(tokenizer, model, turns: list[str], most: int, temperature: float = 1.0, top_p: float = 1.0,
+              batch: int = 64) -> list[list[int]]:
     """Ids of a response to every user's turn, up to the end token; `batch` together, padded on the left."""
     stop = model.generation_config.eos_token_id
     stop = set(stop if isinstance(stop, list) else [stop])
@@ -57,8 +58,9 @@ def generated(tokenizer, model, turns: list[str], most: int, batch: int = 64) ->
         texts = [tokenizer.apply_chat_template(message(turn), tokenize=False, add_generation_prompt=True)
                  for turn in turns[i : i + batch]]
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        ids = model.generate(**inputs.to(model.device), max_new_tokens=most, do_sample=True, temperature=1.0,
-                             top_p=1.0, top_k=0, repetition_penalty=1.0, pad_token_id=tokenizer.pad_token_id)
+        ids = model.generate(**inputs.to(model.device), max_new_tokens=most, do_sample=True, top_k=0,
+                             temperature=temperature, top_p=top_p, repetition_penalty=1.0,
+                             pad_token_id=tokenizer.pad_token_id)
         for row in ids[:, inputs.input_ids.shape[1] :].tolist():
             end = next((n for n, token in enumerate(row, 1) if token in stop), len(row))
             responses.append(row[:end])
@@ -106,8 +108,8 @@ def whole(args) -> None:
     training = draw.sample([e for e in examples if e.split == "train"], args.limit)
     held_out = draw.sample([e for e in examples if e.split == "test"], args.limit)
 
-    def responses(turns: list[str]) -> list[str]:
-        ids = generated(tokenizer, model, turns, args.max_new)
+    def responses(turns: list[str], *temperature_and_top_p: float) -> list[str]:
+        ids = generated(tokenizer, model, turns, args.max_new, *temperature_and_top_p)
         return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def win_rate(texts: list[str]) -> float:
@@ -120,18 +122,19 @@ def whole(args) -> None:
     sampled = clock()
     questions = [user_message(e.prompt, e.context) for e in held_out]
     prompts = list(dict.fromkeys(e.prompt for e in held_out))
-    answer = dict(zip(prompts, responses([user_message(prompt, None) for prompt in prompts]), strict=True))
+    alone = responses([user_message(prompt, None) for prompt in prompts], 0.1, 0.9)
+    answer = dict(zip(prompts, alone, strict=True))
     win_rates = dict(default=win_rate([answer[e.prompt] for e in held_out]),
-                     prompted=win_rate(responses(questions)))
+                     prompted=win_rate(responses(questions, 0.1, 0.9)))
     answered = clock()
     rows = [dict(user=u, chosen=c, rejected=r) for u, c, r in zip(users, chosen, rejected, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trained(args, tokenizer, pretrained(args, torch.float32)[1], rows, args.lr, folder)
-        model = trainer.model.eval()
+        model = trainer.model.eval().to(getattr(torch, args.dtype))
         trainer.save_model(folder)
     done = clock()
-    win_rates["trained"] = win_rate(responses(questions))
+    win_rates["trained"] = win_rate(responses(questions, 0.1, 0.9))
     end = clock()
-    report(pairs=len(rows), seconds=end - start, seconds_sampling=sampled - start,
+    report(pairs=len(rows), seconds_sampling=sampled - start,
            seconds_training=done - answered, seconds_evaluation=answered - sampled + end - done,
            win_rates=win_rates, trl=trl.__version__, transformers=transformers.__version__)

@@ -138,11 +138,13 @@ def plain(text: str) -> str:
 
 
 def child(*command: str) -> dict:
-    """The JSON object that a Python child prints last; where the child fails, so does the benchmark."""
+    """The JSON object that a Python child prints last, and the seconds of its whole life; where the child
+    fails, so does the benchmark."""
+    start = time.perf_counter()
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{done.stdout}{' '.join(command)} failed with {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | dict(process_seconds=time.perf_counter() - start)
 
 
 def ratios(top: list[dict], bottom: list[dict], *keys: str) -> dict[str, dict]:

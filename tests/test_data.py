@@ -240,6 +240,6 @@ def test_contexts_that_two_judges_infer_do_not_mix(tmp_path, monkeypatch):
         add_contexts(some, DataArgs(data="community", judge=judge, contexts="infer"))
     files = {file.name: read_contexts(file) for file in (tmp_path / "runs").glob("contexts-*.jsonl")}
     assert files == {
-        "contexts-community-a.jsonl": {e.id: [f"org/a of {e.prompt}"] for e in rows},
+        "contexts-community-org-a.jsonl": {e.id: [f"org/a of {e.prompt}"] for e in rows},
         "contexts-community-b.jsonl": {rows[1].id: [f"b of {rows[1].prompt}"]},
     }
