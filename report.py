@@ -47,7 +47,7 @@ QUALITY = (  # heading, key, format; shown where a system has it
     ("at equal len", "length_controlled", ".1%"), ("off target", "off_target", ".1%"),
     ("tokens", "tokens", ".1f"), ("unfinished", "unfinished", ".0%"), ("base nll", "nll_per_token", ".3f"),
     ("distinct-2", "distinct_2", ".3f"), ("self-BLEU-4", "self_bleu_4", ".3f"),
-    ("  in a prompt", "self_bleu_4_within", ".3f"), ("prompt gain", "prompt_gain", ".1f"),
+    (" in a prompt", "self_bleu_4_within", ".3f"), ("prompt gain", "prompt_gain", ".1f"),
 )
 
 

@@ -269,6 +269,12 @@ def chat_ids(folder: Path, user_message: str) -> list[int]:
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
 
 
+def letter_ids(folder: Path, text: str) -> list[int]:
+    """A text's ids letter by letter, which is not how the tokenizer would cut it."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return [token for letter in text for token in tokenizer.encode(letter).ids]
+
+
 def training_example(number: int, context: str | None = None, prompt: str | None = None, **more) -> Example:
     """A row of the training part, "Question <number>?" where no prompt is given."""
     return Example(str(number), prompt or f"Question {number}?", "train", context, **more)

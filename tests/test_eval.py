@@ -733,3 +733,36 @@ def test_what_one_question_meets_is_counted_with_its_reason(finished_run, data, 
     assert verdicts["unread"] == dict(reference=0, default=1, prompted=1, trained=1)
     assert verdicts["unread_reasons"] == dict(filtered=3) and verdicts["items"] == dict(asked=4, shared=3)
     assert verdicts["pairwise"]["unread"] == 1
+
+
+def test_each_systems_own_model_is_asked_about_the_choices(tiny, monkeypatch):
+    """The trained one of the trained system's answers (Figs. 4, 5), the base model of all others."""
+    base, trained = (random_model(seed, max_position_embeddings=8192) for seed in (0, 1))
+    asked = []
+    monkeypatch.setattr(responses, "choice_measures",
+                        lambda model, tokenizer, examples, answers: asked.append(model) or answers)
+    answers = respond(base, trained, Tokenizer(tiny), CHOICE, Sampling(1.0, 1.0, 4), 0)
+    assert list(answers) == ["default", "trained"]
+    assert [model is own for model, own in zip(asked, (base, trained), strict=True)] == [True, True]
+
+
+def test_the_first_judge_decides_and_others_stay(finished_run, data, call, serve, tmp_path):
+    """Win rates are by the first of --judge a,b; with --reuse of the run's own folder verdicts of earlier
+    judges stay in eval.json."""
+    server = serve(verdict)
+    flags = ["--model", finished_run, "--data", data, *judged_flags(server, tmp_path)]
+    args = evaluation.Args(model=str(finished_run), data=str(data), judge="first,second",
+                           judge_url=server.url, judge_cache=str(tmp_path / "c.jsonl"), max_new_tokens=5,
+                           dtype="float32")
+    plan = evaluation.resolve(args)
+    assert [judge.args.judge for judge in plan.judges] == ["first", "second"]
+    assert plan.deciding_judge == "first"
+    call(*flags)
+    call(*flags, "--judge", "n", "--reuse", finished_run)
+    assert list(read_json(finished_run / "eval.json")["judges"]) == ["m", "n"]
+
+
+def test_choices_by_mutual_information_are_counted_where_they_are_right():
+    """Two of three."""
+    row = system_row(CHOICE, [answer("no", choice_mi=value) for value in (1.0, 1.0, 0.0)])
+    assert (row["choice_mi"]["mean"], row["choice_mi"]["n"]) == (pytest.approx(2 / 3), 3)

@@ -514,3 +514,15 @@ def test_math_answers_are_read_before_and_after_questions_of_the_models_own():
     assert (row["win_rate"]["mean"], row["last_marker"]["mean"]) == pytest.approx((2 / 3, 2 / 3))
     row = system_row(rows[:1], [answer(texts[0], 3)])
     assert (row["win_rate"]["mean"], row["last_marker"]["mean"], row["flexible"]["mean"]) == (1, 0, 1)
+
+
+def test_a_judges_win_rate_at_equal_length_is_beside_the_references_characters():
+    """How much longer an answer is than its reference, whose thoughts do not count; ties at 1."""
+    scores, texts = [5, 3, 2, 4], ["a" * n for n in (90, 60, 5, 40)]
+    reference = "<think>much</think> " + "r" * 20
+    rows = [Example(str(i), f"p{i}", "test", "c", reference=reference) for i in range(4)]
+    given = [answer(text, scores=dict(j=float(s)), reference_scores=dict(j=3.0))
+             for text, s in zip(texts, scores, strict=True)]
+    expected = length_controlled(np.array([1.0, 1, 0, 1]), np.array([70.0, 40, -15, 20]))
+    assert system_row(rows, given, "j")["length_controlled"] == pytest.approx(expected, rel=1e-9)
+    assert abs(expected - 0.75) > 0.01

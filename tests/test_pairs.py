@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from conftest import END, chat_ids, oracle_logp, run_inside, training_example
+from conftest import END, chat_ids, letter_ids, oracle_logp, run_inside, training_example
 from transformers import AutoModelForCausalLM
 
 import pairs
@@ -148,7 +148,7 @@ def test_chosen_responses_are_drawn_from_their_prompts_and_keys(sampled, model_a
 
 def test_the_end_token_is_there_where_a_response_has_ended(sampled, model_and_tokenizer):
     """finished holds for exactly the responses whose last id is a stop id; no other id is one."""
-    _, _, made, statistics = sampled
+    _, _, made, _ = sampled
     stop_ids = model_and_tokenizer[1].stop_ids
     responses = [response for pair in made for response in pair.responses]
     for response in responses:
@@ -157,8 +157,6 @@ def test_the_end_token_is_there_where_a_response_has_ended(sampled, model_and_to
         assert response.finished or len(response.ids) == SETTINGS.max_new_tokens
     finished = [response.finished for response in responses]
     assert set(finished) == {True, False}
-    if not sum(statistics["dropped"].values()):
-        assert statistics["unfinished"] == pytest.approx(1 - sum(finished) / len(finished))
 
 
 @pytest.fixture
@@ -180,12 +178,6 @@ def make_of(monkeypatch, model_and_tokenizer):
         return make_pairs(*model_and_tokenizer, examples, "missing", SETTINGS, 0, n_neg=n_neg)
 
     return get
-
-
-def letter_ids(folder: Path, text: str) -> list[int]:
-    """A text's ids letter by letter, which is not how the tokenizer would cut it."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return [token for letter in text for token in tokenizer.encode(letter).ids]
 
 
 def test_sampled_ids_are_kept_as_they_are(make_of, tiny):
@@ -536,3 +528,49 @@ def test_a_mistake_in_the_data_comes_before_the_folder(call, tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl:1\b"):
         call()
     assert not (tmp_path / "o").exists()
+
+
+def test_a_random_context_is_of_another_user():
+    """Where users are known: never of another row of one's own user, though its context is another one."""
+    rows = [training_example(i, f"Context {i}.", user=f"u{i // 4}") for i in range(20)]
+    for e, messages in zip(rows, negative_messages(rows, "random", 0, 10), strict=True):
+        assert not set(messages) & {e.user_message(other.context) for other in rows if other.user == e.user}
+    with pytest.raises(UserError, match="of two users"):
+        negative_messages(rows[:4], "random", 0)
+
+
+def test_pairs_are_not_sampled_as_evaluation_samples(call, monkeypatch):
+    """At temperature 1, not at the 0.1 of held-out responses; as the command says, where it does."""
+    used = []
+    monkeypatch.setattr(pairs, "generate", lambda *a, **k: used.append(a[2]) or generate(*a, **k))
+    call()
+    assert set(used) == {Sampling(1.0, 1.0, 6)}
+    used.clear()
+    call("--temperature", "0.7", "--top-p", "0.8", "--top-k", "5", "--out", "other")
+    assert set(used) == {Sampling(0.7, 0.8, 6, 5)}
+
+
+def test_further_draws_and_gains_are_told_the_system_prompt(tiny, monkeypatch):
+    """Not only the first draws: a rejected response that is drawn again, and log p(y|x) of the gain."""
+    yes, no = letter_ids(tiny, "yes"), letter_ids(tiny, "no")
+    tokenizer, model, asked = Tokenizer(tiny), load(tiny), []
+
+    def generate(model, prompts, sampling, stop_ids, seed, keys, slots, bar=None,
+                 on_finished=lambda i, drawn: None):
+        asked.extend(zip(keys, prompts, strict=True))
+        samples = [Sample(no if k == 3 else yes, [], k == 0) for _, k in keys]
+        for i, drawn in enumerate(samples):
+            on_finished(i, drawn)
+        return samples
+
+    monkeypatch.setattr(pairs, "generate", generate)
+    example = training_example(0, "Context 0.", system="Be brief.")
+    [pair], statistics = make_pairs(model, tokenizer, [example], "missing", SETTINGS, 0)
+    full = tokenizer.chat(example.user_message("Context 0."), "Be brief.")
+    bare = tokenizer.chat("Question 0?", "Be brief.")
+    assert asked == [((0, 0), full), ((0, 1), bare), ((0, 2), bare), ((0, 3), bare)]
+    oracle = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    for response, ids in zip(pair.responses, (yes, no), strict=True):
+        expected = oracle_logp(oracle, full, ids) - oracle_logp(oracle, bare, ids)
+        assert response.ids == ids and response.gain == pytest.approx(expected, abs=1e-4)
+    assert statistics["unfinished"] == 0.5 and statistics["redrawn"] == 2

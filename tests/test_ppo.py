@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import close, model_weights, start_workers, training_example
+from conftest import (RecordingOptimizer, close, model_weights, named_gradients, oracle_logp, oracle_logps,
+                      start_workers, training_example, write_model)
 from safetensors.torch import load_file, save_file
 from test_processes import PlainSGD, flat, without_clock
 from torch import Tensor
@@ -35,7 +36,7 @@ from ppo import (Rollout, explained_variance, gae, kl_penalty, load_critic, poli
                  whiten)
 from rewards import REWARDS, Reward, check_data, mutual_information, rewards_of
 from run import Metrics, UserError, main, rank, read_json, read_jsonl, world
-from sample import generate
+from sample import Sampling, generate
 from tokenizer import Tokenizer
 
 
@@ -446,7 +447,7 @@ def test_rewards_are_clipped_and_counted(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ppo, "token_rewards", record)
     clipped = experiment(tiny, tmp_path, "ppo-mi", reward_clip=1e-9)["metrics"][0]
-    assert set(earned) == {1e-9, -1e-9}
+    assert {abs(reward) for reward in earned} == {1e-9}
     assert free["reward_clipped"] == 0 and clipped["reward_clipped"] == 1
     assert clipped["reward"] == free["reward"]
 
@@ -622,3 +623,116 @@ def random_texts_differ(trained, start) -> bool:
 
 if __name__ == "__main__":
     main(work)
+
+
+def test_one_update_is_written_out(tiny, tmp_path, monkeypatch):
+    """A batch of ppo-mi and its one update, by transformers in fp64: Eq. 15's reward, clipped; the KL penalty
+    against another model; GAE, whitened over the batch; means over tokens, then over responses; the clip.
+    """
+    args = arguments(method="ppo-mi", mi_weight=2.0, kl_weight=0.3, gamma=0.9, gae_lambda=0.6, clip=0.3,
+                     value_clip=0.4, reward_clip=1.5, rollout_batch=4, train_batch=4, ppo_epochs=1,
+                     max_new_tokens=6, temperature=0.9, seed=5)
+    start_folder = write_model(tmp_path / "start", seed=1)
+    examples = [dataclasses.replace(row(i), system="Be brief.") for i in range(4)]
+    actor = RecordingOptimizer(load(tiny, torch.float64))
+    critic = RecordingOptimizer(new_critic(tiny, torch.float64))
+    batches, asked, clips = [], [], []
+
+    def watch(name: str, note) -> None:
+        original = getattr(ppo, name)
+        monkeypatch.setattr(ppo, name, lambda *given: note(*given) or original(*given))
+
+    watch("backward", lambda actor, critic, prompts, batch, args: batches.append(batch))
+    watch("rewards_of", lambda examples, *rest: asked.extend(examples))
+    for name in ("policy_loss", "value_loss"):
+        watch(name, lambda *given: clips.append(given[-1]))
+    start = load(start_folder, torch.float64).requires_grad_(False)
+    file, tokenizer = tmp_path / "metrics.jsonl", Tokenizer(tiny)
+    ppo.ppo(actor, critic, start, examples, tokenizer, None, args, Metrics(file), ppo.State())
+
+    # What was sampled: the policy's own responses, in seeded order, each beside its own example.
+    [keys], [batch] = rollout_batches(4, args), batches
+    assert asked == [examples[i] for i, _ in keys] != examples
+    full = [tokenizer.chat(e.user_message(e.context), "Be brief.") for e in examples]
+    samples = generate(load(tiny, torch.float64), [full[i] for i, _ in keys], Sampling(0.9, 1.0, 6),
+                       tokenizer.stop_ids, 5, keys)
+    rollouts = {rollout.row: rollout for rollout in batch}
+    assert {i: s.ids for (i, _), s in zip(keys, samples, strict=True)} == {
+        i: rollout.ids for i, rollout in rollouts.items()}
+    assert clips == [0.3] * 4 + [0.4] * 4
+
+    # What it earned, token by token.
+    oracle, start, valued = (AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
+                             for source in (tiny, start_folder, tiny))
+    head = critic.model.lm_head.weight.detach().clone().requires_grad_()
+    logps, values, returns, advantages, kls, rewards = [], [], [], [], [], []
+    for i, e in enumerate(examples):
+        ids, bare = rollouts[i].ids, tokenizer.chat(e.user_message(None), "Be brief.")
+        own = oracle_logps(oracle, full[i], ids)  # (R,)
+        rewards.append(2.0 * (own.sum().item() - oracle_logp(oracle, bare, ids)))
+        kl = own.detach() - oracle_logps(start, full[i], ids).detach()  # (R,)
+        hidden = valued.model(torch.tensor([full[i] + ids])).last_hidden_state[0]  # (T, E)
+        value = hidden[len(full[i]) - 1 : -1] @ head[0]  # (R,)
+        r, v = -0.3 * kl, value.detach()
+        r[-1] += min(1.5, max(-1.5, rewards[-1]))
+        delta = r + 0.9 * torch.cat((v[1:], torch.zeros(1))) - v
+        a = [sum(0.54**k * delta[t + k] for k in range(len(v) - t)) for t in range(len(v))]  # gamma lambda
+        a = torch.stack(a)  # (R,)
+        columns = (logps, own), (values, value), (returns, a + v), (advantages, a), (kls, kl)
+        for column, new in columns:
+            column.append(new)
+    tokens = torch.cat(advantages)
+    white = [(a - tokens.mean()) / tokens.std(correction=0) for a in advantages]
+    assert any(abs(x) > 1.5 for x in rewards) and any(abs(x) < 1.5 for x in rewards)
+
+    # The gradients at ratio 1, where nothing is clipped but their norm.
+    policy_loss = sum(-(a * own).mean() for a, own in zip(white, logps, strict=True)) / 4
+    value_loss = sum(0.5 * ((v - r) ** 2).mean() for v, r in zip(values, returns, strict=True)) / 4
+    policy_loss.backward()
+    value_loss.backward()
+    [line] = [line for _, line in read_jsonl(file)]
+    expected = named_gradients(oracle), {**named_gradients(valued.model), "head": head.grad}
+    ours = actor.gradients[0], critic.gradients[0]
+    for found, wanted, key in zip(ours, expected, ("grad_norm", "critic_grad_norm"), strict=True):
+        norm = math.sqrt(sum(g.square().sum().item() for g in wanted.values()))
+        assert line[key] == pytest.approx(norm, rel=1e-4)
+        for name, gradient in wanted.items():
+            own = "lm_head.weight" if name == "head" else name if name in found else f"model.{name}"
+            torch.testing.assert_close(found[own], gradient / max(1, norm), rtol=1e-3, atol=2e-6)
+    assert line["grad_norm"] > 1
+
+    # What metrics.jsonl says of it.
+    variance = torch.cat(returns).var(correction=0)
+    unexplained = (torch.cat(returns) - torch.cat(values).detach()).var(correction=0)
+    said = dict(reward=np.mean(rewards), information=np.mean(rewards) / 2,
+                reward_clipped=np.mean([abs(x) > 1.5 for x in rewards]),
+                kl=sum(kl.sum().item() for kl in kls) / 4,
+                kl_per_token=torch.cat(kls).mean().item(),
+                unfinished=np.mean([not s.finished for s in samples]),
+                explained_variance=(1 - unexplained / variance).item(), value_loss=value_loss.item())
+    assert {key: line[key] for key in said} == pytest.approx(said, rel=1e-4, abs=1e-6)
+
+
+def test_only_the_training_part_is_trained_on(tmp_path, monkeypatch):
+    """As many of its rows as --limit says."""
+    class Seen(Exception):
+        pass
+
+    def look(actor, critic, reference, examples, *rest) -> None:
+        seen.extend(examples)
+        raise Seen
+
+    seen: list[Example] = []
+    monkeypatch.setattr(ppo, "ppo", look)
+    with pytest.raises(Seen):
+        ppo.run_ppo(arguments(limit=10), tmp_path / "run", find("tiny"), train.load_trainable)
+    assert [e.split for e in seen] == ["train"] * 10
+
+
+def test_with_adapters_the_reference_is_the_start_model(tiny, tmp_path):
+    """The actor without them: once they have moved, there is a divergence to pay for."""
+    args = arguments(lora_rank=4, lr=0.1, critic_lr=0.1, rollout_batch=3, train_batch=3, max_new_tokens=6)
+    actor, critic = train.load_trainable(tiny, args), load_critic(tiny, args, train.load_trainable)
+    _, lines = run_ppo_in_place(PlainSGD(actor), PlainSGD(critic), tiny, tmp_path / "m.jsonl", args,
+                                [row(i) for i in range(6)])
+    assert abs(lines[0]["kl"]) < 1e-6 and abs(lines[1]["kl"]) > 1e-4

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.axes import Axes
 
 from figures import entropy_figure, gain_figure, judges_figure, spread
 from measures import NO_INTERVAL
-from report import report, table, without_number
+from report import difference_line, report, system_lines, table, without_number
 from run import UserError, read_json, write_json
 
 PNG = b"\x89PNG"
@@ -412,3 +413,66 @@ def test_intervals_over_contexts_leave_each_context_out_once(recompute):
     expected = scipy.stats.t.interval(0.95, 7, gains.mean(), scipy.stats.sem(gains))
     measured = recompute.over_contexts(recompute.DEMO, "unseen", "trained")
     assert (measured["low"], measured["high"]) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_strategy_is_chosen_by_its_trained_model(tmp_path):
+    """On validation, where prompting may do better beside the worse one."""
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 0, 0.7, "random")]
+    for run, trained, prompted in zip(runs, (0.6, 0.7), (0.9, 0.2), strict=True):
+        systems = dict(prompted=dict(win_rate=interval(prompted)), trained=dict(win_rate=interval(trained)))
+        write_json(Path(run) / "eval-validation.json", dict(parts=dict(all=dict(systems=systems))))
+    rates = win_rates(report(runs, tmp_path / "out"))
+    assert "*" in rates["random"] and "*" not in rates["missing"]
+
+
+def test_the_reports_picture_shows_the_tables_numbers(tmp_path, monkeypatch):
+    """Mean and standard deviation over seeds, of one seed its interval, and the paper's number."""
+    bars, points, errorbar, plot = [], [], Axes.errorbar, Axes.plot
+
+    def draw_bar(self, x, y, xerr, **options):
+        bars.append((x, *np.ravel(xerr)))
+        return errorbar(self, x, y, xerr=xerr, **options)
+
+    def draw_point(self, x, *rest, **options):
+        points.append(x)
+        return plot(self, x, *rest, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", draw_bar)
+    monkeypatch.setattr(Axes, "plot", draw_point)
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.9)]
+    for run in map(Path, runs):
+        result = read_json(run / "eval.json")
+        systems = result["parts"]["all"]["systems"]
+        systems["prompted"] = systems["prompted"] | dict(win_rate=dict(mean=0.5, low=0.45, high=0.7))
+        write_json(run / "eval.json", result)
+    report(runs, tmp_path / "out")
+    expected = [(50.0, 10.0, 10.0), (50.0, 5.0, 20.0), (85.0, 50**0.5, 50**0.5)]  # default, prompted, missing
+    assert bars == [pytest.approx(bar) for bar in expected]
+    assert 93.26 in points and 79.76 in points
+
+
+def test_every_number_stands_under_its_name():
+    """Numbers that all differ: of a difference, and of a system's columns."""
+    keys = ("win_rate", "win_rate_length_matched", "score", "context_gain", "context_gain_per_token_macro",
+            "self_bleu_4", "self_bleu_4_within")
+    numbers = {key: interval(i / 100) | dict(n=i) for i, key in enumerate(keys, 1)}
+    text = difference_line("trained - prompted", numbers | dict(mcnemar_p=0.03))
+    assert text == (
+        "trained - prompted: win rate +1.0 [-4.0, +6.0] (n = 1) (McNemar p 0.03), at matched length +2.0 "
+        "[-3.0, +7.0] (n = 2); score +0.03 [-0.02, +0.08]\n    context gain +0.04 [-0.01, +0.09], per token "
+        "+0.050 [+0.000, +0.100]; self-BLEU-4 across prompts +0.060 [+0.010, +0.110], within a prompt +0.070 "
+        "[+0.020, +0.120]")
+    columns = {"flexible": ("flexible", "1.0%"), "last ####": ("last_marker", "2.0%"),
+               "unparsed": ("unparsed", "3.0%"), "by MI": ("choice_mi", "4.0%"), "score": ("score", "0.05"),
+               "strict wins": ("strict", "6.0%"), "ties": ("ties", "7.0%"),
+               "at equal len": ("length_controlled", "8.0%"), "off target": ("off_target", "9.0%"),
+               "tokens": ("tokens", "0.1"), "unfinished": ("unfinished", "11%"),
+               "base nll": ("nll_per_token", "0.120"), "distinct-2": ("distinct_2", "0.130"),
+               "self-BLEU-4": ("self_bleu_4", "0.140"), "in a prompt": ("self_bleu_4_within", "0.150"),
+               "prompt gain": ("prompt_gain", "0.2")}
+    given = {key: i / 100 for i, (key, _) in enumerate(columns.values(), 1)}
+    given |= dict(win_rate=interval(0.5), context_gain=interval(3.0))
+    heading, line = system_lines(dict(trained=given))
+    places = 63  # of the columns before: system, n, win rate, context gain
+    assert heading[places:].split() == " ".join(columns).split()
+    assert line[places:].split() == [text for _, text in columns.values()]

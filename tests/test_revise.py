@@ -129,7 +129,7 @@ def test_revisions_that_do_not_fit_are_dropped_and_named(call_train, capsys, mon
 
 
 def test_given_pairs_that_cannot_be_revised_are_refused(call_train, dpo_run, tmp_path):
-    """Rows that the data have lost, and rows with neither a context nor an answer: one line."""
+    """Pairs of rows that the data have lost: one line."""
     shutil.copytree(dpo_run, tmp_path / "pairs")
     file = tmp_path / "pairs" / "pairs.jsonl"
     rows = [row for _, row in read_jsonl(file)]

@@ -3,14 +3,17 @@
     python -m pytest tests/test_rounds.py
 """
 
+import itertools
+
 import pytest
 import torch
-from conftest import metrics_of
+from conftest import metrics_of, steps_of
 
 import train
 from folder import load
 from pairs import load_pairs, round_seed
 from run import UserError, read_json
+from selection import Selection
 
 ROUNDS = ("--neg", "random", "--rounds", "2", "--lr", "1e-3")
 
@@ -34,7 +37,7 @@ def test_a_round_samples_from_the_last_rounds_model(call_train, tiny, watched):
     folder = call_train(*ROUNDS)
     start, end = (dict(load(path).named_parameters()) for path in (tiny, folder / "model"))
     first, second = watched
-    name = "layers.0.mlp.down.weight" if "layers.0.mlp.down.weight" in first else next(iter(first))
+    name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(first[name], start[name])
     assert not torch.equal(second[name], first[name]) and not torch.equal(second[name], end[name])
 
@@ -75,3 +78,22 @@ def test_rounds_of_given_pairs_are_refused(call_train, dpo_run):
     """Later rounds would not be of those pairs."""
     with pytest.raises(UserError, match="1 with --pairs"):
         call_train("--pairs", dpo_run, "--rounds", "2")
+
+
+def test_early_stopping_ends_a_round_and_not_the_next_one(call_train, monkeypatch):
+    """Patience 1, every second validation worse: each round takes two steps."""
+    scores = itertools.cycle([0.5, 0.1])
+    monkeypatch.setattr(Selection, "measure", lambda self, model: next(scores))
+    folder = call_train("--neg", "random", "--rounds", "2", "--eval-every", "1", "--patience", "1")
+    assert [row["round"] for row in steps_of(folder)] == [0, 0, 1, 1]
+
+
+def test_a_round_is_trained_and_scored_in_an_order_of_its_own(call_train, monkeypatch):
+    """Both by the round's seed: else the second would visit the examples in the first one's order."""
+    seeds = []
+    for name, place in (("all_logps", 2), ("train", 3)):
+        original = getattr(train, name)
+        monkeypatch.setattr(train, name, lambda *given, place=place, original=original: seeds.append(
+            given[place].seed) or original(*given))
+    call_train(*ROUNDS, "--seed", "3")
+    assert seeds == [3, 3, round_seed(3, 1), round_seed(3, 1)]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pairs as pairing
 import train
 from folder import load
+from lora import adapted_layers
 from pairs import load_pairs
 from run import UserError, read_json, read_jsonl, write_json, write_jsonl
 from train import Args
@@ -300,3 +301,20 @@ def test_wrong_arguments_leave_nothing(flags, word, call_train, work, monkeypatc
     with pytest.raises(UserError, match=word):
         call_train(*flags)
     assert os.listdir(work) == []
+
+
+def test_rounding_reaches_the_optimizer(call_train, dpo_run):
+    """Rounded to the nearest, the bf16 model of the same run is another one."""
+    flags = ["--pairs", dpo_run, "--softmax", "--dtype", "bfloat16", "--lr", "1e-5", "--out"]
+    nearest, stochastic = (model_weights(call_train(*flags, kind, "--rounding", kind).parent / kind)
+                           for kind in ("nearest", "stochastic"))
+    assert not same_weights(nearest, stochastic)
+
+
+def test_what_changes_the_model_reaches_it(tiny):
+    """--checkpoint-activations, --lora-rank and --lora-alpha."""
+    args = train.resolve(Args(model=str(tiny), dtype="float32", lora_rank=4, lora_alpha=2.0,
+                              checkpoint_activations=True))
+    model = train.load_trainable(tiny, args)
+    assert model.checkpoint_activations
+    assert {(layer.scale, len(layer.lora_A)) for layer in adapted_layers(model).values()} == {(0.5, 4)}

@@ -13,7 +13,7 @@ import scipy.stats
 import tokenizers
 import torch
 import trl
-from conftest import CountingBar, random_model, sequence_logits, write_tokenizer
+from conftest import CountingBar, letter_ids, random_model, run_inside, sequence_logits, write_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,8 +24,8 @@ import sample
 from folder import load
 from losses import response_logps
 from run import UserError
-from sample import (Sampler, SharedPrefill, Sampling, Tokenizer, filtered_probs, generate, sample_token,
-                    uniform_numbers)
+from sample import (Sample, Sampler, SharedPrefill, Sampling, Tokenizer, filtered_probs, generate,
+                    sample_token, uniform_numbers)
 
 DATE = "26 Jul 2024"
 SYSTEM = {"role": "system", "content": "  Be brief. "}
@@ -767,3 +767,20 @@ def test_smollm2_text_depends_on_its_key_alone(smol, smol_samples):
     assert smol_samples(smol, [1, 3], slots=1) == [reference[1], reference[3]]
     other_seed = smol_samples(smol, [0, 1], slots=2, seed=1)
     assert all(a != b for a, b in zip(other_seed, reference[:2], strict=True))
+
+
+def test_the_program_samples_as_it_is_told(tiny, tmp_path, monkeypatch, capsys):
+    """Every option reaches the sampler; what was cut off says so."""
+    asked = []
+
+    def watched(model, prompts, sampling, stop_ids, seed, keys) -> list[Sample]:
+        asked.append((prompts, sampling, stop_ids, seed, keys))
+        return [Sample(letter_ids(tiny, "yes"), [], finished) for finished in (True, False)]
+
+    monkeypatch.setattr(sample, "generate", watched)
+    run_inside(sample.program, tmp_path, "Hi", "--model", tiny, "--system", "Be brief.", "--temperature",
+               "0.5", "--top-p", "0.8", "--top-k", "7", "--max-new-tokens", "3", "--samples", "2",
+               "--seed", "4", "--dtype", "float32")
+    prompt = Tokenizer(tiny).chat("Hi", "Be brief.")
+    assert asked == [([prompt] * 2, Sampling(0.5, 0.8, 3, 7), Tokenizer(tiny).stop_ids, 4, [(0, 0), (0, 1)])]
+    assert capsys.readouterr().out == "yes\nyes [unfinished]\n"

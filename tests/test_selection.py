@@ -230,3 +230,20 @@ def test_ready_pairs_are_validated_whatever_could_be_sampled(call_train, work):
     folder = call_train("--data", "ready.jsonl", "--eval-every", "1", "--max-new-tokens", "5000")
     assert validations_of(folder)
     assert read_json(folder / "summary.json")["chosen"]["name"] == "margin_accuracy"
+
+
+def test_validation_responses_are_drawn_with_their_contexts(tiny, tmp_path, monkeypatch):
+    """Each from its whole prompt, by the run's seed: response i is sample (i, 0)."""
+    args = resolve(Args(data="demo", model=str(tiny), val_limit=6, max_new_tokens=5, seed=3,
+                        system="Be brief."))
+    chosen, asked = Selection(args, tmp_path, tiny), []
+
+    def watched(model, prompts, sampling, stop_ids, seed, keys, *rest) -> list[Sample]:
+        asked.append((prompts, seed, keys))
+        return [Sample([5])] * len(prompts)
+
+    monkeypatch.setattr(selection, "generate", watched)
+    chosen.measure(load(tiny))
+    assert all(e.context and e.context in e.user_message(e.context) for e in chosen.examples)
+    prompts = [Tokenizer(tiny).chat(e.user_message(e.context), "Be brief.") for e in chosen.examples]
+    assert asked == [(prompts, 3, [(i, 0) for i in range(6)])]

@@ -369,3 +369,15 @@ def test_five_in_a_row_stop_the_run(fit, break_steps):
     break_steps({2, 3, 4, 5, 6}, math.nan)
     with pytest.raises(UserError, match="five"):
         fit(random_pairs(2), batch=2, epochs=10)
+
+
+def test_a_gradient_that_is_not_finite_is_not_taken_though_the_loss_is(fit, tiny, monkeypatch):
+    """An overflow in the backward pass alone: clipping would make it NaN in every weight."""
+    def overflow(model) -> None:
+        model.model.norm.weight.grad[0] = math.inf
+
+    monkeypatch.setattr(train, "all_reduce_gradients", overflow)
+    model, state, rows = fit(random_pairs(2), batch=2, lr=1e-2)
+    assert math.isfinite(rows[0]["loss"]) and state.skipped == rows[0]["skipped"] == 1
+    for before, after in zip(load(tiny).parameters(), model.parameters(), strict=True):
+        assert torch.equal(before, after)
