@@ -187,7 +187,7 @@ def uses_rejected(args: Args) -> bool:
 def check_method(args: Args) -> None:
     """UserError where options contradict a method that trains on pairs."""
     objective = OBJECTIVES[args.method]
-    if args.judge and (args.pairs or contexts.contexts_of(args) != "infer"):
+    if args.judge and contexts.contexts_of(args) != "infer":
         raise UserError(f"--judge has nothing to judge in training with --method {args.method}, but where "
                         "--contexts infer asks it: give it to eval.py")
     for unused in dataclasses.fields(ppo.PPOArgs):
