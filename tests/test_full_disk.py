@@ -165,6 +165,6 @@ def test_a_disk_that_is_read_only_is_told_before_the_work(mounted, own_data, tin
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("responses.generate", None)
         assert leave(patch, evaluation.program, "--model", mounted / "run") == 2
-    assert "Read-only file system: " in capfd.readouterr().err
+    assert "run can't be written to: have that allowed, or name another --out" in capfd.readouterr().err
     run_inside(evaluation.program, tmp_path, "--model", mounted / "run", "--out", "elsewhere")
     assert (tmp_path / "elsewhere" / "eval.json").exists()
