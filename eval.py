@@ -181,7 +181,6 @@ def resolve(args: Args) -> Plan:
                     template=list(args.template) or None)
     plan = Plan(args, run, base, trained, trained_with, Path(args.out or run), suffix, sampling, examples,
                 judges, settings, note_of(data_args), cached={})
-    refuse_to_replace(plan)
     return dataclasses.replace(plan, cached=cached_answers(plan)) if args.reuse else plan
 
 
@@ -249,9 +248,9 @@ def examples_that_fit(examples: list[Example], base: str, args: Args, sampling: 
 
 # ------------------------------------------------------------------------- earlier evaluations
 
-def refuse_to_replace(plan: Plan, tell: bool = False) -> None:
+def refuse_to_replace(plan: Plan) -> None:
     """UserError where the folder holds another evaluation than this one, or verdicts that this one does not
-    ask for. An evaluation of some rows (--limit) gives way to one of more rows; tell: print that."""
+    ask for. An evaluation of some rows (--limit) gives way to one of more rows."""
     for file in (plan.progress_file, plan.numbers_file):
         if not file.exists():
             continue
@@ -260,7 +259,7 @@ def refuse_to_replace(plan: Plan, tell: bool = False) -> None:
         if changes and not has_fewer_rows(plan, earlier):
             raise UserError(f"{file} is of an evaluation with {changes}: name another folder with --out, or "
                             "remove that file")
-        if changes and tell:
+        if changes:
             print(f"{file} is of fewer rows, --limit {earlier['arguments']['limit']}: it is replaced")
         asked = [judge.args.judge for judge in plan.judges]
         lost = [name for name in earlier.get("judges", {}) if name not in asked]
@@ -373,7 +372,7 @@ def all_answers(plan: Plan) -> Answers:
     base = load(plan.base, dtype, device=device)
     tokenizer = Tokenizer(plan.base, args.date, args.template)
 
-    barrier()
+    barrier()  # all processes have read what is left before one of them writes
     if not earlier:
         remove_samples(plan.responses_file)
         write_json(plan.progress_file, dict(plan.progress, sampled=False))
@@ -449,9 +448,8 @@ def side_by_side(examples: list[Example], answers: dict[str, list], won: dict[st
 def evaluation(args: Args) -> None:
     """Everything that the first lines of this file promise: responses, numbers, files and a table."""
     plan = resolve(args)
-    barrier()  # all processes have looked at the folder before one of them writes there
     with lock(plan.out):
-        refuse_to_replace(plan, tell=True)  # what has been written since it was looked at
+        refuse_to_replace(plan)
         answers, result = measure(plan)
         write(plan, answers, result)
 

@@ -308,8 +308,8 @@ def strategy_table(title: str, rows: Rows, key: str, scale: float, form: str, pu
         cells = []
         for data in data_sets:
             text = cell(rows[name].get(data, []), key, scale, form)
-            chosen = "" if data.endswith(VALIDATION) else best_strategy(rows, data)
-            if key == "win_rate" and chosen == name:
+            is_of_test = not data.endswith(VALIDATION)
+            if key == "win_rate" and is_of_test and best_strategy(rows, data) == name:
                 text += "*"
             number = published.get(plain(name), {}).get(data)
             cells.append(f"{text} ({number[0]:g})" if number else text)

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,12 @@ class Message(NamedTuple):
 
 # ------------------------------------------------------------------------- responses
 
+def next_prompts(prompts: Iterable[str]) -> dict[str, str]:
+    """Prompt -> another one, which the prompt gain compares it with: the next, after the last the first."""
+    distinct = list(dict.fromkeys(prompts))
+    return dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
+
+
 def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
             sampling: Sampling, seed: int, slots: int = 64, cached: Answers | None = None,
             file: Path | None = None) -> Answers:
@@ -56,8 +63,7 @@ def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, exampl
     base model's answers of an earlier evaluation, which are then not sampled again. file: responses.jsonl,
     beside which samples are kept.
     """
-    prompts = list(dict.fromkeys(e.prompt for e in examples))
-    other_prompt = dict(zip(prompts, prompts[1:] + prompts[:1], strict=True))
+    other_prompt = next_prompts(e.prompt for e in examples)
 
     def own_message(e: Example) -> Message:
         return Message(e.user_message(e.context), e.system)

@@ -33,14 +33,13 @@ def ours(args) -> None:
     """The two commands, and what their files say of the parts."""
     with tempfile.TemporaryDirectory() as place:
         run, model = Path(place) / "run", str(Path(args.model).resolve())
-        trained = command("train.py", "--model", model, "--data", "demo", "--neg", "random", "--lr", args.lr,
-                          "--limit", args.limit, "--max-new-tokens", args.max_new, "--dtype", args.dtype,
-                          "--out", run)
+        command("train.py", "--model", model, "--data", "demo", "--neg", "random", "--lr", args.lr, "--limit",
+                args.limit, "--max-new-tokens", args.max_new, "--dtype", args.dtype, "--out", run)
         tested = command("eval.py", "--model", run, "--limit", args.limit)
         statistics = read_json(run / "pairs.json")["statistics"]
         summary = read_json(run / "summary.json")
         systems = read_json(run / "eval.json")["parts"]["all"]["systems"]
-    report(pairs=summary["pairs"], seconds_training_command=trained,
+    report(pairs=summary["pairs"],
            seconds_sampling=statistics["seconds_sampling"], seconds_gain=statistics["seconds_gain"],
            seconds_reference=summary["seconds_reference"], seconds_training=summary["seconds_training"],
            seconds_evaluation=tested,

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import user_message
 from folder import load
 from pairs import load_pairs, read_meta
-from responses import Message, logps_after
+from responses import Message, logps_after, next_prompts
 from run import default_device, write_json
 from tokenizer import Tokenizer
 
@@ -56,8 +56,7 @@ def prompt_gains(folder: Path) -> list[float]:
     settings, pairs = read_meta(folder)["settings"], load_pairs(folder)
     tokenizer = Tokenizer(settings["model"])
     model = load(settings["model"]).to(default_device())
-    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
-    following = dict(zip(prompts, prompts[1:] + prompts[:1], strict=True))
+    following = next_prompts(pair.prompt for pair in pairs)
     own = [Message(user_message(p.prompt, p.context, p.style), p.system) for p in pairs]
     other = [Message(user_message(following[p.prompt], p.context, p.style), p.system) for p in pairs]
     responses = [[pair.chosen.ids] for pair in pairs]
