@@ -415,7 +415,7 @@ def program() -> None:
         print(f"{folder} is evaluated too: its numbers are in {folder / 'eval.json'}")
     elif args.test and not missing:
         evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots))
-        print(f"learning curve: {folder / 'learning_curve.png'}")
+        print(f"pictures: gain.png and learning_curve.png in {folder}")
     else:
         print(f"evaluate it with: python eval.py --model {folder}")
 
