@@ -4,13 +4,12 @@ The functions down to invert_cumulative have a plain form, given in their docstr
 compares the two, values and gradients, in fp64 and bf16; of what only GPUs run tests/test_cuda.py does, in
 fp64. What those that run on a CPU save in a run is in bench/README.md.
 
-    linear_logps     log-softmax-gather of the output layer: no logits are kept; Triton kernels on a GPU
+    linear_logps     log-softmax-gather of the output layer: no logits are kept
     attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products
     packed_attention a GPU's attention for all parts of a pack at once, not part by part
-    decode_attention a GPU's attention for new tokens, which reads the part of a cache that is in use
-    products_in_fp32 the scores of a decoding step; on a GPU without a copy of the keys in fp32
     rms_norm         keeps its input in the compute type, not an fp32 copy of it
     swiglu           keeps its two arguments and not a third tensor of their size
+    least_of_nucleus    finds where top-p cuts without sorting the vocabulary
     invert_cumulative   draws a token without a cumulative sum over the vocabulary
     graphed          a decoding step as one CUDA graph
     tune_allocator   freed memory stays in the process
@@ -24,6 +23,7 @@ size, m queries, n keys.
 """
 
 import ctypes
+import itertools
 import math
 import os
 import platform
@@ -35,12 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import gpu_kernels
+
 # Logits that exist at a time: 8 MB of fp32 on a CPU, which its cache can hold; 256 MB of bf16 on a GPU.
 LOGITS_AT_ONCE = dict(cpu=2**21, cuda=2**27)
-# PyTorch's varlen_attn takes the number of keys in use since 2.13. Before, it shared keys among query heads
-# without being told.
-IS_NEW = torch.__version__ >= (2, 13)
-SHARED_HEADS = dict(enable_gqa=True) if IS_NEW else {}
+# PyTorch's varlen_attn must be told since 2.13 that query heads share keys.
+SHARED_HEADS = dict(enable_gqa=True) if torch.__version__ >= (2, 13) else {}
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -53,6 +53,10 @@ def has_bf16_products(device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def runs_triton(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype != torch.float64
 
 
 # ------------------------------------------------------------------------- log-probs of target tokens
@@ -119,7 +123,7 @@ def slice_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logits (N, columns), targets (N,) int64 -> (N,) and (N,), in fp32, or in fp64 from fp64.
     """
     if runs_triton(logits):
-        return kernel_forward(logits, targets)
+        return gpu_kernels.pick_logps(logits, targets)
     logits = upcast(logits)
     inside = (targets >= 0) & (targets < logits.shape[1])
     index = targets.clamp(0, logits.shape[1] - 1)
@@ -134,77 +138,12 @@ def slice_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -
     logits.
     """
     if runs_triton(logits):
-        return kernel_backward(logits, targets, lse, grad)
+        return gpu_kernels.logps_gradient(logits, targets, lse, grad)
     d = (logits - lse[:, None]).exp_().mul_(-grad[:, None])
     inside = (targets >= 0) & (targets < d.shape[1])
     rows = inside.nonzero().squeeze(1)
     d[rows, targets[rows]] += grad[rows]
     return d.to(logits.dtype)
-
-
-def runs_triton(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype != torch.float64
-
-
-# On a machine without a GPU Triton need not be installed; TRITON_INTERPRET=1 runs the kernels as numpy.
-if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _forward_kernel(logits, targets, lse, picked, columns, stride, BLOCK: tl.constexpr):
-        """One program a row: a running maximum, and a running sum that is rescaled as the maximum grows."""
-        row = tl.program_id(0).to(tl.int64)  # row * stride can exceed 2^31
-        logits += row * stride
-        maximum = tl.full((), float("-inf"), tl.float32)
-        total = tl.full((), 0.0, tl.float32)
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + column, mask=column < columns, other=float("-inf"))  # (BLOCK,)
-            x = x.to(tl.float32)
-            higher = tl.maximum(maximum, tl.max(x, 0))
-            # A row of -inf alone must not compute -inf - -inf, which is nan.
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(maximum - base) + tl.sum(tl.exp(x - base), 0)
-            maximum = higher
-        target = tl.load(targets + row)
-        inside = (target >= 0) & (target < columns)
-        value = tl.load(logits + tl.where(inside, target, 0)).to(tl.float32)
-        tl.store(picked + row, tl.where(inside, value, 0.0))
-        tl.store(lse + row, maximum + tl.log(total))
-
-    @triton.jit
-    def _backward_kernel(logits, targets, lse, grad, out, columns, stride, BLOCK: tl.constexpr):
-        """One program a row and BLOCK columns: grad * (onehot(target) - exp(logits - lse))."""
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * stride + column, mask=column < columns, other=float("-inf"))  # (BLOCK,)
-        softmax = tl.exp(x.to(tl.float32) - tl.load(lse + row))
-        onehot = tl.where(column == tl.load(targets + row), 1.0, 0.0)
-        d = tl.load(grad + row) * (onehot - softmax)
-        tl.store(out + row * columns + column, d.to(out.dtype.element_ty), mask=column < columns)
-
-
-def kernel_forward(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """slice_forward by the Triton kernel: each logit is read once. Columns must be adjacent in memory."""
-    rows, columns = logits.shape
-    lse = torch.empty(rows, dtype=torch.float32, device=logits.device)  # (N,)
-    picked = torch.empty_like(lse)  # (N,)
-    block = min(triton.next_power_of_2(columns), 8192)
-    _forward_kernel[(rows,)](logits, targets, lse, picked, columns, logits.stride(0),
-                             BLOCK=block, num_warps=8)
-    return lse, picked
-
-
-def kernel_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-    """slice_backward by the Triton kernel, into a new tensor."""
-    rows, columns = logits.shape
-    out = torch.empty(rows, columns, dtype=logits.dtype, device=logits.device)  # (N, columns)
-    block = min(triton.next_power_of_2(columns), 8192)
-    grid = rows, triton.cdiv(columns, block)
-    _backward_kernel[grid](logits, targets, lse, grad.contiguous(), out, columns, logits.stride(0),
-                           BLOCK=block, num_warps=8)
-    return out
 
 
 # ------------------------------------------------------------------------- layers
@@ -301,50 +240,9 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys) -> Tensor:
                        window_size=(-1, 0), **SHARED_HEADS)
 
 
-class HeldKeys(NamedTuple):
-    """How many tokens each of n slots of a cache holds, as `decode_attention` wants to know it."""
-
-    counts: Tensor  # (n,) int32
-    query_ends: Tensor  # (1 + n,) int32: 0 and the number of the slot, from 1
-    key_ends: Tensor  # (1 + n,) int32: where the slots' places end
-
-    @classmethod
-    def of(cls, counts: Tensor, length: int) -> "HeldKeys":
-        """counts (n,), length: of all slots."""
-        ends = torch.arange(len(counts) + 1, dtype=torch.int32, device=counts.device)
-        return cls(counts.int(), ends, ends * length)
-
-
-def runs_flash_decoding(x: Tensor) -> bool:
-    """Whether `decode_attention` takes heads like these (..., heads, n, D)."""
-    return IS_NEW and runs_flash(x)
-
-
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, held: HeldKeys) -> Tensor:
-    """Grouped-query attention of one token for each of n slots over what the slot holds: places that are not
-    in use are not read.
-
-    q (n, H, D), k (n, G, L, D) and v (n, G, D, L), in the memory order of sample.Cache -> (n, H, D). Plain
-    form: sample.Decode.attend.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-    length = k.shape[2]
-    k = k.transpose(1, 2).flatten(0, 1)  # (n * L, G, D), not copied
-    v = v.permute(0, 3, 1, 2).flatten(0, 1)  # (n * L, G, D), not copied
-    return varlen_attn(q, k, v, held.query_ends, held.key_ends, 1, length, seqused_k=held.counts,
-                       **SHARED_HEADS)
-
-
-def products_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bf16 or fp32 matrices (batch, ..., m, k) and (batch, ..., k, n), in fp32. Plain form:
-
-        upcast(a) @ upcast(b)
-    """
-    if a.device.type == "cuda" and a.dtype == b.dtype == torch.bfloat16:
-        batch = a.shape[:-2]
-        product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-        return product.unflatten(0, batch)  # (batch, ..., m, n)
-    return upcast(a) @ upcast(b)
+def decodes_by_kernel(x: Tensor) -> bool:
+    """Whether `gpu_kernels.decode_attention` takes heads like these (..., D)."""
+    return runs_triton(x) and x.shape[-1] in gpu_kernels.HEAD_SIZES
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -363,15 +261,21 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = upcast(x)  # (..., E)
-        mean_square = torch.linalg.vecdot(y, y)[..., None] / y.shape[-1]  # (..., 1)
-        scale = (mean_square + eps).rsqrt()
+        if runs_triton(x):
+            y, scale = gpu_kernels.norm(x, weight, eps)
+        else:
+            y = upcast(x)  # (..., E)
+            mean_square = torch.linalg.vecdot(y, y)[..., None] / y.shape[-1]  # (..., 1)
+            scale = (mean_square + eps).rsqrt()
+            y = (y * scale).mul_(weight).to(x.dtype)
         ctx.save_for_backward(x, weight, scale)
-        return (y * scale).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
+        if runs_triton(x):
+            return *gpu_kernels.norm_gradient(grad, x, weight, scale), None
         grad = upcast(grad)
         unit = upcast(x) * scale  # (..., E)
         d_weight = (grad * unit).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # (E,)
@@ -398,15 +302,51 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return gpu_kernels.gate(gate, up) if runs_triton(gate) else F.silu(gate) * up
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
+        if runs_triton(gate):
+            return gpu_kernels.gate_gradient(grad, gate, up)
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
+class Rotation(torch.autograd.Function):
+    """model.rotate by a kernel: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return gpu_kernels.rotate(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return gpu_kernels.rotate(grad, *ctx.saved_tensors, -1), None, None
+
+
 # ------------------------------------------------------------------------- sampling
+
+def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
+    """The largest value such that what is at least as large in a row reaches a mass. Plain form:
+
+        likely = probs.sort(descending=True).values
+        last = (likely.cumsum(-1) < mass).sum(-1, keepdim=True).clamp(max=probs.shape[1] - 1)
+        likely.gather(1, last)
+
+    probs (n, V), not negative and at most 1, mass (n, 1) -> (n, 1).
+    """
+    if runs_triton(probs):
+        return gpu_kernels.least_of_nucleus(probs, mass)
+    # It mostly lies within the 256 largest values, so whole rows are seldom sorted.
+    likely = probs.topk(min(256, probs.shape[1])).values  # (n, 256), falling
+    if (likely.sum(-1, keepdim=True) < mass).any():
+        likely = probs.sort(descending=True).values  # (n, V)
+    is_short = likely.cumsum(-1) < mass  # up to here the mass is not reached
+    last = is_short.sum(-1, keepdim=True)  # (n, 1)
+    last = last.clamp(max=likely.shape[1] - 1)
+    return likely.gather(1, last)  # (n, 1)
+
 
 def invert_cumulative(mass: Tensor, uniform: Tensor) -> Tensor:
     """For each row the column at which the cumulated mass exceeds the share `uniform` in [0, 1) of it all.
@@ -442,25 +382,31 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------- running
 
 def graphed(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """step() as one CUDA graph, captured now: a call launches the same kernels over the same memory again,
-    all at once. On other devices step itself."""
+    """step() as one CUDA graph, captured at the second call: a call launches the same kernels over the same
+    memory again, all at once. On other devices step itself."""
     if device.type != "cuda":
         return step
     stream = torch.cuda.Stream(device)  # of this graph alone, like what libraries set up on it
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        step()  # the first call sets up what cannot be captured
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # In the mode by default what other threads do, NCCL's say, would end the capture.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        out = step()
+    graph, out = torch.cuda.CUDAGraph(), None
+    calls = itertools.count()
 
-    def replay() -> Tensor:
+    def call() -> Tensor:
+        nonlocal out
+        number = next(calls)
+        if number == 0:  # the first call sets up what cannot be captured
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                out = step()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            return out
+        if number == 1:
+            # In the mode by default what other threads do, NCCL's say, would end the capture.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                out = step()
         graph.replay()
         return out
 
-    return replay
+    return call
 
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")

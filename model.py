@@ -56,6 +56,8 @@ def rotary_tables(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, in fp32: channels i and i + D/2 are the coordinates of a point in the plane,
     which is turned by its token's angle. x (T, heads, D), cos and sin (T, 1, D) -> (T, heads, D)."""
+    if fast.runs_triton(x):
+        return fast.Rotation.apply(x, cos, sin)
     a, b = upcast(x).chunk(2, dim=-1)  # (T, heads, D/2) each
     quarter_turn = torch.cat((-b, a), dim=-1)  # (T, heads, D)
     turned = upcast(x) * cos + quarter_turn * sin

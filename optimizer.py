@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import gpu_kernels
+from fast import runs_triton
 from lora import ADAPTER, adapted_layers
 from run import seed_from, world
 from shard import accumulate_in, collect, copy_own, is_sharded, local, shards, span, whole
@@ -38,21 +40,26 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+def round_stochastically(x: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
     """fp32 -> one of the two nearest bf16 numbers, the nearer one with the higher probability, so that the
-    result is right in the mean. On a generator's device; seeded alike, it rounds alike. Of a sharded tensor
-    this process's rows, rounded as they are in the whole one.
+    result is right in the mean. By a generator of the CPU; seeded alike, it rounds alike. Of a sharded tensor
+    this process's rows, rounded as they are in the whole one. out: where they go, else a new tensor.
 
     A bf16 number is the upper half of an fp32 number's bits. A random 16-bit number, added to the lower half,
     carries into the upper one with just the probability that is wanted.
     """
+    own = local(x)
+    out = torch.empty_like(own, dtype=torch.bfloat16) if out is None else out
+    if runs_triton(own):
+        seed = torch.randint(2**31, (), generator=generator).item()
+        gpu_kernels.round_up_or_down(own, out, seed, span(x).start)
+        return out
     # Four 16-bit numbers are cut out of every 64 random bits, which a CPU draws one after another.
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
     bits.random_(-(2**63), None, generator=generator)
-    own = local(x)
     noise = bits.view(torch.int16)[span(x)].view(own.shape)  # from -2^15 to 2^15 - 1
     carried = own.view(torch.int32) + noise + 2**15
-    return carried.bitwise_and_(-(2**16)).view(torch.float32).to(torch.bfloat16)
+    return out.copy_(carried.bitwise_and_(-(2**16)).view(torch.float32))
 
 
 class MasterAdamW:
@@ -79,6 +86,11 @@ class MasterAdamW:
         self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
         # About WATCHED weights, evenly spread, whose bf16 values are compared with those at the start.
         self.stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
+        self.watched: dict[torch.dtype, list[Tensor]] = {}
+        for weight in self.weights:
+            first = -span(weight).start % self.stride  # of this process's numbers
+            watched = local(weight.detach()).view(-1)[first :: self.stride]
+            self.watched.setdefault(weight.dtype, []).append(watched)
         self.start = self.watched_values()
 
     @torch.no_grad()
@@ -89,23 +101,20 @@ class MasterAdamW:
         self.adamw.param_groups[0]["lr"] = lr
         self.adamw.step()
         # Seeded by seed and step, so that runs repeat and all processes hold the same copy.
-        generator = torch.Generator(self.masters[0].device)
+        generator = torch.Generator()
         generator.manual_seed(seed_from("rounding", self.seed, number))
         for weight, master in zip(self.weights, self.masters, strict=True):
             if weight is master:
                 continue
-            is_nearest = self.rounding == "nearest"
-            rounded = local(master) if is_nearest else round_stochastically(master, generator)
-            local(weight).copy_(rounded)  # which rounds to the nearest, where it still has to
+            if self.rounding == "nearest":
+                local(weight).copy_(local(master))
+            else:
+                round_stochastically(master, generator, out=local(weight))
 
     def watched_values(self) -> Tensor:
         """The bf16 values of about WATCHED evenly spread weights, (about WATCHED,); of a sharded model those
         that this process holds."""
-        values = []
-        for weight in self.weights:
-            first = -span(weight).start % self.stride  # of this process's numbers
-            values.append(local(weight.detach()).view(-1)[first :: self.stride].bfloat16())
-        return torch.cat(values)
+        return torch.cat([torch.cat(values).bfloat16() for values in self.watched.values()])
 
     def share_changed(self) -> float:
         """The share of the trained weights whose bf16 value is no longer that of the start."""
@@ -151,7 +160,7 @@ class MasterAdamW:
 
     def rounded_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """What `weights_to_save` gives, one weight after another, each whole."""
-        generator = torch.Generator(self.masters[0].device)
+        generator = torch.Generator()
         generator.manual_seed(seed_from("saving", self.seed))
         weights = list(shards(self.model))
         adapted = adapted_layers(self.model)

@@ -26,7 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fast
+import gpu_kernels
 from config import Config
+from fast import upcast
 from folder import load
 from losses import common_prefix_length
 from model import Decoder, Packed
@@ -91,15 +93,7 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
         probs = torch.where(probs >= least, probs, 0)
     if sampling.top_p < 1:
         mass = sampling.top_p * probs.sum(-1, keepdim=True)  # (n, 1)
-        # The nucleus mostly lies within the 256 most likely tokens, so whole rows are seldom sorted.
-        likely = probs.topk(min(256, vocabulary)).values  # (n, 256), falling
-        if (likely.sum(-1, keepdim=True) < mass).any():
-            likely = probs.sort(descending=True).values  # (n, V)
-        is_short = likely.cumsum(-1) < mass  # up to here the mass is not reached
-        last = is_short.sum(-1, keepdim=True)  # (n, 1)
-        last = last.clamp(max=likely.shape[1] - 1)
-        least = likely.gather(1, last)  # (n, 1)
-        probs = torch.where(probs >= least, probs, 0)
+        probs = torch.where(probs >= fast.least_of_nucleus(probs, mass), probs, 0)
     return probs
 
 
@@ -130,8 +124,8 @@ class Cache:
     it. A slot is reused by writing over it: stale entries beyond its length are masked. All L entries are
     read: products would copy a part of them. On a CPU the slots' keys are fp32, as the scores are. Values are
     stored transposed, so that each product reads along the dimension it sums over.
-    Where a GPU has a kernel for it (`is_flash`), a step reads only what each slot holds; keys and values have
-    the same shapes, but in memory all heads of a token stand side by side, as the kernel wants them.
+    Where a GPU has a kernel for it (`has_kernel`), keys and values are laid out alike, and a step reads only
+    what each slot holds.
     """
 
     def __init__(
@@ -147,16 +141,15 @@ class Cache:
         heads = config.num_key_value_heads
         size = config.head_dim
         self.score_dtype = torch.promote_types(dtype, torch.float32)
-        key_dtype = dtype if torch.device(device).type == "cuda" else self.score_dtype
         self.shared_k = torch.zeros(layers, heads, shared_length, size, dtype=dtype, device=device)
         self.shared_v = torch.zeros_like(self.shared_k)
-        self.is_flash = not shared_length and fast.runs_flash_decoding(self.shared_k)
-        if self.is_flash:
-            shape = layers, slots, length, heads, size
-            self.k = torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3)
-            self.v = torch.zeros(shape, dtype=dtype, device=device).permute(0, 1, 3, 4, 2)
+        self.has_kernel = fast.decodes_by_kernel(self.shared_k)
+        shape = layers, slots, heads, length, size
+        if self.has_kernel:
+            self.k = torch.zeros(shape, dtype=dtype, device=device)
+            self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(3, 4)
         else:
-            self.k = torch.zeros(layers, slots, heads, length, size, dtype=key_dtype, device=device)
+            self.k = torch.zeros(shape, dtype=self.score_dtype, device=device)
             self.v = torch.zeros(layers, slots, heads, size, length, dtype=dtype, device=device)
         self.shared_length = shared_length
         self.length = length
@@ -224,8 +217,7 @@ class Decode:
         self.cache, self.n = cache, n
         lengths = cache.lengths[:n]
         self.positions = cache.shared_length + lengths  # (n,)
-        if cache.is_flash:
-            self.held = fast.HeldKeys.of(lengths + 1, cache.length)
+        if cache.has_kernel:
             return
         places = torch.arange(cache.length, device=lengths.device)  # (L,)
         unused = places > lengths[:, None]  # (n, L): the new token's own place is seen
@@ -236,28 +228,29 @@ class Decode:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (n, H, D), the new tokens' k and v (n, G, D) -> (n, H, D). Scores and softmax are fp32."""
         n, cache = self.n, self.cache
-        cache.write(layer, cache.slots[:n], cache.lengths[:n], k, v)
         slot_k = cache.k[layer][:n]  # (n, G, L, D)
-        slot_v = cache.v[layer][:n]  # (n, G, D, L)
-        if cache.is_flash:
-            return fast.decode_attention(q, slot_k, slot_v, self.held)
+        slot_v = cache.v[layer][:n].transpose(2, 3)  # (n, G, L, D)
         shared_k = cache.shared_k[layer]  # (G, A, D)
         shared_v = cache.shared_v[layer]  # (G, A, D)
+        if cache.has_kernel:
+            return gpu_kernels.decode_attention(q, k, v, slot_k, slot_v, cache.lengths, shared_k, shared_v)
+        cache.write(layer, cache.slots[:n], cache.lengths[:n], k, v)
 
         # The H/G query heads that share a key/value head become rows of one product, so nothing is repeated.
         # The queries of all slots become rows of one product with the shared keys, which are read once.
         q = q.unflatten(1, (k.shape[1], -1)) * k.shape[2] ** -0.5  # (n, G, H/G, D)
-        slot_scores = fast.products_in_fp32(q, slot_k.transpose(2, 3))  # (n, G, H/G, L)
+        q = upcast(q)
+        slot_scores = q @ slot_k.transpose(2, 3)  # (n, G, H/G, L)
         scores = slot_scores.add_(self.mask)
         if cache.shared_length:
             rows = q.transpose(0, 1).flatten(1, 2)  # (G, n * H/G, D)
-            shared_scores = fast.products_in_fp32(rows, shared_k.transpose(1, 2))  # (G, n * H/G, A)
+            shared_scores = rows @ upcast(shared_k).transpose(1, 2)  # (G, n * H/G, A)
             shared_scores = shared_scores.unflatten(1, (n, -1)).transpose(0, 1)  # (n, G, H/G, A)
             scores = torch.cat((slot_scores, shared_scores), dim=-1)  # (n, G, H/G, L + A)
 
         weights = scores.softmax(-1).to(v.dtype)
         slot_weights = weights[..., : cache.length]  # (n, G, H/G, L)
-        out = slot_weights @ slot_v.transpose(2, 3)  # (n, G, H/G, D)
+        out = slot_weights @ slot_v  # (n, G, H/G, D)
         if cache.shared_length:
             shared_weights = weights[..., cache.length :]  # (n, G, H/G, A)
             out = out + torch.einsum("ngra,gad->ngrd", shared_weights, shared_v)
@@ -323,7 +316,6 @@ class Sampler:
         self.logps = torch.zeros_like(self.ids, dtype=self.cache.score_dtype)  # (S, max_new_tokens)
         self.uniform = torch.zeros_like(self.logps)  # (S, max_new_tokens)
         self.drawn = self.tensor([0] * slots)  # (S,) tokens drawn so far
-        self.latest = torch.zeros_like(self.drawn)  # (S,) the last of them
         self.decoders: dict[int, Callable[[], Tensor]] = {}  # width -> one decoding step
 
     @torch.inference_mode()
@@ -422,7 +414,7 @@ class Sampler:
         self.uniform[slots] = self.numbers(started)
         self.cache.lengths[slots] = lengths[prompt_of]
         self.drawn[slots] = 0
-        self.draw(slots, logits[prompt_of])
+        self.hand_over(self.draw(slots, logits[prompt_of]))
 
     def numbers(self, slots: list[int]) -> Tensor:
         """The uniform numbers of the responses that some slots work on. (n, max_new_tokens)"""
@@ -444,8 +436,9 @@ class Sampler:
         for gap, slot in zip(gaps, last, strict=True):
             owner[gap] = owner[slot]
             owner[slot] = None
-        # Idle slots still run: let them overwrite their own position 0.
+        # Idle slots still run: let them begin again, so that they end no later than busy ones.
         self.cache.lengths[self.busy :] = 0
+        self.drawn[self.busy :] = 0
         # On a CPU widths are multiples of 8, to reuse compiled kernels; on a GPU there is one, for one graph.
         self.width = self.slots
         if self.model.device.type == "cpu":
@@ -453,34 +446,38 @@ class Sampler:
 
     def step(self) -> None:
         """Feed the latest token of every busy slot and draw the next one."""
-        busy, width = self.busy, self.width
-        slots = self.cache.slots[:width]  # (width,)
-        # A CUDA graph reads its input from the place it was captured with: `latest` is written, not replaced.
-        self.latest[:width] = self.ids[slots, self.drawn[:width] - 1]
+        width = self.width
 
-        def forward() -> Tensor:
-            hidden = self.model(self.latest[:width], Decode(self.cache, width))  # (width, E)
-            return self.model.logits(hidden)  # (width, V)
+        def advance() -> Tensor:
+            slots = self.cache.slots[:width]  # (width,)
+            latest = self.ids[slots, self.drawn[:width] - 1]  # (width,)
+            hidden = self.model(latest, Decode(self.cache, width))  # (width, E)
+            self.cache.lengths[:width] += 1
+            return self.draw(slots, self.model.logits(hidden))
 
+        # A CUDA graph works on the memory it was captured with: all that it changes is written in place.
         if width not in self.decoders:
-            self.decoders[width] = fast.graphed(forward, self.model.device)
-        logits = self.decoders[width]()[:busy]  # (n, V)
-        self.cache.lengths[:busy] += 1
-        self.draw(slots[:busy], logits)
+            self.decoders[width] = fast.graphed(advance, self.model.device)
+        self.hand_over(self.decoders[width]())
 
-    def draw(self, slots: Tensor, logits: Tensor) -> None:
-        """Draw one token for each of the slots (n,) from logits (n, V); hand over responses that end."""
+    def draw(self, slots: Tensor, logits: Tensor) -> Tensor:
+        """Draw one token for each of the slots (n,) from logits (n, V). Returns for `hand_over` (n, 3): the
+        slot, how many tokens it has drawn, and whether the last one ends the response."""
         column = self.drawn[slots]  # (n,)
         token, logp = sample_token(logits, self.uniform[slots, column], self.sampling)  # (n,) each
         self.ids[slots, column] = token
         self.logps[slots, column] = logp
         self.drawn[slots] = column + 1
-        stopped = torch.isin(token, self.stops)  # (n,)
-        is_full = column + 1 == self.sampling.max_new_tokens  # (n,)
+        is_stop = (token[:, None] == self.stops).any(-1)  # (n,)
+        return torch.stack((slots, column + 1, is_stop), dim=1)  # (n, 3)
+
+    def hand_over(self, drawn: Tensor) -> None:
+        """Finish the responses that end with the tokens just drawn. drawn: what `draw` returns."""
         # This is the one place in a step where the host waits for the device.
-        ended = torch.stack((slots, stopped, column))[:, stopped | is_full]  # (3, responses that end)
-        for slot, finished, last in ended.T.tolist():
-            self.finish(slot, bool(finished), last + 1)
+        for slot, count, is_stop in drawn.tolist():
+            is_busy = self.owner[slot] is not None
+            if is_busy and (is_stop or count == self.sampling.max_new_tokens):
+                self.finish(slot, bool(is_stop), count)
 
     def finish(self, slot: int, finished: bool, count: int) -> None:
         """Hand over the response of `count` tokens that a slot holds, and free the slot."""

@@ -135,8 +135,8 @@ def step(raw: dict, shapes: list[tuple[int, int, int]], root: int, device: torch
                 floor_share=work / ceiling / seconds)
 
 
-def decode(raw: dict, rows: list[tuple[int, int]], new: int, device: torch.device,
-           bandwidth: float) -> list[dict]:
+def decode(raw: dict, rows: list[tuple[int, int]], new: int, device: torch.device, bandwidth: float,
+           top_p: float = 1.0) -> list[dict]:
     """Sampling `new` tokens without an end: tokens a second, and the share of the floor: to read the weights
     and what the cache holds once a step.
 
@@ -150,12 +150,13 @@ def decode(raw: dict, rows: list[tuple[int, int]], new: int, device: torch.devic
         prompts = [[1 + i % 7] * prompt for i in range(count)]  # that begin differently
 
         def seconds(tokens: int, prompts: list[list[int]] = prompts) -> float:
-            sampler = Sampler(model, prompts, Sampling(1.0, 1.0, tokens), frozenset(), len(prompts))
+            sampling = Sampling(1.0, top_p, tokens)
+            sampler = Sampler(model, prompts, sampling, frozenset(), len(prompts))
             return timed(lambda: sampler.sample(prompts, 0), rounds=3)
 
         each = (seconds(new) - seconds(1)) / (new - 1)  # without the prefill, which draws the first token
         floor = (weights + a_token * count * (prompt + new // 2)) / bandwidth
-        results.append(dict(hidden=raw["hidden_size"], rows=count, prompt=prompt, new=new,
+        results.append(dict(hidden=raw["hidden_size"], rows=count, prompt=prompt, new=new, top_p=top_p,
                             step_ms=1e3 * each, tokens_per_s=count / each, floor_share=floor / each))
     return results
 
@@ -189,9 +190,9 @@ def program() -> None:
     note("head", [heads(8192, *shape, device, ceiling) for shape in ((4096, 151936), (2048, 128256))])
     note("step", [step(raw, shapes, root, device, ceiling) for raw in (LLAMA_1B, QWEN_1B)
                   for shapes, root in ((EQUAL, 0), (UNEQUAL, 64))])
-    note("decode", [row for raw in (QWEN_1B, QWEN_7B)
-                    for row in decode(raw, [(1, 64), (64, 64), (256, 64), (128, 1408)], 128, device,
-                                      bandwidth)])
+    cases = [(1, 64), (64, 64), (128, 64), (256, 64), (128, 1408)]
+    note("decode", [row for raw in (QWEN_1B, QWEN_7B) for row in decode(raw, cases, 128, device, bandwidth)])
+    note("decode_top_p", decode(QWEN_1B, [(128, 64)], 128, device, bandwidth, top_p=0.9))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,12 @@ import pytest
 import tokenizers
 import torch
 
-if not torch.cuda.is_available():  # before anyone imports Triton: its kernels run as numpy then
+# The suite tests the same on every machine. With --gpu the tests that know of a GPU use it.
+if "--gpu" not in sys.argv and "MIPO_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if torch.cuda.is_available():
+    os.environ["MIPO_GPU"] = "1"  # for the processes that share the tests
+else:  # before anyone imports Triton: its kernels run as numpy then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from safetensors.torch import load_file, save_file
@@ -68,6 +73,10 @@ CONFIG = dict(
     tie_word_embeddings=True, max_position_embeddings=2048, hidden_act="silu", eos_token_id=1,
     architectures=["LlamaForCausalLM"], torch_dtype="float32",
 )  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="let test_gpu.py, test_gpu_kernels.py use it")
 
 
 # ------------------------------------------------------------------------- models

@@ -27,7 +27,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 
 # Nothing of the project is imported here: tests must find the files of their copy, not those that stand here.
 ROOT = Path(__file__).parents[1]
@@ -49,6 +48,8 @@ EQUATIONS = ("test_ppo.py::test_gae_is_the_discounted_sum_of_td_errors "
 PROCESSES = "test_processes.py::test_two_processes_are_one[dpo-8192-5]"
 LOGPS = ("test_fast.py::test_linear_logps_are_the_log_softmax "
          "test_fast.py::test_the_gradient_of_linear_logps_is_that_of_finite_differences")
+NORM, ROTATION = (f"test_gpu_kernels.py::test_{name}_and_its_gradient" for name in ("norm", "rotation"))
+DECODING = "test_gpu_kernels.py::test_decode_attention_sees_what_a_slot_holds"
 LAYERS = ("test_fast.py::test_the_gradient_of_attention_is_that_of_finite_differences "
           "test_fast.py::test_rms_norm_is_pytorchs test_fast.py::test_swiglu_is_silu_times_up")
 # Of each file: (what stands in it once, what is put there, the tests that must notice).
@@ -173,18 +174,17 @@ MUTATIONS = {
          "test_sample.py::test_uniform_numbers_depend_on_seed_row_and_sample_alone"),
         ("probs = logits.softmax(-1)", "probs = (logits / (sampling.temperature or 1)).softmax(-1)",
          "test_sample.py::test_logps_are_a_scoring_pass"),
-        ("likely.cumsum(-1) < mass", "likely.cumsum(-1) <= mass", "test_sample.py::test_top_p_on_halves"),
         ("least = likely[:, -1:]", "least = likely[:, :1]",
          "test_sample.py::test_filter_is_the_sorted_nucleus"),
         ("unused = places > lengths[:, None]", "unused = places > lengths[:, None] + 1",
          "test_sample.py::test_logps_are_a_scoring_pass"),
         ("self.positions = cache.shared_length + lengths", "self.positions = lengths",
          "test_sample.py::test_what_all_prompts_begin_with_changes_nothing"),
-        ("is_full = column + 1 ==", "is_full = column + 2 ==",
+        ("count == self.sampling.max_new_tokens", "count > self.sampling.max_new_tokens",
          "test_sample.py::test_a_sample_ends_at_the_first_stop_id_or_at_the_limit"),
         ("tensor[:, target] = tensor[:, source]", "tensor[:, source] = tensor[:, target]",
          "test_sample.py::test_slots_and_order_change_nothing"),
-        ("self.cache.lengths[:busy] += 1", "self.cache.lengths[:busy] += 0",
+        ("self.cache.lengths[:width] += 1", "self.cache.lengths[:width] += 0",
          "test_sample.py::test_logps_are_a_scoring_pass"),
         ("self.uniform[slots, column], self.sampling", "self.uniform[slots, 0], self.sampling",
          "test_sample.py::test_every_token_is_drawn_by_its_own_number"),
@@ -278,8 +278,25 @@ MUTATIONS = {
          " test_fast.py::test_invert_cumulative_finds_a_column_with_mass_at_both_ends"),
         ("return column, target - before", "return column, target",
          "test_fast.py::test_invert_cumulative_is_the_inverse"),
+        ("is_short = likely.cumsum(-1) < mass", "is_short = likely.cumsum(-1) <= mass",
+         "test_sample.py::test_top_p_on_halves"),
+    ],
+    "gpu_kernels.py": [
         ("total * tl.exp(maximum - base) +", "total +",
-         "test_fast.py::test_the_running_maximum_crosses_blocks"),
+         "test_gpu_kernels.py::test_the_running_maximum_crosses_blocks"),
+        ("tl.sum(values * values, 0) / size + eps", "tl.sum(values * values, 0) / size", NORM),
+        ("unit * (tl.sum(h * unit, 0) / size)", "unit * tl.sum(h * unit, 0)", NORM),
+        ("(a * c - b * s)", "(a * c + b * s)", ROTATION),
+        ("mask=column < HALF) * sign", "mask=column < HALF)", ROTATION),
+        ("s * (1 + z * (1 - s))", "s * (1 + z * s)", "test_gpu_kernels.py::test_gate_and_its_gradient"),
+        ("held = token < count", "held = token <= count", DECODING),
+        ("total = total * before + tl.sum", "total = total + tl.sum", DECODING),
+        ("slot_k + first + count * SIZE", "slot_k + first + (count + 1) * SIZE", DECODING),
+        ("tl.where(totals >= wanted, candidates", "tl.where(totals > wanted, candidates",
+         "test_gpu_kernels.py::test_the_nucleus_is_that_of_the_plain_form"),
+        ("+ lane - first", "+ lane", "test_gpu_kernels.py::test_a_part_is_rounded_as_in_the_whole"),
+        (">> (16 * (part % 2))", ">> 0",
+         "test_gpu_kernels.py::test_rounding_is_right_in_the_mean_and_independent_side_by_side"),
     ],
 }
 
@@ -370,8 +387,8 @@ def program() -> None:
     parser.add_argument("--only", default="", help="mutations whose file, old or new text holds this")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "mutants.json")
     args = parser.parse_args()
-    if not torch.cuda.is_available():  # as conftest.py, but before LIBRARIES import Triton
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    # As conftest.py, but before LIBRARIES import Triton.
+    os.environ |= dict(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1")
     FORKS.set_forkserver_preload(LIBRARIES)
     with tempfile.TemporaryDirectory() as scratch:
         folders: queue.Queue = queue.Queue()

@@ -211,115 +211,6 @@ def test_logits_exist_a_slice_at_a_time(columns, n, monkeypatch):
         assert watch.alive <= 3 * columns * n
 
 
-# ------------------------------------------------------------------------- Triton kernels
-
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-def slice_inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """Logits (rows, columns), targets of which some lie outside the slice, upstream gradients (rows,)."""
-    rng = torch.Generator().manual_seed(rows * columns)
-    logits = 3 * torch.randn(rows, columns, generator=rng)
-    targets = torch.randint(-columns // 2, columns + columns // 2 + 1, (rows,), generator=rng)
-    targets[:3] = torch.tensor([columns - 1, -1, columns])[:rows]
-    return logits.to(DEVICE, dtype), targets.to(DEVICE), torch.randn(rows, generator=rng).to(DEVICE)
-
-
-def exact_slice(logits: Tensor, targets: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp, the target's logit or 0, and the gradient of their difference, row by row in fp64."""
-    x = logits.double().requires_grad_()
-    lse = x.logsumexp(-1)
-    nothing = x.new_zeros(())
-    picked = [row[t] if 0 <= t < len(row) else nothing for row, t in zip(x, targets.tolist(), strict=True)]
-    picked = torch.stack(picked)
-    ((picked - lse) * grad).sum().backward()
-    return lse.detach(), picked.detach(), x.grad
-
-
-@pytest.mark.parametrize("columns", [1, 7, 64, 1000, 4099])
-@pytest.mark.parametrize("rows", [1, 6])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_kernels_are_the_log_softmax_and_its_gradient(rows, columns, dtype):
-    """Of bf16, fp16 and fp32 logits, with targets inside and outside the slice; the logits stay."""
-    logits, targets, grad = slice_inputs(rows, columns, dtype)
-    lse, picked, d = exact_slice(logits, targets, grad)
-    ours = fast.kernel_forward(logits, targets)
-    torch.testing.assert_close(ours[0].double(), lse, rtol=2e-6, atol=2e-6)
-    assert torch.equal(ours[1].double(), picked)
-    gradient = fast.kernel_backward(logits, targets, ours[0], grad)
-    assert gradient.dtype == dtype and gradient.data_ptr() != logits.data_ptr()
-    torch.testing.assert_close(gradient.double(), d, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="slice_forward runs the kernels themselves there")
-def test_kernels_and_pytorch_are_the_same_function():
-    """slice_forward and slice_backward give without Triton what the kernels give."""
-    logits, targets, grad = slice_inputs(9, 300)
-    for a, b in zip(fast.kernel_forward(logits, targets), fast.slice_forward(logits, targets), strict=True):
-        torch.testing.assert_close(a, b)
-    lse = logits.logsumexp(-1) + 0.5  # of other slices too
-    torch.testing.assert_close(fast.kernel_backward(logits, targets, lse, grad),
-                               fast.slice_backward(logits, targets, lse, grad))
-
-
-def test_the_running_maximum_crosses_blocks():
-    """A vocabulary of several kernel blocks that is no power of two; the maximum comes late, then early."""
-    logits = torch.linspace(-200, 200, 20_001, device=DEVICE).expand(2, -1).contiguous()
-    logits[1] = logits[1].flip(0)
-    targets, ones = torch.tensor([20_000, 3], device=DEVICE), torch.ones(2, device=DEVICE)
-    lse, picked, d = exact_slice(logits, targets, ones)
-    ours = fast.kernel_forward(logits, targets)
-    torch.testing.assert_close(ours[0].double(), lse)
-    torch.testing.assert_close(ours[1].double(), picked)
-    gradient = fast.kernel_backward(logits, targets, ours[0], ones)
-    torch.testing.assert_close(gradient.double(), d, rtol=1e-4, atol=1e-5)
-
-
-def test_kernels_take_extreme_logits():
-    """Logits of +-1e4, rows of one value, a first block of minus infinity alone: all finite and right."""
-    logits = torch.full((4, 9000), -1e4, device=DEVICE)
-    logits[0, 17], logits[1] = 1e4, 0.0
-    logits[2, :8192] = -math.inf
-    logits[3, 1::2] = -math.inf
-    targets = torch.tensor([17, 5, 8500, 0], device=DEVICE)
-    lse, _ = fast.kernel_forward(logits, targets)
-    torch.testing.assert_close(lse.double(), logits.double().logsumexp(-1))
-    gradient = fast.kernel_backward(logits, targets, lse, torch.ones(4, device=DEVICE))
-    assert gradient.isfinite().all() and (gradient.double().sum(-1).abs() < 1e-3).all()
-
-
-def test_kernels_take_offsets_beyond_two_to_the_31():
-    """A third row that begins 2^31 numbers after the first: on a GPU a 32-bit offset would read elsewhere
-    (the interpreter's integers do not wrap, so there this shows only that such strides are taken)."""
-    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16, device=DEVICE)  # mostly never touched
-    logits = storage.as_strided((3, 50), (2**30 + 1024, 1))
-    logits.copy_(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)))
-    targets, grad = torch.tensor([3, 4, 5], device=DEVICE), torch.tensor([1.0, -2.0, 3.0], device=DEVICE)
-    lse, picked = fast.kernel_forward(logits, targets)
-    expected_lse, expected, d = exact_slice(logits.contiguous(), targets, grad)
-    torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-6, atol=2e-6)
-    assert torch.equal(picked.double(), expected)
-    gradient = fast.kernel_backward(logits, targets, lse, grad)
-    torch.testing.assert_close(gradient.double(), d, rtol=8e-3, atol=8e-3)
-
-
-@pytest.mark.parametrize("n", [1, 5])
-def test_linear_logps_over_the_kernels(n, monkeypatch):
-    """Through the kernels and several slices of the vocabulary: values and both gradients."""
-    monkeypatch.setattr(fast, "runs_triton", lambda x: True)
-    monkeypatch.setitem(fast.LOGITS_AT_ONCE, DEVICE, 40 * n)
-    targets = torch.randint(130, (n,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    upstream = torch.linspace(-1, 2, n, device=DEVICE)
-    results = []
-    for function, dtype in ((fast.linear_logps, torch.float32), (plain_logps, torch.float64)):
-        leaves = [x.to(DEVICE, dtype, copy=True).requires_grad_() for x in normal((n, 8), (130, 8))]
-        logps = function(*leaves, targets)
-        (logps * upstream).sum().backward()
-        results.append([logps.detach().double(), *(leaf.grad.double() for leaf in leaves)])
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
 # ------------------------------------------------------------------------- layers
 
 ATTENTION_SHAPES = {  # query heads, key/value heads, queries, keys, head size
@@ -363,23 +254,6 @@ def test_a_constant_in_every_score_changes_nothing(score):
     exact = results_of(lambda q, k, v: plain_attention(q, k, v, mask), inputs, torch.float64)
     found = results_of(lambda q, k, v: fast.attention(q, k, v, mask), inputs, torch.bfloat16)
     assert (found[0] - exact[0]).norm() < 0.005 * exact[0].norm()
-    products = fast.products_in_fp32(*(x.bfloat16() for x in (inputs[0], inputs[1][:1].transpose(1, 2))))
-    assert products.dtype == torch.float32
-    expected = inputs[0].bfloat16().double() @ inputs[1][:1].bfloat16().double().transpose(1, 2)
-    torch.testing.assert_close(products.double(), expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32),
-                                    (torch.float32, torch.float32), (torch.float64, torch.float64)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 3, 4, 9)])
-def test_products_in_fp32_are_those_of_upcast_matrices(shape, dtypes):
-    """Exactly, for two types that differ as well; of fp64 in fp64."""
-    batch, m, inner, n = shape
-    a, b = (x.to(DEVICE, dtype) for x, dtype in zip(normal((batch, m, inner), (batch, inner, n)), dtypes,
-                                                    strict=True))
-    product = fast.products_in_fp32(a, b)
-    torch.testing.assert_close(product, upcast(a) @ upcast(b))
-    assert product.dtype == torch.promote_types(dtypes[1], torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5), (2, 3, 4), (3, 2, 65)])

@@ -3,6 +3,8 @@
     python -m pytest tests/test_sample.py
 """
 
+import inspect
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -547,14 +549,30 @@ def test_what_all_prompts_begin_with_changes_nothing(tiny, monkeypatch, alike):
 
 
 def test_text_from_a_recorded_step(tiny, monkeypatch):
-    """A decoding step that is traced once for each width and then replayed, as a CUDA graph is, gives the
-    same text: slots are refilled and closed up between the replays."""
-    model, prompts, s = load(tiny), tiny_prompts(20), Sampling(1.0, 0.9, 6)
+    """A decoding step, its draw included, that is called once for each width, then traced and replayed, as a
+    CUDA graph is, gives the same text: slots are refilled and closed up between the replays. (Top-p is traced
+    on a GPU alone, where it has a kernel.)"""
+    model, prompts, s = load(tiny), tiny_prompts(20), Sampling(0.7, 1.0, 6, top_k=50)
     expected, traced = generate(model, prompts, s, frozenset(range(40)), 0, slots=16), []
 
     def record(step, device):
-        traced.append(make_fx(step)())
-        return traced[-1]
+        sampler = inspect.getclosurevars(step).nonlocals["self"]
+        state = sampler.drawn, sampler.cache.lengths
+        calls = itertools.count()
+
+        def call() -> Tensor:
+            number = next(calls)
+            if number == 0:
+                return step()
+            if number == 1:  # tracing takes the step, and a capture does not
+                before = [tensor.clone() for tensor in state]
+                traced.append(make_fx(step)())
+                for tensor, value in zip(state, before, strict=True):
+                    tensor.copy_(value)
+                call.step = traced[-1]
+            return call.step()
+
+        return call
 
     monkeypatch.setattr(fast, "graphed", record)
     assert generate(model, prompts, s, frozenset(range(40)), 0, slots=16) == expected
