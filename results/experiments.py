@@ -2,7 +2,7 @@
 
     python results/experiments.py methods-tiny                      every method on the embedded model
     python results/experiments.py methods-tiny infonce sami         some of its rows
-    python results/experiments.py methods-tiny --at-once 2          two runs at a time
+    python results/experiments.py methods-tiny --at-once 2          two programs at a time
     python results/methods.py results/methods-tiny                  the table and a picture
 
 A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied to
@@ -15,8 +15,9 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Semaphore
 
 from variants import make_variant  # which puts the project on the path
 
@@ -31,13 +32,14 @@ class Row:
     """One setting.
 
     flags: of train.py; pairs_of: the row whose pairs it trains on, seed by seed; variant: what variants.py
-    makes of those first (and of `other` row's).
+    makes of those first (and of `other` row's); seeds: if not the table's.
     """
 
     flags: str
     pairs_of: str = ""
     variant: str = ""
     other: str = ""
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ SMOLLM2 = "--model SmolLM2-135M-Instruct"
 TINY_PPO = "--critic-lr 1e-3 --rollout-batch 32 --train-batch 16"
 SCRIPTED = "--judge scripted --judge-url http://127.0.0.1:8099/v1"
 SMALL_PPO = "--rollout-batch 8 --train-batch 8 --critic-lr 1e-4"
+GPU_PPO = "--rollout-batch 32 --train-batch 16 --critic-lr 1e-4"
 TABLES = {
     # Every method end to end on a real model: what a prompt costs, not what it gains.
     "methods-smollm2-small": Table(
@@ -94,6 +97,31 @@ TABLES = {
             "rlvr": Row(f"--method rlvr {SMALL_PPO}"),
             "rlaif": Row(f"--method rlaif {SCRIPTED} {SMALL_PPO}"),
             "rlaif-mi": Row(f"--method rlaif-mi {SCRIPTED} {SMALL_PPO}"),
+        }),
+    # Every method on a real model, on a GPU: 600 pairs, or 600 prompts of PPO.
+    "methods-smollm2-gpu": Table(
+        seeds=(0, 1, 2),
+        train=f"{SMOLLM2} --data demo --lr 1e-5",
+        base="mipo-random",
+        test="--limit 320",
+        rows={
+            "mipo-random": Row("--neg random"),
+            "mipo-missing": Row("--neg missing"),
+            "mipo-reshuffle": Row("--neg reshuffle"),
+            "sft": Row("--method sft", "mipo-random"),
+            "sft-revise": Row("--method sft-revise", "mipo-random"),
+            "infonce": Row("--method infonce", "mipo-random"),
+            "sami": Row("--method sami", "mipo-random"),
+            "rlvr": Row(f"--method rlvr {GPU_PPO}", seeds=(0,)),
+            "ppo-mi": Row(f"--method ppo-mi {GPU_PPO}", seeds=(0,)),
+            "rlaif": Row(f"--method rlaif {SCRIPTED} {GPU_PPO}", seeds=(0,)),
+            "swapped": Row("", "mipo-random", "swapped"),
+            "same": Row("--neg same"),
+            "larger-half": Row("", "mipo-random", "larger-half"),
+            "smaller-half": Row("", "mipo-random", "smaller-half"),
+            "missing-answering-half": Row("", "mipo-missing", "answering-half"),
+            "random-3": Row("--neg random --n-neg 3"),
+            "random-3-softmax": Row("--softmax", "random-3"),
         }),
     "methods-tiny": Table(
         seeds=(0, 1, 2),
@@ -214,28 +242,53 @@ def pairs_folder(row: Row, place: Path, folder: Path, seed: int) -> Path:
     return target
 
 
-def run(name: str, row_name: str, seed: int) -> None:
-    """Train and evaluate one row with one seed, as far as it has not been done, and copy its small files."""
+@dataclass
+class Progress:
+    """What others wait for: a run's pairs, and its base model's responses. Set too where it has failed."""
+
+    trained: Event = field(default_factory=Event)
+    evaluated: Event = field(default_factory=Event)
+
+
+def run(name: str, row_name: str, seed: int, slots: Semaphore,
+        progress: dict[tuple[str, int], Progress]) -> None:
+    """Train and evaluate one row with one seed, as far as it has not been done, and copy its small files.
+
+    slots: for programs that run at a time; progress: of every run by row and seed.
+    """
     table = TABLES[name]
     row = table.rows[row_name]
     place = ROOT / "runs" / name
     folder = place / row_name / f"seed{seed}"
     kept = ROOT / "results" / name / row_name / f"seed{seed}"
-    if all((kept / file).exists() for file in table.files):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    if not (folder / "summary.json").exists():
-        pairs = ["--pairs", pairs_folder(row, place, folder, seed)] if row.pairs_of else []
-        command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
-                "--out", folder, "--resume", log)
-    unfinished = folder / table.numbers.replace("eval", "unfinished")
-    if unfinished.exists() or not (folder / table.numbers).exists():
-        base = place / table.base / f"seed{seed}"
-        reuse = ["--reuse", base] if row_name != table.base else []
-        command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
-    if table.divergence and not (folder / "divergence.json").exists():
-        command("results/divergence.py", folder, log)
+    try:
+        if all((kept / file).exists() for file in table.files):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log.txt"
+        if not (folder / "summary.json").exists():
+            for source in filter(None, (row.pairs_of, row.other)):
+                progress[source, seed].trained.wait()
+            with slots:
+                pairs = ["--pairs", pairs_folder(row, place, folder, seed)] if row.pairs_of else []
+                command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
+                        "--out", folder, "--resume", log)
+        progress[row_name, seed].trained.set()
+        unfinished = folder / table.numbers.replace("eval", "unfinished")
+        if unfinished.exists() or not (folder / table.numbers).exists():
+            reuse = []
+            if row_name != table.base:
+                progress[table.base, seed].evaluated.wait()
+                reuse = ["--reuse", place / table.base / f"seed{seed}"]
+            with slots:
+                command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
+        progress[row_name, seed].evaluated.set()
+        if table.divergence and not (folder / "divergence.json").exists():
+            with slots:
+                command("results/divergence.py", folder, log)
+    finally:
+        progress[row_name, seed].trained.set()
+        progress[row_name, seed].evaluated.set()
     kept.mkdir(parents=True, exist_ok=True)
     written = json.loads((folder / "args.json").read_text())
     for file in table.files:  # where this machine has its folders is nobody's business
@@ -248,23 +301,23 @@ def program() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("rows", nargs="*", help="default: all")
-    parser.add_argument("--at-once", type=int, default=1, help="runs at a time")
+    parser.add_argument("--at-once", type=int, default=1, help="programs at a time")
     args = parser.parse_args()
     table = TABLES[args.table]
     names = args.rows or list(table.rows)
     unknown = set(names) - set(table.rows)
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))} in {args.table}: {', '.join(table.rows)}")
-    # The base's responses are there before others take them, and pairs before others train on them.
     chosen = [table.rows[name] for name in names]
-    needed = {of for row in chosen for of in (row.pairs_of, row.other)} - {"", table.base}
-    waves = [[table.base], [name for name in table.rows if name in needed],
-             [name for name in names if name not in {table.base, *needed}]]
-    for wave in waves:
-        with ThreadPoolExecutor(args.at_once) as pool:
-            jobs = [pool.submit(run, args.table, name, seed) for seed in table.seeds for name in wave]
-            for job in jobs:
-                job.result()
+    needed = {table.base} | {of for row in chosen for of in (row.pairs_of, row.other) if of}
+    names = [name for name in table.rows if name in needed] + [name for name in names if name not in needed]
+    progress = {(name, seed): Progress() for name in names
+                for seed in table.rows[name].seeds or table.seeds}
+    slots = Semaphore(args.at_once)
+    with ThreadPoolExecutor(len(progress)) as pool:  # most of them wait
+        jobs = [pool.submit(run, args.table, name, seed, slots, progress) for name, seed in progress]
+    for job in jobs:
+        job.result()
 
 
 if __name__ == "__main__":

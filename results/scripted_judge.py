@@ -22,10 +22,11 @@ CHECKS = {quote(row["context"]): row["check"] for _, row in read_jsonl(ROOT / "a
 
 
 def score(question: str) -> int:
-    """The score of a question as judge.reward asks it: the preference first, the response last."""
+    """The score of a question as judge.reward asks it: the preference first, the response last. 1 where the
+    preference is not the demo's: training asks one such question first, to see whether anyone answers."""
     preference, _, rest = question.removeprefix("User preference: ").partition("\nUser: ")
     _, _, response = rest.partition("\nAssistant: ")
-    return 5 if honours(CHECKS[preference], response) else 1
+    return 5 if preference in CHECKS and honours(CHECKS[preference], response) else 1
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
