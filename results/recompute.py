@@ -1,4 +1,4 @@
-"""Every number of the results in README.md and results/LOG.md again, from the files beside this one.
+"""Every number of the results in README.md, docs.md and results/LOG.md again, from the files beside this one.
 
     python results/recompute.py
 
@@ -173,6 +173,28 @@ def check_tables(document: str, text: str) -> list[tuple]:
 
 # -------------------------------------------------------------------------------- sentences
 
+def rows_of(table: str) -> dict[str, dict[str, str]]:
+    """Row -> heading -> cell of the table.md that methods.py wrote."""
+    lines = (RESULTS / table / "table.md").read_text(encoding="utf-8").splitlines()
+    headings, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
+
+
+def check_methods(document: str, text: str) -> list[tuple]:
+    """(where, claimed, expected) of every cell of docs.md's table of methods on a real model."""
+    found, headings, methods = [], [], rows_of("methods-smollm2-gpu")
+    for number, line in enumerate(text.splitlines(), 1):
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        headings = headings if headings and cells else cells
+        if "seeds" not in headings or cells == headings or set(line) <= set("|-"):
+            continue
+        row = methods[re.split(r", | \(", cells[0])[0]]
+        for heading, cell in list(zip(headings, cells, strict=True))[1:]:
+            expected = row[heading.replace("win rate %", "win rate, %")]
+            found.append((f"{document}:{number} {cells[0]}: {heading}", cell, expected))
+    return found
+
+
 def claims() -> list[tuple[str, str, list[str] | None]]:
     """(document, a sentence with {} for its numbers, the numbers); None: no file has them."""
     tiny = [TINY.format(seed) for seed in range(3)]
@@ -182,7 +204,7 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
     every = [text for file in tiny for text in points(file)]
     unseen_intervals = [points(file, "unseen") for file in tiny]
     svamp, gsm8k = TASKS.values()
-    missing = VALIDATION.format("missing-600-lr1e-5")
+    methods = rows_of("methods-smollm2-gpu")
     contexts = [text for name in ("all", "seen", "unseen")
                 for text in numbers(with_interval(over_contexts(DEMO, name, "trained"), "+.1f", 100))]
     memories = [text for key, form, scale in (
@@ -204,9 +226,11 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
                          *points(RATES.format("1e-5")), *points(RATES.format("3e-5"))]),
         ("the rise on seen contexts is {} points [{}, {}]",
          points(HEADLINE, "seen", "win_rate_length_matched")),
-        ("rises too (by {} points at lr 1e-5)", [f"{100 * gain(missing)['mean']:.0f}"]),
-        ("(prompt gain {} at lr 5e-6)",
-         pair(VALIDATION.format("missing-600-lr5e-6"), "prompt_gain", ".1f", systems=("trained",))),
+        ("MIPO gains most, {} ± {} points,", numbers(methods["mipo-random"]["over prompting"])),
+        ("InfoNCE, which has no reference, gains {} ± {} by", numbers(methods["infonce"]["over prompting"])),
+        ("(prompt gain {} and {} nats; prompting's {})",
+         [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi", "prompting")]),
+        ("or a phrase of {} tokens,", numbers(methods["ppo-mi"]["tokens"])),
         ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {})",
          [*rates(svamp, systems=("default", "trained")), "100", f"{gain(svamp, key='mcnemar_p'):.2f}",
           *rates(gsm8k, systems=("default", "trained")), "60"]),
@@ -300,6 +324,7 @@ if __name__ == "__main__":
     texts = {name: (RESULTS.parent / name).read_text(encoding="utf-8")
              for name in ("README.md", "results/LOG.md")}
     checked = [row for name, text in texts.items() for row in check_tables(name, text)]
+    checked += check_methods("docs.md", (RESULTS.parent / "docs.md").read_text(encoding="utf-8"))
     checked += check_claims(texts) + check_responses()
     verdicts = [verdict(claimed, value) for _, claimed, value in checked]
     for (where, claimed, _), says in zip(checked, verdicts, strict=True):
