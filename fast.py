@@ -2,7 +2,7 @@
 
 The functions down to invert_cumulative have a plain form, given in their docstrings. tests/test_fast.py
 compares the two, values and gradients, in fp64 and bf16; of what only GPUs run tests/test_cuda.py does, in
-fp64. What those that run on a CPU save in a run is in bench/README.md.
+fp64, and tests/test_gpu_kernels.py of the kernels. What each piece saves is in bench/README.md.
 
     linear_logps     log-softmax-gather of the output layer: no logits are kept
     attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products
@@ -56,6 +56,7 @@ def has_bf16_products(device: torch.device) -> bool:
 
 
 def runs_triton(x: Tensor) -> bool:
+    """Whether a kernel of gpu_kernels.py takes the place of the plain form for tensors like x."""
     return x.device.type == "cuda" and x.dtype != torch.float64
 
 

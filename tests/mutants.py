@@ -48,6 +48,7 @@ EQUATIONS = ("test_ppo.py::test_gae_is_the_discounted_sum_of_td_errors "
 PROCESSES = "test_processes.py::test_two_processes_are_one[dpo-8192-5]"
 LOGPS = ("test_fast.py::test_linear_logps_are_the_log_softmax "
          "test_fast.py::test_the_gradient_of_linear_logps_is_that_of_finite_differences")
+UPDATE = "test_ppo.py::test_one_update_is_written_out"
 NORM, ROTATION = (f"test_gpu_kernels.py::test_{name}_and_its_gradient" for name in ("norm", "rotation"))
 DECODING = "test_gpu_kernels.py::test_decode_attention_sees_what_a_slot_holds"
 LAYERS = ("test_fast.py::test_the_gradient_of_attention_is_that_of_finite_differences "
@@ -93,6 +94,8 @@ MUTATIONS = {
          "test_negatives.py"),
         ("len(pair.chosen.ids) - pair.chosen.finished", "len(pair.chosen.ids)", "test_negatives.py"),
         ('seed_from("noise", seed, i, k)', 'seed_from("noise", seed, i)', "test_negatives.py"),
+        ("if example.user is not None and example.user == other.user:", "if False:",
+         "test_pairs.py::test_a_random_context_is_of_another_user"),
     ],
     "pairs.py": [
         ("right = examples[i].user_message(examples[i].context)", "right = examples[i].user_message(None)",
@@ -108,6 +111,10 @@ MUTATIONS = {
         ("unfinished=1 - sum(", "unfinished=sum(",
          "test_pairs.py::test_a_useless_rejected_response_is_drawn_again"),
         ('seed_from("round", seed, round) if round else seed', "seed", "test_rounds.py"),
+        ("tokenizer.chat(messages[i][k], pairs[i].system) for i", "tokenizer.chat(messages[i][k]) for i",
+         "test_pairs.py::test_further_draws_and_gains_are_told_the_system_prompt"),
+        ("    sampling = sampling_for(args)\n", "    sampling = sampling_for(args, evaluation=True)\n",
+         "test_pairs.py::test_pairs_are_not_sampled_as_evaluation_samples"),
     ],
     "batches.py": [
         ("prompts = [pair.prompt_ids]  # (x, c)", "prompts = [pair.rejected[0].prompt_ids]  # (x, c)",
@@ -153,6 +160,19 @@ MUTATIONS = {
          "test_checkpoint.py::test_a_run_that_was_stopped_ends_with_the_same_bits[dpo-3]"),
         ("len(scores) - 1 - best >= patience", "len(scores) - 1 - best > patience",
          "test_selection.py::test_early_stopping_keeps_the_best_step"),
+        ('if math.isfinite(norm) and math.isfinite(means["loss"]):', 'if math.isfinite(means["loss"]):',
+         "test_train.py::test_a_gradient_that_is_not_finite_is_not_taken_though_the_loss_is"),
+        ("state.batch, state.rows, state.scores = 0, metrics.rows, []",
+         "state.batch, state.rows = 0, metrics.rows",
+         "test_rounds.py::test_early_stopping_ends_a_round_and_not_the_next_one"),
+        ("round_args = dataclasses.replace(candidate_args, seed=round_seed(args.seed, round))",
+         "round_args = candidate_args",
+         "test_rounds.py::test_a_round_is_trained_and_scored_in_an_order_of_its_own"),
+        ("candidate_args.lr, args.seed, args.rounding)", "candidate_args.lr, args.seed)",
+         "test_run_folder.py::test_rounding_reaches_the_optimizer"),
+        ("add_adapters(model, args.lora_rank, args.lora_alpha, args.seed)",
+         "add_adapters(model, args.lora_rank, Args.lora_alpha, args.seed)",
+         "test_run_folder.py::test_what_changes_the_model_reaches_it"),
     ],
     "model.py": [
         ("quarter_turn = torch.cat((-b, a), dim=-1)", "quarter_turn = torch.cat((b, -a), dim=-1)", MODEL),
@@ -219,6 +239,22 @@ MUTATIONS = {
          "test_ppo.py::test_actor_and_critic_have_learning_rates_of_their_own"),
         ("numbers = range(epoch * args.rollouts,", "numbers = range(0 * args.rollouts,",
          "test_ppo.py::test_every_prompt_is_sampled_once_a_pass"),
+        ("for terms in zip(logps, bare_logps, strict=True)]",
+         "for terms in zip(bare_logps, logps, strict=True)]",
+         UPDATE),
+        ("rollout.reference, args.kl_weight)  # (R,)", "rollout.reference, 0.0)  # (R,)",
+         UPDATE),
+        ("gae(of_tokens, rollout.values, args.gamma, args.gae_lambda)",
+         "gae(of_tokens, rollout.values, args.gae_lambda, args.gamma)",
+         UPDATE),
+        ("rollout.advantages, args.clip).mean()", "rollout.advantages, args.value_clip).mean()",
+         UPDATE),
+        ("rollout.returns, args.value_clip).mean()", "rollout.returns, args.value_clip).sum()",
+         UPDATE),
+        ("            rollout.advantages = advantages\n", "            pass\n",
+         UPDATE),
+        ("asked = [examples[rollout.row] for rollout in rollouts]", "asked = examples[: len(rollouts)]",
+         UPDATE),
     ],
     "rewards.py": [
         ("return (logps - bare_logps).sum()", "return (logps - bare_logps).mean()",
@@ -261,6 +297,9 @@ MUTATIONS = {
          "test_selection.py::test_a_margin_is_against_the_mean_of_the_rejected_responses"),
         ("dpo(logps, self.reference, self.args.beta)", "dpo(self.reference, logps, self.args.beta)",
          "test_selection.py::test_the_choice_never_sees_the_test_part"),
+        ("e.user_message(e.context), e.system) for _, e in mine]",
+         "e.user_message(None), e.system) for _, e in mine]",
+         "test_selection.py::test_validation_responses_are_drawn_with_their_contexts"),
     ],
     "fast.py": [
         ("torch.cat((seen[parent], own[i]))", "torch.cat((seen[None], own[i]))",
@@ -280,6 +319,24 @@ MUTATIONS = {
          "test_fast.py::test_invert_cumulative_is_the_inverse"),
         ("is_short = likely.cumsum(-1) < mass", "is_short = likely.cumsum(-1) <= mass",
          "test_sample.py::test_top_p_on_halves"),
+    ],
+    "responses.py": [
+        ('model = trained if system == "trained" else base', "model = base",
+         "test_eval.py::test_each_systems_own_model_is_asked_about_the_choices"),
+    ],
+    "eval.py": [
+        ('verdicts = earlier.get("judges", {}) | verdicts', "verdicts = dict(verdicts)",
+         "test_eval.py::test_the_first_judge_decides_and_others_stay"),
+    ],
+    "measures.py": [
+        ("row |= dict(choice_mi=interval(choice_mi,", "row |= dict(choice_mi=interval(1 - choice_mi,",
+         "test_eval.py::test_choices_by_mutual_information_are_counted_where_they_are_right"),
+    ],
+    "report.py": [
+        ('return systems["trained"]["win_rate"]["mean"]', 'return systems["prompted"]["win_rate"]["mean"]',
+         "test_report.py::test_a_strategy_is_chosen_by_its_trained_model"),
+        ("below = above = np.std(rates, ddof=1)", "below = above = np.std(rates)",
+         "test_report.py::test_the_reports_picture_shows_the_tables_numbers"),
     ],
     "gpu_kernels.py": [
         ("total * tl.exp(maximum - base) +", "total +",
