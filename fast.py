@@ -2,7 +2,7 @@
 
 The functions down to invert_cumulative have a plain form, given in their docstrings. tests/test_fast.py
 compares the two, values and gradients, in fp64 and bf16; of what only GPUs run tests/test_cuda.py does, in
-fp64, and tests/test_gpu_kernels.py of the kernels. What each piece saves is in bench/README.md.
+fp64, and tests/test_gpu_kernels.py of the kernels. What they save is in bench/README.md.
 
     linear_logps     log-softmax-gather of the output layer: no logits are kept
     attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products
@@ -23,7 +23,7 @@ size, m queries, n keys.
 """
 
 import ctypes
-import itertools
+import functools
 import math
 import os
 import platform
@@ -241,11 +241,6 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, seen: SeenKeys) -> Tensor:
                        window_size=(-1, 0), **SHARED_HEADS)
 
 
-def decodes_by_kernel(x: Tensor) -> bool:
-    """Whether `gpu_kernels.decode_attention` takes heads like these (..., D)."""
-    return runs_triton(x) and x.shape[-1] in gpu_kernels.HEAD_SIZES
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, in fp32, returned in the type of x (..., E). Plain form:
 
@@ -263,7 +258,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if runs_triton(x):
-            y, scale = gpu_kernels.norm(x, weight, eps)
+            y, scale = gpu_kernels.rms_norm(x, weight, eps)
         else:
             y = upcast(x)  # (..., E)
             mean_square = torch.linalg.vecdot(y, y)[..., None] / y.shape[-1]  # (..., 1)
@@ -276,7 +271,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, scale = ctx.saved_tensors
         if runs_triton(x):
-            return *gpu_kernels.norm_gradient(grad, x, weight, scale), None
+            wanted = ctx.needs_input_grad[1]
+            return *gpu_kernels.rms_norm_gradient(grad, x, weight, scale, wanted), None
         grad = upcast(grad)
         unit = upcast(x) * scale  # (..., E)
         d_weight = (grad * unit).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None  # (E,)
@@ -303,13 +299,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return gpu_kernels.gate(gate, up) if runs_triton(gate) else F.silu(gate) * up
+        return gpu_kernels.swiglu(gate, up) if runs_triton(gate) else F.silu(gate) * up
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         if runs_triton(gate):
-            return gpu_kernels.gate_gradient(grad, gate, up)
+            return gpu_kernels.swiglu_gradient(grad, gate, up)
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
@@ -328,6 +324,11 @@ class Rotation(torch.autograd.Function):
 
 # ------------------------------------------------------------------------- sampling
 
+def decodes_by_kernel(x: Tensor) -> bool:
+    """Whether `gpu_kernels.decode_attention` takes heads like these (..., D)."""
+    return runs_triton(x) and x.shape[-1] in gpu_kernels.HEAD_SIZES
+
+
 def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
     """The largest value such that what is at least as large in a row reaches a mass. Plain form:
 
@@ -341,7 +342,7 @@ def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
         return gpu_kernels.least_of_nucleus(probs, mass)
     # It mostly lies within the 256 largest values, so whole rows are seldom sorted.
     likely = probs.topk(min(256, probs.shape[1])).values  # (n, 256), falling
-    if (likely.sum(-1, keepdim=True) < mass).any():
+    if probs.is_cuda or (likely.sum(-1, keepdim=True) < mass).any():  # a CUDA graph cannot ask
         likely = probs.sort(descending=True).values  # (n, V)
     is_short = likely.cumsum(-1) < mass  # up to here the mass is not reached
     last = is_short.sum(-1, keepdim=True)  # (n, 1)
@@ -387,27 +388,34 @@ def graphed(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
     memory again, all at once. On other devices step itself."""
     if device.type != "cuda":
         return step
-    stream = torch.cuda.Stream(device)  # of this graph alone, like what libraries set up on it
-    graph, out = torch.cuda.CUDAGraph(), None
-    calls = itertools.count()
+    stream = capture_stream(device)
+    is_set_up, graph, out = False, None, None
 
     def call() -> Tensor:
-        nonlocal out
-        number = next(calls)
-        if number == 0:  # the first call sets up what cannot be captured
+        nonlocal is_set_up, graph, out
+        if not is_set_up:  # what cannot be captured is set up by the first call
+            is_set_up = True
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 out = step()
             torch.cuda.current_stream(device).wait_stream(stream)
             return out
-        if number == 1:
+        if graph is None:
+            captured = torch.cuda.CUDAGraph()
             # In the mode by default what other threads do, NCCL's say, would end the capture.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(captured, stream=stream, capture_error_mode="thread_local"):
                 out = step()
+            graph = captured
         graph.replay()
         return out
 
     return call
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: what libraries set up on a stream stays as long as the process."""
+    return torch.cuda.Stream(device)
 
 
 OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -1,9 +1,9 @@
 """gpu_kernels.py - the Triton kernels, which a GPU runs in the place of plain forms.
 
     pick_logps, logps_gradient   log-softmax-gather of one slice of the vocabulary, for fast.linear_logps
-    norm, norm_gradient          RMSNorm
+    rms_norm, rms_norm_gradient  RMSNorm
     rotate                       rotary position embedding; with the opposite sign its gradient
-    gate, gate_gradient          SwiGLU
+    swiglu, swiglu_gradient      SwiGLU
     decode_attention             attention of new tokens over a KV cache, of which only what is in use is read
     least_of_nucleus             where top-p cuts, without a sort
     round_up_or_down             stochastic rounding to bf16
@@ -22,6 +22,8 @@ import os
 
 import torch
 from torch import Tensor
+
+HEAD_SIZES = (16, 32, 64, 128, 256)  # that decode_attention takes
 
 if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
     import triton
@@ -182,7 +184,7 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
         30, which are found three at a time, the highest first."""
         row = tl.program_id(0).to(tl.int64)
         probs += row * stride
-        wanted = tl.load(mass + row)
+        wanted = tl.maximum(tl.load(mass + row), 1e-37)  # of a mass of 0 the largest number is left too
         value = tl.full((), 0, tl.int32)
         for place in range(10):
             candidates = value + (tl.arange(0, 8) << (27 - 3 * place))  # (8,)
@@ -195,7 +197,7 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
             value = tl.max(tl.where(totals >= wanted, candidates, value), 0)
         tl.store(least + row, value.to(tl.float32, bitcast=True))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["seed"])  # else every 16th seed would be compiled anew
     def _rounding_kernel(x, out, seed, first, count, BLOCK: tl.constexpr):
         """One program for 8 * BLOCK numbers. Each gets 16 of the bits that are drawn for its place in the
         whole tensor, of which x is what begins at `first`; the upper half of its own bits is kept."""
@@ -232,7 +234,7 @@ def logps_gradient(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -
     return out
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RMSNorm of x (..., E) in the type of x, and its factor of each row in fp32, (..., 1). weight (E,)."""
     x = x.contiguous()
     y, size = torch.empty_like(x), x.shape[-1]
@@ -241,8 +243,9 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, scale
 
 
-def norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """d x like x (..., E), and d weight (E,) in fp32; scale: what `norm` gave."""
+def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor,
+                      trains_weight: bool) -> tuple[Tensor, Tensor | None]:
+    """d x like x (..., E), and d weight (E,) in fp32, if it is wanted; scale: what `rms_norm` gave."""
     grad, x = grad.contiguous(), x.contiguous()
     rows, size = scale.numel(), x.shape[-1]
     programs = min(rows, 512)
@@ -250,7 +253,7 @@ def norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tup
     d_weight = torch.empty(programs, size, dtype=torch.float32, device=x.device)  # (programs, E)
     _norm_gradient_kernel[(programs,)](grad, x, weight, scale, d_x, d_weight, rows, size,
                                        BLOCK=triton.next_power_of_2(size))
-    return d_x, d_weight.sum(0)
+    return d_x, d_weight.sum(0) if trains_weight else None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
@@ -263,23 +266,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return out
 
 
-def gate(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of tensors of one shape, contiguous."""
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of tensors of one shape."""
+    gate, up = gate.contiguous(), up.contiguous()
     out, block = torch.empty_like(gate), 2048
     _gate_kernel[(triton.cdiv(out.numel(), block),)](gate, up, out, out.numel(), BLOCK=block)
     return out
 
 
-def gate_gradient(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `gate`'s two arguments."""
-    grad, block = grad.contiguous(), 2048
+def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `swiglu`'s two arguments."""
+    grad, gate, up, block = grad.contiguous(), gate.contiguous(), up.contiguous(), 2048
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     _gate_gradient_kernel[(triton.cdiv(grad.numel(), block),)](grad, gate, up, d_gate, d_up, grad.numel(),
                                                                BLOCK=block)
     return d_gate, d_up
-
-
-HEAD_SIZES = (16, 32, 64, 128, 256)  # that decode_attention takes
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, slot_k: Tensor, slot_v: Tensor, counts: Tensor,
@@ -297,8 +298,16 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, slot_k: Tensor, slot_v: Te
     rows = max(16, triton.next_power_of_2(group))  # a product takes at least 16
     out = torch.empty_like(q)
     _decode_kernel[slots, kv_heads](q, k, v, slot_k, slot_v, counts, shared_k, shared_v, out, length,
-                                    shared_k.shape[1], size**-0.5, group, ROWS=rows, SIZE=size, BLOCK=64)
+                                    shared_k.shape[1], size**-0.5, group, ROWS=rows, SIZE=size,
+                                    **decode_blocks(size, q.element_size()))
     return out
+
+
+def decode_blocks(size: int, itemsize: int) -> dict[str, int]:
+    """How many tokens are read at a time, and for how many steps ahead: what fits the smallest cards' 99 KB
+    of shared memory."""
+    is_wide = size * itemsize > 256
+    return dict(BLOCK=32 if is_wide else 64, num_stages=3 if itemsize == 2 and not is_wide else 1)
 
 
 def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
@@ -313,7 +322,7 @@ def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
 def round_up_or_down(x: Tensor, out: Tensor, seed: int, first: int = 0) -> None:
     """x in fp32, rounded to one of the two nearest bf16 numbers, as optimizer.round_stochastically does it.
     x: the part of a tensor that begins at its number `first`; seed and place alone decide how a number is
-    rounded."""
+    rounded. x and out are contiguous, out is bf16."""
     block = 1024
     programs = (first + x.numel() - 1) // (8 * block) - first // (8 * block) + 1
     _rounding_kernel[(programs,)](x, out.view(torch.int16), seed, first, x.numel(), BLOCK=block)

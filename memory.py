@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import gpu_kernels
 from config import Config
 from fast import LOGITS_AT_ONCE
 from losses import OBJECTIVES, Group, common_prefix_length
@@ -194,7 +195,8 @@ def cache_bytes(config: Config, args, prompt: int, device: str) -> float:
         return 0.0
     number = getattr(torch, args.dtype).itemsize
     length = -(-(prompt + args.max_new_tokens) // 64) * 64
-    key = FP32 if device == "cpu" else number
+    has_kernel = device == "cuda" and config.head_dim in gpu_kernels.HEAD_SIZES
+    key = number if has_kernel else FP32
     a_token = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (key + number)
     return args.slots * (length * a_token + 4 * config.vocab_size * FP32)
 

@@ -5,9 +5,9 @@ between two bf16 numbers: 1e-6 beside a weight of 0.02 is 1/122 of that distance
 number, nearly everything that was learned would vanish from the forward pass and from the saved folder.
 Rounded up or down at random, with the nearer number the likelier, it is there in the mean over the weights.
 With --shard (shard.py) masters and moments are divided as the weights are, by rows, and each process updates
-its own. Noise is drawn for the whole tensor, of which a process takes its rows' part: the same numbers as in
-an undivided run. What is kept of a sharded run are whole tensors, so a checkpoint fits any number of
-processes.
+its own. Noise is drawn for the whole tensor, of which a process takes its rows' part (on a GPU it is made
+from a seed and a number's place): the same numbers as in an undivided run. What is kept of a sharded run are
+whole tensors, so a checkpoint fits any number of processes.
 What differs from the paper: it says AdamW, linear warm-up over 3% of the steps and a cosine. That the cosine
 ends at 10%, betas of (0.9, 0.95), no weight decay and the clip at 1 are from the authors' scripts; masters
 and rounding are ours.
@@ -42,15 +42,16 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def round_stochastically(x: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
     """fp32 -> one of the two nearest bf16 numbers, the nearer one with the higher probability, so that the
-    result is right in the mean. By a generator of the CPU; seeded alike, it rounds alike. Of a sharded tensor
-    this process's rows, rounded as they are in the whole one. out: where they go, else a new tensor.
+    result is right in the mean. By a generator of the CPU: seeded alike, it rounds alike, but a GPU otherwise
+    than a CPU. Of a sharded tensor this process's rows, rounded as they are in the whole one. out: where they
+    go, else a new tensor.
 
     A bf16 number is the upper half of an fp32 number's bits. A random 16-bit number, added to the lower half,
     carries into the upper one with just the probability that is wanted.
     """
     own = local(x)
     out = torch.empty_like(own, dtype=torch.bfloat16) if out is None else out
-    if runs_triton(own):
+    if runs_triton(own) and out.dtype == torch.bfloat16:
         seed = torch.randint(2**31, (), generator=generator).item()
         gpu_kernels.round_up_or_down(own, out, seed, span(x).start)
         return out

@@ -17,6 +17,7 @@ import collections
 import math
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -122,10 +123,10 @@ class Cache:
 
     `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot increments
     it. A slot is reused by writing over it: stale entries beyond its length are masked. All L entries are
-    read: products would copy a part of them. On a CPU the slots' keys are fp32, as the scores are. Values are
-    stored transposed, so that each product reads along the dimension it sums over.
-    Where a GPU has a kernel for it (`has_kernel`), keys and values are laid out alike, and a step reads only
-    what each slot holds.
+    read: products would copy a part of them. The slots' keys are fp32, as the scores are. Values are stored
+    transposed, so that each product reads along the dimension it sums over.
+    Where a GPU has a kernel for it (`has_kernel`), keys are in the model's type, keys and values are laid out
+    alike, and a step reads only what each slot holds.
     """
 
     def __init__(
@@ -447,13 +448,14 @@ class Sampler:
     def step(self) -> None:
         """Feed the latest token of every busy slot and draw the next one."""
         width = self.width
+        own = weakref.proxy(self)  # else the step, which the sampler holds, would hold it and its cache
 
         def advance() -> Tensor:
-            slots = self.cache.slots[:width]  # (width,)
-            latest = self.ids[slots, self.drawn[:width] - 1]  # (width,)
-            hidden = self.model(latest, Decode(self.cache, width))  # (width, E)
-            self.cache.lengths[:width] += 1
-            return self.draw(slots, self.model.logits(hidden))
+            slots = own.cache.slots[:width]  # (width,)
+            latest = own.ids[slots, own.drawn[:width] - 1]  # (width,)
+            hidden = own.model(latest, Decode(own.cache, width))  # (width, E)
+            own.cache.lengths[:width] += 1
+            return own.draw(slots, own.model.logits(hidden))
 
         # A CUDA graph works on the memory it was captured with: all that it changes is written in place.
         if width not in self.decoders:
@@ -473,7 +475,7 @@ class Sampler:
 
     def hand_over(self, drawn: Tensor) -> None:
         """Finish the responses that end with the tokens just drawn. drawn: what `draw` returns."""
-        # This is the one place in a step where the host waits for the device.
+        # This is the one place in a step where the host waits for the device, but for `finish`.
         for slot, count, is_stop in drawn.tolist():
             is_busy = self.owner[slot] is not None
             if is_busy and (is_stop or count == self.sampling.max_new_tokens):

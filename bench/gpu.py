@@ -144,6 +144,8 @@ def decode(raw: dict, rows: list[tuple[int, int]], new: int, device: torch.devic
     """
     model = random_model(raw, device)
     weights = sum(p.nbytes for p in model.parameters())
+    if not model.config.tie_word_embeddings:  # a token reads one row of the embedding
+        weights -= model.model.embed_tokens.weight.nbytes
     a_token = 2 * 2 * raw["num_hidden_layers"] * model.config.num_key_value_heads * model.config.head_dim
     results = []
     for count, prompt in rows:

@@ -244,10 +244,17 @@ def pairs_folder(row: Row, place: Path, folder: Path, seed: int) -> Path:
 
 @dataclass
 class Progress:
-    """What others wait for: a run's pairs, and its base model's responses. Set too where it has failed."""
+    """What others wait for: a run's pairs, and its base model's responses."""
 
     trained: Event = field(default_factory=Event)
     evaluated: Event = field(default_factory=Event)
+    has_failed: bool = False  # both are set then
+
+    def wait_for(self, event: Event) -> None:
+        """RuntimeError where the run has failed."""
+        event.wait()
+        if self.has_failed:
+            raise RuntimeError("a run that this one builds on has failed")
 
 
 def run(name: str, row_name: str, seed: int, slots: Semaphore,
@@ -268,7 +275,8 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
         log = folder / "log.txt"
         if not (folder / "summary.json").exists():
             for source in filter(None, (row.pairs_of, row.other)):
-                progress[source, seed].trained.wait()
+                before = progress[source, seed]
+                before.wait_for(before.trained)
             with slots:
                 pairs = ["--pairs", pairs_folder(row, place, folder, seed)] if row.pairs_of else []
                 command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
@@ -278,7 +286,8 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
         if unfinished.exists() or not (folder / table.numbers).exists():
             reuse = []
             if row_name != table.base:
-                progress[table.base, seed].evaluated.wait()
+                base = progress[table.base, seed]
+                base.wait_for(base.evaluated)
                 reuse = ["--reuse", place / table.base / f"seed{seed}"]
             with slots:
                 command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
@@ -286,6 +295,10 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
         if table.divergence and not (folder / "divergence.json").exists():
             with slots:
                 command("results/divergence.py", folder, log)
+    except Exception as error:
+        progress[row_name, seed].has_failed = True
+        print(f"{name} {row_name} seed {seed}: {error}", flush=True)
+        raise
     finally:
         progress[row_name, seed].trained.set()
         progress[row_name, seed].evaluated.set()

@@ -204,7 +204,7 @@ MUTATIONS = {
          "test_sample.py::test_a_sample_ends_at_the_first_stop_id_or_at_the_limit"),
         ("tensor[:, target] = tensor[:, source]", "tensor[:, source] = tensor[:, target]",
          "test_sample.py::test_slots_and_order_change_nothing"),
-        ("self.cache.lengths[:width] += 1", "self.cache.lengths[:width] += 0",
+        ("own.cache.lengths[:width] += 1", "own.cache.lengths[:width] += 0",
          "test_sample.py::test_logps_are_a_scoring_pass"),
         ("self.uniform[slots, column], self.sampling", "self.uniform[slots, 0], self.sampling",
          "test_sample.py::test_every_token_is_drawn_by_its_own_number"),

@@ -42,12 +42,11 @@ IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))
 
 # ------------------------------------------------------------------------- a stand-in for the kernel
 
-def sequences(query_ends: Tensor, key_ends: Tensor,
-              used: Tensor | None = None) -> list[tuple[slice, slice]]:
-    """Of each sequence, where its queries stand and the keys that count: the first `used`, if not all."""
-    queries, keys = query_ends.tolist(), key_ends.tolist()
-    counts = [b - a for a, b in itertools.pairwise(keys)] if used is None else used.tolist()
-    return [(slice(queries[i], queries[i + 1]), slice(keys[i], keys[i] + n)) for i, n in enumerate(counts)]
+def sequences(query_ends: Tensor, key_ends: Tensor) -> list[tuple[slice, slice]]:
+    """Of each sequence, where its queries and its keys stand."""
+    queries, keys = ([slice(a, b) for a, b in itertools.pairwise(ends.tolist())]
+                     for ends in (query_ends, key_ends))
+    return list(zip(queries, keys, strict=True))
 
 
 def weights(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
@@ -61,13 +60,13 @@ def weights(q: Tensor, k: Tensor, is_causal: bool) -> Tensor:
 
 @varlen._varlen_attn.register_kernel("cpu")
 def forward_stand_in(q, k, v, query_ends, key_ends, most_queries, most_keys, is_causal=False, scale=None,
-                     window=None, enable_gqa=False, used=None, *rest):
+                     *rest):
     """One product after another; what a GPU would read without looking is checked."""
     assert query_ends.dtype == key_ends.dtype == torch.int32 and query_ends[0] == key_ends[0] == 0
     assert most_queries == query_ends.diff().max() and most_keys == key_ends.diff().max()
     assert len(q) == query_ends[-1] and len(k) == len(v) == key_ends[-1]
     out = torch.empty_like(q)
-    for rows, keys in sequences(query_ends, key_ends, used):
+    for rows, keys in sequences(query_ends, key_ends):
         values = v[keys].repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         out[rows] = torch.einsum("hmn,nhd->mhd", weights(q[rows], k[keys], is_causal), values)
     return out, q.new_zeros(q.shape[1], len(q), dtype=torch.float), q.new_zeros(2, dtype=torch.uint64)
@@ -190,9 +189,8 @@ def test_log_probs_and_gradients_are_the_same(saved, name, monkeypatch):
 
 @pytest.mark.parametrize("alike", [3, 70])
 def test_text_is_the_same(tiny, alike, monkeypatch):
-    """With prompts prefilled at once and, where nothing is shared by all slots, decoded by the kernel: a
-    beginning in common, several slots of one prompt, slots that are used again and closed up. The same ids,
-    and log-probs to rounding."""
+    """With prompts prefilled at once: a beginning in common, several slots of one prompt, slots that are used
+    again and closed up. The same ids, and log-probs to rounding."""
     model, s = load(tiny), Sampling(1.0, 1.0, 8)
     prompts = [[5 + i % 200 for i in range(alike)] + [9, *IDS[i : i + 2 + i % 5].tolist()] for i in range(12)]
     prompts += prompts[:6]
@@ -245,16 +243,16 @@ def one_launch(function: Callable) -> Callable:
     return call
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Results like those of the kernel."""
     return torch.empty_like(x), x[..., :1].float()
 
 
-def norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, *rest) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
 
 
-def gate_gradient(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_gradient(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(gate), torch.empty_like(up)
 
 
@@ -268,10 +266,10 @@ def gpu(flash, monkeypatch):
     monkeypatch.setitem(fast.LOGITS_AT_ONCE, "meta", fast.LOGITS_AT_ONCE["cuda"])
     monkeypatch.setattr(fast, "runs_triton", lambda x: True)
     monkeypatch.setattr(gpu_kernels, "pick_logps", lambda logits, targets: logits.new_zeros(2, len(logits)))
-    for name in ("logps_gradient", "rotate", "gate", "decode_attention"):
+    for name in ("logps_gradient", "rotate", "swiglu", "decode_attention"):
         monkeypatch.setattr(gpu_kernels, name, lambda x, *rest: torch.zeros_like(x))
-    for name, function in dict(norm=norm, norm_gradient=norm_gradient, gate_gradient=gate_gradient).items():
-        monkeypatch.setattr(gpu_kernels, name, one_launch(function))
+    for function in (rms_norm, rms_norm_gradient, swiglu_gradient):
+        monkeypatch.setattr(gpu_kernels, function.__name__, one_launch(function))
 
 
 def model_on_meta(layers: int) -> Decoder:
@@ -411,37 +409,47 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-import gpu_kernels
+import gpu_kernels as g
 
 NAMES = {
     "*bf16": "logits q k v slot_k slot_v shared_k shared_v out x y gate up d_x d_gate d_up grad",
     "*fp32": "lse picked probs mass least weight scale d_weight cos sin", "*i64": "targets counts",
-    "i32": "columns stride length shared group size rows heads sign", "i64": "seed first count",
-    "fp32": "eps",
+    "i32": "columns stride length shared group size rows heads sign seed first count", "fp32": "eps",
 }
 TYPES = {name: kind for kind, names in NAMES.items() for name in names.split()}
-OTHER = {gpu_kernels._rounding_kernel: dict(x="*fp32", out="*i16"),
-         gpu_kernels._decode_kernel: dict(scale="fp32"), gpu_kernels._gradient_kernel: dict(grad="*fp32")}
-for kernel, kilobytes, constants in (
-    (gpu_kernels._pick_kernel, 1, dict(BLOCK=8192)), (gpu_kernels._gradient_kernel, 1, dict(BLOCK=8192)),
-    (gpu_kernels._nucleus_kernel, 1, dict(BLOCK=8192)), (gpu_kernels._rounding_kernel, 0, dict(BLOCK=1024)),
-    (gpu_kernels._norm_kernel, 1, dict(BLOCK=4096)), (gpu_kernels._norm_gradient_kernel, 1, dict(BLOCK=4096)),
-    (gpu_kernels._rotate_kernel, 0, dict(ROWS=32, HALF=64, BLOCK=64)),
-    (gpu_kernels._gate_kernel, 0, dict(BLOCK=2048)), (gpu_kernels._gate_gradient_kernel, 0, dict(BLOCK=2048)),
-    (gpu_kernels._decode_kernel, 100, dict(ROWS=16, SIZE=128, BLOCK=64)),
-    (gpu_kernels._decode_kernel, 200, dict(ROWS=16, SIZE=256, BLOCK=64)),
-):
-    types = TYPES | OTHER.get(kernel, {})
+OTHER = {g._rounding_kernel: dict(x="*fp32", out="*i16"), g._decode_kernel: dict(scale="fp32"),
+         g._gradient_kernel: dict(grad="*fp32")}
+ODD = {"group", "heads", "sign", "seed", "columns", "shared"}  # numbers that need be no multiples of 16
+
+CASES = [
+    (g._pick_kernel, dict(BLOCK=8192), 8), (g._gradient_kernel, dict(BLOCK=8192), 8),
+    (g._nucleus_kernel, dict(BLOCK=4096), 16), (g._rounding_kernel, dict(BLOCK=1024), 4),
+    (g._norm_kernel, dict(BLOCK=4096), 4), (g._norm_gradient_kernel, dict(BLOCK=4096), 4),
+    (g._gate_kernel, dict(BLOCK=2048), 4), (g._gate_gradient_kernel, dict(BLOCK=2048), 4),
+    (g._rotate_kernel, dict(ROWS=32, HALF=64, BLOCK=64), 4),
+    *((g._decode_kernel, dict(ROWS=16, SIZE=size, itemsize=itemsize), 4)
+      for size in (64, 128, 256) for itemsize in (2, 4)),
+]
+for kernel, constants, warps in CASES:
+    types, options = TYPES | OTHER.get(kernel, {}), dict(num_warps=warps)
+    if itemsize := constants.pop("itemsize", 0):
+        blocks = g.decode_blocks(constants["SIZE"], itemsize)
+        constants["BLOCK"], options["num_stages"] = blocks["BLOCK"], blocks["num_stages"]
+        if itemsize == 4:
+            types = {name: kind.replace("bf16", "fp32") for name, kind in types.items()}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=8))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+               if signature[name][0] == "*" or signature[name] == "i32" and name not in ODD}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert ".target sm_90" in compiled.asm["ptx"] and compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 1024 * kilobytes, (kernel, compiled.metadata.shared)
+    assert compiled.metadata.shared <= 99 * 1024, (kernel, constants, compiled.metadata.shared)
 """
 
 
 def test_triton_kernels_compile_for_a_gpu(tmp_path):
-    """To machine code of sm_90 (H100, H200): Triton brings NVIDIA's assembler and needs no GPU for it."""
+    """To machine code of sm_90 (H100, H200): Triton brings NVIDIA's assembler and needs no GPU for it. As
+    they are launched, and within the shared memory of small cards."""
     pytest.importorskip("triton")
     environment = child_environment() | dict(TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     script = tmp_path / "compile_kernels.py"  # Triton wants the source in a file

@@ -114,6 +114,11 @@ def test_the_cache_is_its_tensors(dtype):
     own = cache.k.nbytes + cache.v.nbytes + 5 * 4 * 4 * config.vocab_size
     assert cache_bytes(config, settings, prompt=70, device="cpu") == own
     assert cache_bytes(config, settings, prompt=0, device="cpu") == 0
+    narrower = cache_bytes(config, settings, prompt=70, device="cuda")
+    assert narrower == own if settings.dtype == "float32" else narrower < own  # bf16 keys too
+    other = SimpleNamespace(**{**vars(config), "head_dim": 96})  # for which there is no kernel
+    assert cache_bytes(other, settings, prompt=70, device="cuda") == cache_bytes(
+        other, settings, prompt=70, device="cpu")
 
 
 def test_shared_parts_are_divided_among_processes():

@@ -3,6 +3,7 @@
     python -m pytest tests/test_sample.py
 """
 
+import gc
 import inspect
 import itertools
 import json
@@ -26,7 +27,7 @@ import sample
 from folder import load
 from losses import response_logps
 from run import UserError
-from sample import (Sample, Sampler, SharedPrefill, Sampling, Tokenizer, filtered_probs, generate,
+from sample import (Cache, Sample, Sampler, SharedPrefill, Sampling, Tokenizer, filtered_probs, generate,
                     sample_token, uniform_numbers)
 
 DATE = "26 Jul 2024"
@@ -556,7 +557,7 @@ def test_text_from_a_recorded_step(tiny, monkeypatch):
     expected, traced = generate(model, prompts, s, frozenset(range(40)), 0, slots=16), []
 
     def record(step, device):
-        sampler = inspect.getclosurevars(step).nonlocals["self"]
+        sampler = inspect.getclosurevars(step).nonlocals["own"]
         state = sampler.drawn, sampler.cache.lengths
         calls = itertools.count()
 
@@ -577,6 +578,38 @@ def test_text_from_a_recorded_step(tiny, monkeypatch):
     monkeypatch.setattr(fast, "graphed", record)
     assert generate(model, prompts, s, frozenset(range(40)), 0, slots=16) == expected
     assert len(traced) == 2  # of 16 rows and of 8
+
+
+def test_a_sampler_leaves_no_cache_behind(tiny):
+    """Not even until Python looks for cycles, which may be long after: on a GPU that is memory which training
+    needs."""
+    def caches() -> int:
+        return sum(type(x) is Cache for x in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = caches()
+        generate(load(tiny), tiny_prompts(9), Sampling(1.0, 1.0, 6), frozenset(), 0, slots=4)
+        assert caches() == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("shared", [3, 70])
+def test_texts_are_those_of_the_decode_kernel(shared, monkeypatch):
+    """Interpreted, with the cache that it wants: slots that are used again and closed up, prompts of several
+    slots, tokens that all share. The same ids, and log-probs to rounding."""
+    model = random_model(num_hidden_layers=1, scale=0.2)
+    prompts = [[5 + i % 200 for i in range(shared)] + prompt for prompt in tiny_prompts(6)] * 2
+    expected = generate(model, prompts, Sampling(1.0, 1.0, 5), frozenset(range(60)), 0, slots=5)
+    monkeypatch.setattr(fast, "decodes_by_kernel", lambda x: True)
+    cache = Cache(model.config, 5, 64, 64, torch.float32)
+    assert cache.has_kernel and cache.k[0].is_contiguous() and cache.v[0].transpose(2, 3).is_contiguous()
+    found = generate(model, prompts, Sampling(1.0, 1.0, 5), frozenset(range(60)), 0, slots=5)
+    for a, b in zip(found, expected, strict=True):
+        assert a.ids == b.ids
+        torch.testing.assert_close(a.logps, b.logps, rtol=0, atol=1e-5)
 
 
 def test_responses_are_handed_over_as_they_end(tiny):
