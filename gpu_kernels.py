@@ -313,6 +313,7 @@ def decode_blocks(size: int, itemsize: int) -> dict[str, int]:
 def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
     """What fast.least_of_nucleus gives: probs (n, V) fp32, at most 1, mass (n, 1) -> (n, 1). Columns must be
     adjacent in memory."""
+    mass = mass.contiguous()
     least = torch.empty_like(mass)
     _nucleus_kernel[(len(probs),)](probs, mass, least, probs.shape[1], probs.stride(0), BLOCK=4096,
                                    num_warps=16)

@@ -113,7 +113,7 @@ MUTATIONS = {
         ('seed_from("round", seed, round) if round else seed', "seed", "test_rounds.py"),
         ("tokenizer.chat(messages[i][k], pairs[i].system) for i", "tokenizer.chat(messages[i][k]) for i",
          "test_pairs.py::test_further_draws_and_gains_are_told_the_system_prompt"),
-        ("    sampling = sampling_for(args)\n", "    sampling = sampling_for(args, evaluation=True)\n",
+        ("    sampling = sampling_for(args)", "    sampling = sampling_for(args, evaluation=True)",
          "test_pairs.py::test_pairs_are_not_sampled_as_evaluation_samples"),
     ],
     "batches.py": [
@@ -251,7 +251,7 @@ MUTATIONS = {
          UPDATE),
         ("rollout.returns, args.value_clip).mean()", "rollout.returns, args.value_clip).sum()",
          UPDATE),
-        ("            rollout.advantages = advantages\n", "            pass\n",
+        ("rollout.advantages = advantages", "pass",
          UPDATE),
         ("asked = [examples[rollout.row] for rollout in rollouts]", "asked = examples[: len(rollouts)]",
          UPDATE),

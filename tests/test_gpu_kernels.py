@@ -260,12 +260,14 @@ def test_the_nucleus_ends_where_a_sort_says(columns):
 
 
 def test_the_nucleus_is_that_of_the_plain_form():
-    """For probabilities that add up exactly in any order, to the number."""
+    """For probabilities that add up exactly in any order, to the number; also for a mass that some of them
+    reach exactly."""
     counts = torch.randint(0, 2**8, (5, 700), generator=torch.Generator().manual_seed(0)).float()
     probs = (counts / 2**18).to(DEVICE)
-    mass = probs.sum(-1, keepdim=True) * 0.75
-    plain = fast.least_of_nucleus(probs.double(), mass.double())  # fp64 never goes through kernels
-    assert torch.equal(gpu_kernels.least_of_nucleus(probs, mass).double(), plain)
+    reached = probs.sort(descending=True).values.cumsum(-1)[:, [0, 99, 400]]  # (5, 3)
+    for mass in (0.75 * probs.sum(-1, keepdim=True), *reached.split(1, dim=1)):
+        plain = fast.least_of_nucleus(probs.double(), mass.double())  # fp64 never goes through kernels
+        assert torch.equal(gpu_kernels.least_of_nucleus(probs, mass).double(), plain)
 
 
 # ------------------------------------------------------------------------- stochastic rounding
