@@ -239,6 +239,7 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("(prompt gain {} and {}): they name",
          [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi")]),
         ("PPO's in {} tokens", numbers(methods["ppo-mi"]["tokens"])),
+        ("SFT on the headline's chosen responses ({} [{}, {}], 160 rows", points("sft-smollm2/eval.json")),
         ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {})",
          [*rates(svamp, systems=("default", "trained")), "100", f"{gain(svamp, key='mcnemar_p'):.2f}",
           *rates(gsm8k, systems=("default", "trained")), "60"]),
