@@ -75,6 +75,9 @@ TINY_PPO = "--critic-lr 1e-3 --rollout-batch 32 --train-batch 16"
 SCRIPTED = "--judge scripted --judge-url http://127.0.0.1:8099/v1"
 SMALL_PPO = "--rollout-batch 8 --train-batch 8 --critic-lr 1e-4"
 GPU_PPO = "--rollout-batch 32 --train-batch 16 --critic-lr 1e-4"
+# Methods that train on the pairs of MIPO with random contexts.
+ON_ITS_PAIRS = {name: Row(f"--method {name}", "mipo-random")
+                for name in ("sft", "sft-revise", "infonce", "sami")}
 TABLES = {
     # Every method end to end on a real model: what a prompt costs, not what it gains.
     "methods-smollm2-small": Table(
@@ -108,10 +111,7 @@ TABLES = {
             "mipo-random": Row("--neg random"),
             "mipo-missing": Row("--neg missing"),
             "mipo-reshuffle": Row("--neg reshuffle"),
-            "sft": Row("--method sft", "mipo-random"),
-            "sft-revise": Row("--method sft-revise", "mipo-random"),
-            "infonce": Row("--method infonce", "mipo-random"),
-            "sami": Row("--method sami", "mipo-random"),
+            **ON_ITS_PAIRS,
             "rlvr": Row(f"--method rlvr {GPU_PPO}", seeds=(0,)),
             "ppo-mi": Row(f"--method ppo-mi {GPU_PPO}", seeds=(0,)),
             "rlaif": Row(f"--method rlaif {SCRIPTED} {GPU_PPO}", seeds=(0,)),
@@ -133,10 +133,7 @@ TABLES = {
             "mipo-missing": Row("--neg missing"),
             "mipo-reshuffle": Row("--neg reshuffle"),
             "mipo-noise": Row("--neg noise"),
-            "sft": Row("--method sft", "mipo-random"),
-            "sft-revise": Row("--method sft-revise", "mipo-random"),
-            "infonce": Row("--method infonce", "mipo-random"),
-            "sami": Row("--method sami", "mipo-random"),
+            **ON_ITS_PAIRS,
             "rlvr": Row(f"--method rlvr {TINY_PPO}"),
             "rlvr-shuffled": Row(f"--method rlvr --shuffle-rewards {TINY_PPO}"),
             "rlaif": Row(f"--method rlaif {SCRIPTED} {TINY_PPO}"),
