@@ -4,8 +4,9 @@
     gain_figure      what training gained, beside the learning curve
     judges_figure    judges' outcomes (Fig. 3)
     entropy_figure   entropies over the answer letters (Figs. 4, 5)
+    methods_figure   what every method gains, and at what price
 
-What differs from the paper: the gain beside the curve is ours.
+What differs from the paper: the gain beside the curve, and the last picture, are ours.
 """
 
 import math
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from measures import with_interval
+from measures import mean_of, with_interval
 from run import naming, read_json, read_jsonl
 
 # ------------------------------------------------------------------------- drawing
@@ -249,3 +250,61 @@ def entropy_figure(file: Path, entropies: dict[str, np.ndarray], won: dict[str, 
         axis.set(title=title, xlabel="entropy, nats", ylabel="responses")
         axis.legend(frameon=False, fontsize="small")
     save_figure(figure, file)
+
+
+Methods = dict[str, list[dict]]  # name -> its system in eval.json, one for each seed
+
+
+def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]]], file: Path) -> None:
+    """What every method gains and, beside it, at what price: KL from the start model or, unless all have it,
+    how likely the responses are under that model, where the grey line is the baseline's.
+
+    panels: title -> the systems of each method, one for each seed; the baseline's; the paper's gains in
+    points. A dot is a seed, a bar the mean of several, a line the 95% interval of a single one; a hollow dot
+    is the paper's. No file is written without a panel.
+    """
+    if not panels:
+        return
+    plt = pyplot()
+    heights = [0.9 + 0.3 * len(methods) for methods, *_ in panels.values()]
+    figure, axes = plt.subplots(len(panels), 2, figsize=(9, sum(heights)), layout="constrained", sharey="row",
+                                squeeze=False, width_ratios=(3, 2), height_ratios=heights)
+    for (gains, prices), (title, panel) in zip(axes, panels.items(), strict=True):
+        methods, baseline, published = panel
+        has_kl = all(mean_of(run, "kl") is not None for runs in methods.values() for run in runs)
+        price, label = ("kl", "KL from the start model, nats per response") if has_kl else (
+            "nll_per_token", "base NLL, nats per token")
+        for y, runs in enumerate(methods.values()):
+            for axis, key, scale in ((gains, "gain", 100), (prices, price, 1)):
+                draw_seeds(axis, y, [run.get(key) for run in runs], scale)
+        for y, name in enumerate(methods):
+            if name in published:
+                gains.plot(published[name], y, "o", markerfacecolor="none", color=GREY)
+        before = [mean_of(run, "nll_per_token") for run in baseline]
+        gains.axvline(0, color=GREY, linewidth=1)
+        if None not in before:
+            prices.axvline(0 if has_kl else np.mean(before), color=GREY, linewidth=1)
+        gains.set(xlabel="gain, points", yticks=range(len(methods)), yticklabels=list(methods),
+                  ylim=(len(methods) - 0.5, -0.5))
+        gains.set_title(title, fontsize="small", loc="left")
+        prices.set(xlabel=label)
+        prices.set_xlim(0, 1.05 * prices.get_xlim()[1])
+        for axis in (gains, prices):
+            axis.grid(color="0.92")
+            axis.set_axisbelow(True)
+            axis.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, file)
+
+
+def draw_seeds(axis, y: int, measured: list[dict | float | None], scale: float) -> None:
+    """A dot for every seed's measurement; over several a bar at their mean, through a single one its interval
+    where it has one."""
+    known = [m for m in measured if mean_of(dict(value=m), "value") is not None]
+    values = [scale * mean_of(dict(value=m), "value") for m in known]
+    if not values:
+        return
+    axis.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.4, markersize=6)
+    if len(values) > 1:
+        axis.plot(np.mean(values), y, "|", color=BLACK, markersize=14, markeredgewidth=2)
+    elif isinstance(known[0], dict) and known[0]["low"] is not None:
+        axis.plot([scale * known[0]["low"], scale * known[0]["high"]], [y, y], color=BLUE, linewidth=1)

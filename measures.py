@@ -88,7 +88,9 @@ def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
             centre, half = bounded(values, effective_rows(values, variance, units), t, bounds)
         low, high = centre - half, centre + half
         if bounds:
+            # The mean lies inside but for rounding, which a mean of 0 or 1 shows.
             low, high = max(low, bounds[0]), min(high, bounds[1])
+            low, high = min(low, mean), max(high, mean)
     return dict(mean=mean, low=low, high=high, n=len(values))
 
 

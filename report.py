@@ -1,9 +1,12 @@
 """report.py - the numbers of evaluations as tables: of one run, and of many.
 
     table         the summary that eval.py prints
-    report        the paper's tables over runs and seeds (python eval.py --report RUN RUN ...)
+    report        the paper's tables over runs and seeds, and all methods side by side
 
-What differs from the paper: its own figures stand beside ours.
+    python eval.py --report RUN RUN ...                                         report.md and report.png
+    python eval.py --report results/methods-tiny --out results/methods-tiny     of all runs below a folder
+
+What differs from the paper: its own figures stand beside ours, and so does what a gain costs.
 """
 
 import dataclasses
@@ -14,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from contexts import DataArgs, contexts_of, sampling_for
-from figures import BLUE, GREY, pyplot, save_figure
+from figures import methods_figure
 from judge import PAPER
 from measures import SYSTEMS, gaps, mean_of, with_interval
 from run import fingerprint, read_json, write_atomic
@@ -22,12 +25,15 @@ from run import fingerprint, read_json, write_atomic
 # ------------------------------------------------------------------------- formatting
 
 def cell(runs: list[dict], key: str, scale: float, form: str) -> str:
-    """Mean ± standard deviation over seeds; of one run its interval, if it has one."""
+    """Mean ± standard deviation over seeds; of two both, as two have no deviation worth the name; of one run
+    its interval, if it has one."""
     means = [mean_of(run, key) for run in runs]
     values = [scale * mean for mean in means if mean is not None]
     if not values:
         return "-"
-    if len(values) > 1:
+    if len(values) == 2:
+        return f"{values[0]:{form}}, {values[1]:{form}} (2 seeds)"
+    if len(values) > 2:
         deviation = format(np.std(values, ddof=1), form.lstrip("+"))
         return f"{np.mean(values):{form}} ± {deviation} ({len(values)} seeds)"
     measurement = next(run[key] for run in runs if mean_of(run, key) is not None)
@@ -131,6 +137,26 @@ def judge_lines(name: str, verdicts: dict) -> list[str]:
 
 # ------------------------------------------------------------------------- the report over runs
 
+COMPARED = (  # heading, key of a system's row, scale, format
+    ("win rate, %", "win_rate", 100, ".1f"), ("gain, points", "gain", 100, "+.1f"),
+    ("on seen contexts", "gain_seen", 100, "+.1f"), ("on unseen", "gain_unseen", 100, "+.1f"),
+    ("KL, nats", "kl", 1, ".1f"), ("context gain, nats", "context_gain", 1, ".1f"),
+    ("tokens", "tokens", 1, ".0f"), ("unfinished, %", "unfinished", 100, ".0f"),
+    ("base NLL", "nll_per_token", 1, ".2f"), ("distinct-2", "distinct_2", 1, ".2f"),
+    ("self-BLEU-4", "self_bleu_4", 1, ".2f"), ("prompt gain", "prompt_gain", 1, ".0f"),
+    ("trained on, thousand tokens", "trained_tokens", 1e-3, ".0f"),
+    ("processor, s", "processor_seconds", 1, ".0f"),
+)
+LEGEND = (
+    "Mean ± standard deviation over seeds, of two both, of one the 95% interval; * is what validation chose; "
+    "in parentheses at the end the paper's figure, where it has one; -: no run here measures that (eval.py "
+    "says of each run why).\n\n"
+    "In a table of methods, the best first. Gain: points over prompting, or in data without contexts over "
+    "the base model. Clear: seeds whose interval of the gain lies above 0. KL: from the start model, nats a "
+    "response, by results/divergence.py. Base NLL: nats a token under the start model. Prompt gain: nats "
+    "that a response owes to its question. Tokens and processor seconds are train.py's, with sampling where "
+    "a run sampled its own pairs.")
+
 Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data set -> a row for each seed
 
 # What does not make another experiment: the seed, where files are, how fast it goes, how a judge is asked.
@@ -139,6 +165,7 @@ NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "base", "slo
                "judge_cache", "judge_at_once", "judge_timeout", "judge_tokens", "judge_options",
                "judge_key_header"}
 
+NUMBERS = "eval.json", "eval-validation.json"  # what the report reads of a run
 VALIDATION = " (validation)"  # of a column whose runs were not evaluated on the test part
 EARLY = dict(method="dpo", n_neg=1, softmax=False)  # of runs from before there was anything else
 
@@ -146,15 +173,16 @@ EARLY = dict(method="dpo", n_neg=1, softmax=False)  # of runs from before there 
 def report(folders: list[str], out: Path) -> str:
     """The paper's tables of some runs, as text, report.md and report.png.
 
-    A row for every experiment, that is for all settings but the seed: mean ± standard deviation over seeds,
-    what validation chose marked, the paper's own number beside it. What is there twice counts once.
+    folders: of runs, or with runs somewhere below them. A row for every experiment, that is for all settings
+    but the seed: mean ± standard deviation over seeds, what validation chose marked, the paper's own number
+    beside it. What is there twice counts once.
     """
-    published, (measured, copies) = read_json(PAPER), read_runs(folders)
+    published, (measured, copies) = read_json(PAPER), read_runs(runs_of(folders))
     models = tables_of(measured)
-    lines = ["Mean ± standard deviation over seeds, or of one seed the 95% interval; * is what validation "
-             "chose; in parentheses at the end the paper's figure, where it has one; -: no run here measures "
-             "that (eval.py says of each run why)."]
+    lines = [LEGEND]
     for model, rows in models.items():
+        for data in data_sets_of(rows):
+            lines += methods_table(f"{model}, {data}", methods_of(rows, data), baseline_of(rows, data))
         for title, key, scale, form in (("win rate or accuracy, %", "win_rate", 100, ".1f"),
                                         ("self-BLEU-4 across prompts", "self_bleu_4", 1, ".3f"),
                                         ("self-BLEU-4 within a prompt", "self_bleu_4_within", 1, ".3f")):
@@ -164,7 +192,14 @@ def report(folders: list[str], out: Path) -> str:
     text = "\n".join(lines + [""] * bool(copies) + copies) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.md", text)
-    report_figure(models, published["win_rate"], out / "report.png")
+    panels = {}
+    for model, rows in models.items():
+        for data in data_sets_of(rows):
+            if methods := methods_of(rows, data):
+                numbers = published["win_rate"].get(model, {})
+                baseline, theirs = baseline_of(rows, data), published_gains(numbers, methods, data)
+                panels[f"{model}, {data}"] = methods, baseline, theirs
+    methods_figure(panels, out / "report.png")
     return text
 
 
@@ -175,6 +210,13 @@ def strategy(arguments: dict) -> str:
         return arguments["method"] + " shuffled" * arguments.get("shuffle_rewards", False)
     count = f" N={arguments['n_neg']}" if arguments["n_neg"] > 1 else ""
     return arguments["neg"] + count + (" softmax" if arguments["softmax"] else "")
+
+
+def row_name(folder: Path, arguments: dict) -> str:
+    """What a run's row is called: by the folder that its seeds share (.../larger-half/seed0), as in
+    results/experiments.py, else by its strategy."""
+    is_seed, name = re.fullmatch(r"seed[-_]?\d+", folder.name), folder.parent.name
+    return name if is_seed and name not in SYSTEMS else strategy(arguments)
 
 
 def validation_score(folder: Path) -> float | None:
@@ -200,25 +242,55 @@ class Measured:
     row: dict
 
 
-def read_runs(folders: list[str]) -> tuple[list[Measured], list[str]]:
-    """Every system of every run, each experiment once a seed; and a line for each that was there before."""
-    first: dict[tuple[str, str], tuple[Path, Measured]] = {}
-    copies: dict[tuple[Path, Path], list[str]] = {}
+def runs_of(folders: list[str]) -> list[Path]:
+    """The runs themselves, and of every other folder those below it."""
+    runs = []
     for folder in map(Path, folders):
+        is_run = any((folder / name).exists() for name in NUMBERS)
+        below = {file.parent for name in NUMBERS for file in folder.rglob(name)}
+        runs += [folder] if is_run or not below else sorted(below)
+    return runs
+
+
+def read_runs(folders: list[Path]) -> tuple[list[Measured], list[str]]:
+    """Every system of every run, each experiment once a seed; and a line for each run that was there before.
+
+    The base model, whose responses runs share by --reuse, counts once, and no line says so.
+    """
+    first: dict[tuple[str, str], tuple[Path, Measured]] = {}
+    lines = []
+    for folder in folders:
         for system in systems_of(folder):
             identity = system.name, fingerprint(system.data, system.settings, system.seed)
-            found_in, _ = first.setdefault(identity, (folder, system))
-            if first[identity][1] is not system:
-                copies.setdefault((folder, found_in), []).append(system.name)
-    lines = [f"{folder}: {', '.join(names)}: the same settings and seed as in {found_in}, counted once"
-             for (folder, found_in), names in copies.items()]
+            found_in, kept = first.setdefault(identity, (folder, system))
+            if kept is not system and system.name not in SYSTEMS:
+                lines.append(f"{folder}: {system.name}: the same settings and seed as in {found_in}, counted "
+                             "once")
     return [system for _, system in first.values()], lines
 
 
 def read_numbers(folder: Path) -> dict:
     """A run's evaluation: on the test part or, where there is none, on the validation part."""
-    test, validation = folder / "eval.json", folder / "eval-validation.json"
+    test, validation = (folder / name for name in NUMBERS)
     return read_json(validation if validation.exists() and not test.exists() else test)
+
+
+def beside_the_numbers(folder: Path, parts: dict, systems: dict) -> dict:
+    """What else the table of methods says of a trained model: its gain over the baseline, in each part of the
+    data; its divergence; what training took."""
+    baseline = "prompted" if "prompted" in systems else "default"
+    more = {}
+    for part, key in dict(all="gain", seen="gain_seen", unseen="gain_unseen").items():
+        differences = parts.get(part, {}).get("differences", {})
+        if f"trained - {baseline}" in differences:
+            more[key] = differences[f"trained - {baseline}"]["win_rate"]
+    divergence, summary = folder / "divergence.json", folder / "summary.json"
+    if divergence.exists():
+        more["kl"] = read_json(divergence)["kl"]
+    if summary.exists():
+        took = read_json(summary)
+        more |= dict(trained_tokens=took.get("tokens"), processor_seconds=took.get("processor_seconds"))
+    return more
 
 
 def without_number(path: str, seed: int) -> str:
@@ -246,13 +318,14 @@ def systems_of(folder: Path) -> list[Measured]:
     candidates = written.get("candidates", [])
     if len(candidates) > 1:  # every seed chooses anew
         training |= {key: [candidate[key] for candidate in candidates] for key in candidates[0]}
-    systems = []
-    for system, row in result["parts"]["all"]["systems"].items():
+    systems, in_all = [], result["parts"]["all"]["systems"]
+    for system, row in in_all.items():
         examples = result.get("settings", {}).get("examples") or fingerprint(row)
         name, settings, seed, validation = system, evaluation, (evaluated["seed"], examples), None
         if system == "trained":
-            name, settings, seed = strategy(arguments), evaluation | training, arguments["seed"]
+            name, settings, seed = row_name(folder, arguments), evaluation | training, arguments["seed"]
             validation = validation_score(folder)
+            row |= beside_the_numbers(folder, result["parts"], in_all) | dict(strategy=strategy(arguments))
         row |= dict(validation=validation, judges=result.get("judges", {}))
         systems.append(Measured(Path(arguments["model"]).name, name, Path(data).stem + part, settings, seed,
                                 row))
@@ -288,8 +361,47 @@ def ordered(rows: Rows) -> list[str]:
 
 
 def plain(name: str) -> str:
-    """A row's name without the settings that tell it from others of the name: what the paper calls it."""
+    """A row's name without the settings that tell it from others of the name."""
     return name.partition(" (")[0]
+
+
+def methods_of(rows: Rows, data: str) -> Rows:
+    """The trained rows of one data set whose gain is known, the best first: name -> a row for each seed."""
+    measured = {name: [run for run in row.get(data, []) if mean_of(run, "gain") is not None]
+                for name, row in rows.items()}
+    known = {name: runs for name, runs in measured.items() if runs}
+    return dict(sorted(known.items(), key=lambda item: -np.mean([mean_of(run, "gain") for run in item[1]])))
+
+
+def baseline_of(rows: Rows, data: str) -> list[dict]:
+    """The rows of the system that gains are over: prompting or, in data without contexts, the default. Of
+    several, tested on other rows or in another way, the one with most seeds."""
+    for system in ("prompted", "default"):
+        found = [row[data] for name, row in rows.items() if plain(name) == system and data in row]
+        if found:
+            return max(found, key=len)
+    return []
+
+
+def published_gains(published: dict, methods: dict[str, list[dict]], data: str) -> dict[str, float]:
+    """The paper's gains over prompting, in points, of the methods that it has on this data set."""
+    before = published.get("prompted", published.get("default", {})).get(data)
+    numbers = {name: published.get(runs[0]["strategy"], {}).get(data) for name, runs in methods.items()}
+    return {name: number[0] - before[0] for name, number in numbers.items() if number and before}
+
+
+def methods_table(title: str, methods: dict[str, list[dict]], baseline: list[dict]) -> list[str]:
+    """A Markdown table of all methods on one data set, with the columns of COMPARED; the baseline is last."""
+    if not methods:
+        return []
+    lines = ["", markdown_row([title, "seeds", "clear", *(heading for heading, *_ in COMPARED)])]
+    lines.append("|---" * (3 + len(COMPARED)) + "|")
+    for name, runs in [*methods.items(), ("the baseline", baseline)]:
+        clear = sum(run["gain"]["low"] > 0 for run in runs if run.get("gain"))
+        counts = [str(len(runs)), f"{clear} of {len(runs)}" if name in methods else ""]
+        values = [cell(runs, *column).partition(" (")[0] for _, *column in COMPARED]
+        lines.append(markdown_row([name, *counts, *values]))
+    return lines
 
 
 def best_strategy(rows: Rows, data: str) -> str | None:
@@ -311,7 +423,9 @@ def strategy_table(title: str, rows: Rows, key: str, scale: float, form: str, pu
             is_of_test = not data.endswith(VALIDATION)
             if key == "win_rate" and is_of_test and best_strategy(rows, data) == name:
                 text += "*"
-            number = published.get(plain(name), {}).get(data)
+            runs = rows[name].get(data, [])
+            called = runs[0].get("strategy", plain(name)) if runs else ""  # as the paper calls it
+            number = published.get(called, {}).get(data)
             cells.append(f"{text} ({number[0]:g})" if number else text)
         lines.append(markdown_row([name, *cells]))
     return lines
@@ -329,34 +443,3 @@ def critic_table(rows: Rows) -> list[str]:
         rates = [with_interval(critic[key], ".1f", 100) for key in ("strict", "tie_tolerant")]
         lines.append(markdown_row([judge, data, *rates]))
     return lines
-
-
-def report_figure(models: dict[str, Rows], published: dict, file: Path) -> None:
-    """A panel a model and data set: win rates, with standard deviation over seeds or, of one seed, the 95%
-    interval; the paper's number is hollow."""
-    plt = pyplot()
-    panels = [(model, data) for model, rows in models.items() for data in data_sets_of(rows)]
-    labels = 0.07 * max(len(name) for rows in models.values() for name in rows)  # inches
-    figure, axes = plt.subplots(1, len(panels), figsize=((3.4 + labels) * len(panels), 3.4),
-                                layout="constrained", squeeze=False)
-    for axis, (model, data) in zip(axes[0], panels, strict=True):
-        rows = {name: [run for run in row.get(data, []) if mean_of(run, "win_rate") is not None]
-                for name, row in models[model].items()}
-        names = [name for name in ordered(rows) if rows[name]]
-        for y, name in enumerate(names):
-            rates = [100 * mean_of(run, "win_rate") for run in rows[name]]
-            mean, interval = np.mean(rates), rows[name][0]["win_rate"]
-            below, above = mean - 100 * interval["low"], 100 * interval["high"] - mean
-            if len(rates) > 1:
-                below = above = np.std(rates, ddof=1)
-            axis.errorbar(mean, y, xerr=[[below], [above]], fmt="o", color=BLUE, capsize=3)
-            number = published.get(model, {}).get(plain(name), {}).get(data)
-            if number:
-                axis.plot(number[0], y, "o", markerfacecolor="none", color=GREY, label="the paper")
-        axis.set(yticks=range(len(names)), yticklabels=names, xlabel="win rate or accuracy, %")
-        axis.set_title(f"{model}\n{data}", fontsize="small")
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        labelled = axis.get_legend_handles_labels()[0]
-        if labelled:
-            axis.legend(handles=labelled[:1], frameon=False, fontsize="small")
-    save_figure(figure, file)

@@ -3,10 +3,10 @@
     python results/experiments.py methods-tiny                      every method on the embedded model
     python results/experiments.py methods-tiny infonce sami         some of its rows
     python results/experiments.py methods-tiny --at-once 2          two programs at a time
-    python results/methods.py results/methods-tiny                  the table and a picture
+    python eval.py --report results/methods-tiny --out results/methods-tiny       the tables and a picture
 
 A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied to
-results/TABLE/ROW/seedS, from which methods.py draws the table again. Rows with a scripted judge need
+results/TABLE/ROW/seedS, from which the report is made again. Rows with a scripted judge need
 scripted_judge.py to run beside them, and OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file.
 """
 
@@ -198,20 +198,20 @@ TABLES = {
     "settings-tiny": Table(
         seeds=(0, 1, 2),
         train=f"{TINY} --neg random",
-        base="default",
+        base="defaults",
         test="--split validation --limit 320",
         divergence=False,
         rows={
-            "default": Row(""),
-            **{f"lr-{lr}": Row(f"--lr {lr}", "default") for lr in ("2e-5", "5e-5", "1e-4", "5e-4", "1e-3")},
-            **{f"beta-{beta}": Row(f"--beta {beta}", "default") for beta in ("0.03", "0.3", "1")},
-            **{f"pairs-{n}": Row(f"--limit {n}", "default") for n in (75, 150, 300)},
-            "larger-half": Row("", "default", "larger-half"),
-            "smaller-half": Row("", "default", "smaller-half"),
+            "defaults": Row(""),
+            **{f"lr-{lr}": Row(f"--lr {lr}", "defaults") for lr in ("2e-5", "5e-5", "1e-4", "5e-4", "1e-3")},
+            **{f"beta-{beta}": Row(f"--beta {beta}", "defaults") for beta in ("0.03", "0.3", "1")},
+            **{f"pairs-{n}": Row(f"--limit {n}", "defaults") for n in (75, 150, 300)},
+            "larger-half": Row("", "defaults", "larger-half"),
+            "smaller-half": Row("", "defaults", "smaller-half"),
             **{f"temperature-{t}": Row(f"--temperature {t}") for t in ("0.5", "0.8", "1.2")},
-            "two-epochs": Row("--epochs 2", "default"),
+            "two-epochs": Row("--epochs 2", "defaults"),
             "two-rounds": Row("--rounds 2"),
-            "swapped": Row("", "default", "swapped"),
+            "swapped": Row("", "defaults", "swapped"),
             "same": Row("--neg same"),
         }),
 }

@@ -1,4 +1,4 @@
-"""Every number of the results in README.md, docs.md and results/LOG.md again, from the files beside this one.
+"""Numbers of the results in README.md, docs.md and results/LOG.md again, from the files beside this one.
 
     python results/recompute.py
 
@@ -18,20 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from checks import verify
 from data import load_demo
-from measures import interval, mean_of, with_interval
+from measures import DIFFERENCE, interval, mean_of, with_interval
 from run import read_json, read_jsonl
 
 RESULTS = Path(__file__).resolve().parent
 
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?"
-TINY = "demo-tiny/seed{}.eval.json"
+TINY = "demo-tiny/seed{}/eval.json"
 HEADLINE, DEMO = "headline-smollm2/eval.json", "demo-smollm2/eval.json"  # README.md's, and the one before it
-FIRST_TINY = "demo-tiny-2026-11-21/seed{}.eval.json"
+FIRST_TINY = "demo-tiny-2026-11-21/seed{}/eval.json"
 RATES = "rates-smollm2/lr-{}/seed0/eval-validation.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 METHODS = "methods-smollm2-gpu/{}/seed{}/eval.json"
-TASKS = {"SVAMP": "tasks-smollm2/svamp.eval.json", "GSM8K": "tasks-smollm2/gsm8k.eval.json"}
-PERSIST, JUDGED = "persistbench-smollm2/eval.json", "tasks-smollm2/persist.eval.json"
+TASKS = {"SVAMP": "tasks-smollm2/svamp/eval.json", "GSM8K": "tasks-smollm2/gsm8k/eval.json"}
+PERSIST, JUDGED = "persistbench-smollm2/eval.json", "tasks-smollm2/persist/eval.json"
 
 
 def numbers(text: str) -> list[str]:
@@ -97,11 +97,29 @@ def replies() -> list[str]:
 
 
 def apologies() -> list[str]:
-    """The share of prompting's and of the trained responses that begin with an apology, in percent."""
-    begun: dict[str, list[bool]] = {}
+    """Of the headline: the share of prompting's and of the trained responses that apologise; the two win
+    rates in rows where prompting does, and in all others, there with their difference."""
+    answers: dict[str, dict[str, str]] = {}
     for _, row in read_jsonl(RESULTS / HEADLINE.replace("eval.json", "responses.jsonl")):
-        begun.setdefault(row["system"], []).append(row["response"].lstrip().startswith("I'm sorry"))
-    return [f"{100 * sum(begun[system]) / len(begun[system]):.0f}" for system in ("prompted", "trained")]
+        answers.setdefault(row["id"], {})[row["system"]] = row["response"]
+    examples = {example.id: example for example in load_demo(0)}
+    systems = "prompted", "trained"
+    sorry = {system: {i for i, texts in answers.items() if texts[system].lstrip().startswith("I'm sorry")}
+             for system in systems}
+    found = [f"{100 * len(sorry[system]) / len(answers):.0f}" for system in systems]
+    for rows in (sorry["prompted"], [i for i in answers if i not in sorry["prompted"]]):
+        prompted, trained = (np.array([verify(examples[i], answers[i][system]) for i in rows], float)
+                             for system in systems)
+        found += [f"{100 * prompted.mean():.0f}", f"{100 * trained.mean():.0f}"]
+    difference = interval(trained - prompted, [examples[i].prompt for i in rows],
+                          [examples[i].context for i in rows], DIFFERENCE)
+    return found + numbers(with_interval(difference, "+.1f", 100))
+
+
+def fall(key: str) -> list[str]:
+    """By how much a measurement of the headline falls, with its interval."""
+    d = gain(HEADLINE, key=key)
+    return [f"{-d[end]:.3f}" for end in ("mean", "high", "low")]
 
 
 # -------------------------------------------------------------------------------- tables
@@ -130,7 +148,7 @@ def source(document: str, name: str, above: str) -> tuple[str, str, str] | None:
         return TINY.format(name[4:]), "all", "trained"
     if head == "prompting":
         return above, "all", "prompted"
-    for file in (VALIDATION.format(name), f"methods-smollm2/{name}.eval.json"):
+    for file in (VALIDATION.format(name), f"methods-smollm2/{name}/seed0/eval.json"):
         if (RESULTS / file).exists():
             return file, "all", "trained"
     return None
@@ -175,8 +193,9 @@ def check_tables(document: str, text: str) -> list[tuple]:
 # -------------------------------------------------------------------------------- sentences
 
 def rows_of(table: str) -> dict[str, dict[str, str]]:
-    """Row -> heading -> cell of the table.md that methods.py wrote."""
-    lines = (RESULTS / table / "table.md").read_text(encoding="utf-8").splitlines()
+    """Row -> heading -> cell of the table of methods that the committed report.md begins with."""
+    text = (RESULTS / table / "report.md").read_text(encoding="utf-8")
+    lines = next(block for block in text.split("\n\n") if block.startswith("|")).splitlines()
     headings, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
 
@@ -191,8 +210,7 @@ def check_methods(document: str, text: str) -> list[tuple]:
             continue
         row = methods[re.split(r", | \(", cells[0])[0]]
         for heading, cell in list(zip(headings, cells, strict=True))[1:]:
-            expected = row[heading.replace("win rate %", "win rate, %")]
-            found.append((f"{document}:{number} {cells[0]}: {heading}", cell, expected))
+            found.append((f"{document}:{number} {cells[0]}: {heading}", cell, row[heading]))
     return found
 
 
@@ -221,7 +239,16 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("unseen contexts alone {}, {} and {}, with", unseen),
         ("where {}% of prompting's and {}% of the trained ones are cut off",
          pair(HEADLINE, "unfinished", ".0f", 100, ("prompted", "trained"))),
-        ("apologies (\"I'm sorry\") fall from {}% to {}%", apologies()),
+        ("Prompting apologises (\"I'm sorry\") in {}% of the rows, the trained model in {}%: in those rows "
+         "the win rate rises from {}% to {}%, elsewhere from {}% to {}% ({} points [{}, {}])", apologies()),
+        ("Context gain rises by {} nats [{}, {}] a response; its mean per token, by {} [{}, {}]",
+         numbers(with_interval(gain(HEADLINE, key="context_gain"), "+.1f"))
+         + numbers(with_interval(gain(HEADLINE, key="context_gain_per_token_macro"), "+.2f"))),
+        ("falls across prompts from {} [{}, {}] to {} [{}, {}], by {} [{}, {}], and among a prompt's "
+         "contexts by {} [{}, {}]",
+         [text for system in ("prompted", "trained")
+          for text in numbers(with_interval(part(HEADLINE)["systems"][system]["self_bleu_4"], ".3f"))]
+         + fall("self_bleu_4") + fall("self_bleu_4_within")),
         ("1e-6 gains nothing on validation prompts ({} points [{}, {}]), 3e-6 {}, 1e-5 {} [{}, {}] and 3e-5 "
          "{} [{}, {}]", [*points(RATES.format("1e-6")), points(RATES.format("3e-6"))[0],
                          *points(RATES.format("1e-5")), *points(RATES.format("3e-5"))]),
@@ -231,16 +258,25 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
          "rows, {})",
          [*points(METHODS.format("mipo-random", 0)), *points(METHODS.format("mipo-random", 1)),
           points(HEADLINE)[0]]),
-        ("InfoNCE {} and {}: a win", [points(METHODS.format("infonce", seed))[0] for seed in (0, 1)]),
-        ("(base NLL {}; MIPO {}, prompting {})",
-         [numbers(methods[row]["base NLL"])[0] for row in ("infonce", "mipo-random", "prompting")]),
-        ("(prompt gain {} and {} nats)",
-         [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-random", "prompting")]),
-        ("(prompt gain {} and {}): they name",
-         [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi")]),
-        ("PPO's in {} tokens", numbers(methods["ppo-mi"]["tokens"])),
-        ("SFT on the headline's chosen responses ({} [{}, {}], 160 rows", points("sft-smollm2/eval.json")),
-        ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {})",
+        ("InfoNCE {} and {}: these win", [points(METHODS.format("infonce", seed))[0] for seed in (0, 1)]),
+        ("(base NLL {} and {}; MIPO {} and {}, prompting {} and {})",
+         [text for row in ("infonce", "mipo-random", "the baseline")
+          for text in numbers(methods[row]["base NLL"])]),
+        ("(prompt gain {} and {} nats; {} and {})",
+         [text for row in ("mipo-random", "the baseline") for text in numbers(methods[row]["prompt gain"])]),
+        ("(prompt gain {} and {}; PPO's have {} tokens)",
+         [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi")]
+         + numbers(methods["ppo-mi"]["tokens"])),
+        ("`same` {} [{}, {}], SFT on the headline's chosen responses, in as many steps, {} [{}, {}] (160 "
+         "rows, fp32), sides swapped at random {} [{}, {}] (300",
+         points(METHODS.format("same", 0)) + points("sft-smollm2/eval.json") + numbers(with_interval(
+             over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
+        ("one seed: {}, {} and {} points with 1, 3 and 5",
+         [points(f"negatives-tiny/random-{count}/seed0/eval.json")[0] for count in (1, 3, 5)]),
+        ("the context gain rises by {} [{}, {}] nats a response, {} [{}, {}] a token",
+         numbers(with_interval(gain(JUDGED, key="context_gain"), "+.1f"))
+         + numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))),
+        ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {};",
          [*rates(svamp, systems=("default", "trained")), "100", f"{gain(svamp, key='mcnemar_p'):.2f}",
           *rates(gsm8k, systems=("default", "trained")), "60"]),
         ("only {} of its {} replies contained a number", replies()[::-1]),

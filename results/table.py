@@ -1,9 +1,9 @@
 """Markdown rows of eval.json files: each system, its points over personalised prompting, its quality columns.
 
-    python results/table.py results/methods-smollm2/*.eval.json           one row a run, prompting last
+    python results/table.py results/methods-smollm2/*/seed0/eval.json     one row a run, prompting last
     python results/table.py results/demo-smollm2/eval.json                every part and system of one run
 
-Seconds are those of the run's summary.json beside the file (NAME.summary.json beside NAME.eval.json).
+Seconds are those of the run's summary.json beside the file.
 """
 
 import sys
@@ -34,7 +34,7 @@ def system_row(name: str, part: dict, system: str, seconds: str = "-") -> str:
 
 def seconds_of(file: Path) -> str:
     """How long the run beside an eval.json took; - where its summary is not there."""
-    summary = file.with_name(file.name.replace("eval", "summary"))
+    summary = file.with_name("summary.json")
     return f"{read_json(summary)['seconds']:.0f}" if summary.exists() else "-"
 
 
@@ -48,7 +48,8 @@ def print_table(files: list[Path]) -> None:
                 print(system_row(f"{part}, {system}", block, system))
         return
     for file, parts in runs.items():
-        print(system_row(file.name.split(".")[0], parts["all"], "trained", seconds_of(file)))
+        name = file.stem if file.stem != "eval" else "/".join(file.parts[-3:-1])
+        print(system_row(name, parts["all"], "trained", seconds_of(file)))
     last = runs[files[-1]]["all"]
     print(system_row("prompting", last, "prompted" if "prompted" in last["systems"] else "default"))
 

@@ -176,7 +176,9 @@ def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: 
     arguments = dict(method="dpo", neg=neg, n_neg=1, softmax=False, data="multibench:/x", seed=seed,
                      model="/m/Llama-3.2-1B-Instruct", pairs="", out=str(folder), slots=seed + 1) | more
     critic = dict(strict=base["win_rate"], tie_tolerant=row["win_rate"])
-    result = dict(parts=dict(all=dict(systems=dict(default=base, prompted=base, trained=row))),
+    gain = {"trained - prompted": dict(win_rate=interval(rate - 0.5, 0.1))}
+    block = dict(systems=dict(default=base, prompted=base, trained=row), differences=gain)
+    result = dict(parts=dict(all=block),
                   settings=dict(examples=f"rows of seed {test_seed}"),
                   arguments=dict(model=str(folder), data="multibench:/x", seed=0, limit=0, judge="J"),
                   judges=dict(J=dict(critic=critic)))
@@ -188,34 +190,43 @@ def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: 
 
 
 def win_rates(text: str) -> dict[str, str]:
-    """The first table of a report: name -> cell."""
-    rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[1].splitlines()[2:]]
-    return dict(rows)
+    """The first table of win rates in a report: name -> cell."""
+    table = next(block for block in text.split("\n\n") if "win rate or accuracy" in block)
+    return dict(line.strip("| ").split(" | ") for line in table.splitlines()[2:])
+
+
+def methods(text: str) -> dict[str, dict[str, str]]:
+    """The table of methods of a report: name -> heading -> cell."""
+    table = next(block for block in text.split("\n\n") if "| seeds | clear |" in block)
+    headings, _, *rows = (line.strip("| ").split(" | ") for line in table.splitlines())
+    return {row[0]: dict(zip(headings[1:], row[1:], strict=True)) for row in rows}
 
 
 def test_the_report_has_seeds_the_chosen_strategy_and_the_papers_numbers(tmp_path):
     """Mean and deviation over seeds, an interval of one; validation's choice has *; the paper's is last."""
     runs = [write_run(tmp_path / "a", 0, 0.8, validation=0.7),
             write_run(tmp_path / "b", 1, 0.9, validation=0.9, test_seed=1),
+            write_run(tmp_path / "d", 2, 0.7, validation=0.8, test_seed=2),
             write_run(tmp_path / "c", 0, 0.95, "random", 0.6)]
     text = report(runs, tmp_path / "out")
     assert text == (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     rates = win_rates(text)
-    assert rates["missing"] == "85.0 ± 7.1 (2 seeds)* (93.26)"  # validation 0.8 against random's 0.6
+    assert rates["missing"] == "80.0 ± 10.0 (3 seeds)* (93.26)"  # validation 0.8 against random's 0.6
     assert rates["random"] == "95.0 [85.0, 105.0] (89.68)"
-    assert rates["prompted"] == "50.0 ± 0.0 (2 seeds) (79.76)"  # two test parts; c's is that of a
-    assert "0.425 ± 0.035 (2 seeds)" in text.split("self-BLEU-4 across prompts")[1]
+    assert rates["prompted"] == "50.0 ± 0.0 (3 seeds) (79.76)"  # three test parts; c's is that of a
+    assert "0.400 ± 0.050 (3 seeds)" in text.split("self-BLEU-4 across prompts")[1]
     assert "| J | multibench | 50.0 [40.0, 60.0] |" in text
     assert (tmp_path / "out" / "report.png").stat().st_size > 5000
 
 
 def test_a_base_model_that_several_runs_share_is_one_run(tmp_path):
-    """Six runs with other training tested on the same rows: one number with its interval, not six seeds."""
+    """Four runs with other training tested on the same rows: one number with its interval, not four seeds;
+    and no copy, which would be named."""
     runs = [write_run(tmp_path / f"r{i}", 0, 0.6 + i / 20, neg)
             for i, neg in enumerate(("missing", "random", "reshuffle", "noise"))]
     text = report(runs, tmp_path / "out")
     assert win_rates(text)["prompted"] == "50.0 [40.0, 60.0] (79.76)"
-    assert f"{runs[1]}: default, prompted: the same settings and seed as in {runs[0]}, counted once" in text
+    assert "counted once" not in text
 
 
 def test_a_run_named_twice_or_copied_counts_once(tmp_path):
@@ -224,7 +235,7 @@ def test_a_run_named_twice_or_copied_counts_once(tmp_path):
     text = report([first, first, copy], tmp_path / "out")
     assert win_rates(text)["missing"] == "80.0 [70.0, 90.0] (93.26)"
     for again in (first, copy):
-        assert f"{again}: default, prompted, missing: the same settings and seed as in {first}" in text
+        assert f"{again}: missing: the same settings and seed as in {first}" in text
 
 
 def test_how_a_judge_is_asked_makes_no_other_experiment(tmp_path):
@@ -245,7 +256,7 @@ def test_a_seed_that_was_interrupted_is_a_seed_of_its_experiment(more, tmp_path)
     result = read_json(tmp_path / "b" / "eval.json")
     result["arguments"] |= dict(base="/elsewhere")
     write_json(tmp_path / "b" / "eval.json", result)
-    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "85.0 ± 7.1 (2 seeds) (93.26)"
+    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "80.0, 90.0 (2 seeds) (93.26)"
 
 
 @pytest.mark.parametrize("unmeasured", [0, 1])
@@ -296,7 +307,7 @@ def test_seeds_that_train_on_pairs_of_their_own_are_seeds_of_one_experiment(tmp_
             for seed in (0, 1)]
     runs.append(write_run(tmp_path / "swapped", 1, 0.5, pairs="runs/v10/seed1-swapped"))
     rates = win_rates(report(runs, tmp_path / "out"))
-    assert rates["missing (pairs runs/v10/seed*)"] == "65.0 ± 7.1 (2 seeds) (93.26)"
+    assert rates["missing (pairs runs/v10/seed*)"] == "60.0, 70.0 (2 seeds) (93.26)"
     assert rates["missing (pairs runs/v10/seed*-swapped)"] == "50.0 [40.0, 60.0] (93.26)"
 
 
@@ -344,6 +355,44 @@ def test_different_experiments_are_not_seeds_of_one(more, tmp_path):
     assert any(f"{key} {value}" in name for name in cells)
 
 
+def test_a_row_is_named_by_the_folder_that_its_seeds_share(tmp_path):
+    """As results/experiments.py keeps them; all runs below a folder are found; the paper's number stays."""
+    for name, rate in (("swapped", 0.5), ("whole", 0.8)):
+        (tmp_path / name).mkdir()
+        for seed in range(2):
+            write_run(tmp_path / name / f"seed{seed}", seed, rate + seed / 10, pairs=f"{name}/seed{seed}")
+    text = report([str(tmp_path)], tmp_path / "out")
+    assert text == report([str(tmp_path / name) for name in ("swapped", "whole")], tmp_path / "out")
+    assert win_rates(text)["whole"] == "80.0, 90.0 (2 seeds) (93.26)"
+    assert win_rates(text)["swapped"] == "50.0, 60.0 (2 seeds) (93.26)"
+
+
+def test_a_folder_called_like_a_system_is_none(tmp_path):
+    """Its runs go by their strategy."""
+    (tmp_path / "default").mkdir()
+    write_run(tmp_path / "default" / "seed0", 0, 0.8)
+    rates = win_rates(report([str(tmp_path)], tmp_path / "out"))
+    assert rates["missing"] == "80.0 [70.0, 90.0] (93.26)"
+    assert rates["default"].startswith("50.0 [40.0, 60.0]")
+
+
+def test_methods_stand_side_by_side(tmp_path):
+    """The best first, with gain, seeds clear of 0, divergence and what training took; the baseline last."""
+    runs = [write_run(tmp_path / "a", 0, 0.55), write_run(tmp_path / "b", 1, 0.65),
+            write_run(tmp_path / "c", 0, 0.9, "random")]
+    write_json(tmp_path / "c" / "divergence.json", dict(kl=interval(3.0, 0.5)))
+    write_json(tmp_path / "c" / "summary.json", dict(tokens=2500, processor_seconds=7.4))
+    rows = methods(report(runs, tmp_path / "out"))
+    assert list(rows) == ["random", "missing", "the baseline"]
+    assert rows["random"] == rows["random"] | {
+        "seeds": "1", "clear": "1 of 1", "gain, points": "+40.0 [+30.0, +50.0]", "KL, nats": "3.0 [2.5, 3.5]",
+        "trained on, thousand tokens": "2", "processor, s": "7"}
+    assert rows["missing"] == rows["missing"] | {
+        "seeds": "2", "clear": "1 of 2", "gain, points": "+5.0, +15.0", "KL, nats": "-", "processor, s": "-"}
+    assert rows["the baseline"] == rows["the baseline"] | {
+        "seeds": "1", "clear": "", "win rate, %": "50.0 [40.0, 60.0]", "gain, points": "-"}
+
+
 def test_runs_tested_on_other_rows_are_not_seeds_of_one(tmp_path):
     """An evaluation with --limit stands beside the one on all rows."""
     runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.6)]
@@ -361,7 +410,7 @@ def test_values_that_validation_chose_do_not_split_an_experiment(tmp_path):
     for run in ("a", "b"):
         written = read_json(tmp_path / run / "args.json")
         write_json(tmp_path / run / "args.json", written | dict(candidates=[dict(lr=1e-6), dict(lr=5e-7)]))
-    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "70.0 ± 14.1 (2 seeds) (93.26)"
+    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "80.0, 60.0 (2 seeds) (93.26)"
 
 
 def test_the_report_names_a_folder_without_an_evaluation(tmp_path):
@@ -396,13 +445,14 @@ def test_numbers_of_a_table_are_read_again_from_their_files(recompute):
 
 def test_sentences_are_read_again_or_said_to_be_gone(recompute):
     """A right number, a wrong one, and a sentence that is not there."""
-    texts = {"README.md": "InfoNCE +37.6 and +34.4: a win; (base NLL\n1.96; MIPO 0.83, prompting 0.73)",
+    texts = {"README.md": "InfoNCE +37.6 and +34.4: these win; (base NLL\n1.97 and 1.95; MIPO 0.85 and 0.81, "
+             "prompting 0.73 and 0.72)",
              "results/LOG.md": "nothing of the kind"}
     verdicts: dict[str, list[str]] = {}
     for where, claimed, value in recompute.check_claims(texts):
         verdicts.setdefault(where.partition(": ")[2], []).append(recompute.verdict(claimed, value))
-    assert verdicts["InfoNCE {} and {}: a win"] == ["DIFFERENT: +36.6", "OK"]
-    assert verdicts["(base NLL {}; MIPO {}, prompting {})"] == ["OK"] * 3
+    assert verdicts["InfoNCE {} and {}: these win"] == ["DIFFERENT: +36.6", "OK"]
+    assert verdicts["(base NLL {} and {}; MIPO {} and {}, prompting {} and {})"] == ["OK"] * 6
     assert verdicts["seen contexts {}, {}, {}; unseen {}, {}, {}."] == ["NOT CLAIMED"]
 
 
@@ -427,29 +477,39 @@ def test_a_strategy_is_chosen_by_its_trained_model(tmp_path):
 
 
 def test_the_reports_picture_shows_the_tables_numbers(tmp_path, monkeypatch):
-    """Mean and standard deviation over seeds, of one seed its interval, and the paper's number."""
-    bars, points, errorbar, plot = [], [], Axes.errorbar, Axes.plot
+    """The gain of every seed, their mean, of one seed its interval, and the paper's gain over prompting."""
+    drawn, plot = [], Axes.plot
 
-    def draw_bar(self, x, y, xerr, **options):
-        bars.append((x, *np.ravel(xerr)))
-        return errorbar(self, x, y, xerr=xerr, **options)
-
-    def draw_point(self, x, *rest, **options):
-        points.append(x)
+    def draw(self, x, *rest, **options):
+        drawn.append(tuple(np.ravel(x)))
         return plot(self, x, *rest, **options)
 
-    monkeypatch.setattr(Axes, "errorbar", draw_bar)
-    monkeypatch.setattr(Axes, "plot", draw_point)
-    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.9)]
-    for run in map(Path, runs):
-        result = read_json(run / "eval.json")
-        systems = result["parts"]["all"]["systems"]
-        systems["prompted"] = systems["prompted"] | dict(win_rate=dict(mean=0.5, low=0.45, high=0.7))
-        write_json(run / "eval.json", result)
+    monkeypatch.setattr(Axes, "plot", draw)
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.9),
+            write_run(tmp_path / "c", 0, 0.7, "random")]
     report(runs, tmp_path / "out")
-    expected = [(50.0, 10.0, 10.0), (50.0, 5.0, 20.0), (85.0, 50**0.5, 50**0.5)]  # default, prompted, missing
-    assert bars == [pytest.approx(bar) for bar in expected]
-    assert 93.26 in points and 79.76 in points
+    expected = [(30, 40), (35,), (20,), (10, 30), (93.26 - 79.76,), (89.68 - 79.76,)]
+    assert drawn == [pytest.approx(x) for x in expected]
+
+
+def test_the_price_is_the_divergence_only_where_all_have_it(tmp_path, monkeypatch):
+    """Else how likely the responses are under the start model."""
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "c", 0, 0.7, "random")]
+    texts = drawn_texts(monkeypatch)
+    for run in map(Path, runs):
+        write_json(run / "divergence.json", dict(kl=interval(2.0, 0.5)))
+        report(runs, tmp_path / "out")
+        assert ("base NLL, nats per token" in texts) == (run.name == "a")
+        texts.clear()
+
+
+def test_without_a_gain_there_is_no_picture(tmp_path):
+    run = write_run(tmp_path / "a", 0, 0.8)
+    result = read_json(Path(run) / "eval.json")
+    result["parts"]["all"]["differences"] = {}
+    write_json(Path(run) / "eval.json", result)
+    assert "| seeds |" not in report([run], tmp_path / "out")
+    assert not (tmp_path / "out" / "report.png").exists()
 
 
 def test_every_number_stands_under_its_name():
