@@ -18,7 +18,7 @@ from batches import all_logps, epoch_batches, groups_of, micro_batches, training
 from contexts import examples_for, sampling_for
 from folder import read_config
 from losses import OBJECTIVES, token_count
-from memory import Pass, card_memory, cards_needed, gb, out_of_reach, peak, predicted_memory
+from memory import MOST_CARDS, Pass, card_memory, cards_needed, gb, out_of_reach, peak, predicted_memory
 from model import Decoder
 from negatives import SAMPLED, Pair
 from pairs import check_negatives, make_pairs, pairs_for, read_meta
@@ -104,7 +104,8 @@ def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:
     print(f"memory of a process: {listed}; {gb(peak(parts, device.type))} at most")
     card = card_memory()
     if card is not None:
-        print(f"cards needed with --shard: {cards_needed(config, args, passes, card)}")
+        cards = cards_needed(config, args, passes, card)
+        print(f"cards needed with --shard: {cards or f'more than {MOST_CARDS}, or no number is enough'}")
         for line in out_of_reach(config, args, card):
             print("not on these cards: " + line)
 

@@ -112,7 +112,7 @@ class Plan:
     sampling: Sampling
     examples: list[Example]
     judges: list[Judge]
-    settings: dict  # what decides the base model's responses
+    settings: dict  # what decides which rows are answered, and how
     note: dict  # what the data's contexts are
     cached: Answers  # what --reuse supplies
 
@@ -255,6 +255,10 @@ def refuse_to_replace(plan: Plan) -> None:
         if not file.exists():
             continue
         earlier = read_evaluation(file)
+        run = earlier["arguments"].get("model") or str(plan.run)
+        if plan.out.resolve() != plan.run.resolve() and Path(run).resolve() != plan.run.resolve():
+            raise UserError(f"{file} is of another model, {run}: name another folder with --out, or remove "
+                            "that file")
         changes = changes_since(plan, earlier)
         if changes and not has_fewer_rows(plan, earlier):
             raise UserError(f"{file} is of an evaluation with {changes}: name another folder with --out, or "

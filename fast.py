@@ -39,8 +39,8 @@ import gpu_kernels
 
 # Logits that exist at a time: 8 MB of fp32 on a CPU, which its cache can hold; 256 MB of bf16 on a GPU.
 LOGITS_AT_ONCE = dict(cpu=2**21, cuda=2**27)
-# PyTorch's varlen_attn must be told since 2.13 that query heads share keys.
-SHARED_HEADS = dict(enable_gqa=True) if torch.__version__ >= (2, 13) else {}
+# PyTorch's varlen_attn must be told since 2.12 that query heads share keys.
+SHARED_HEADS = dict(enable_gqa=True) if torch.__version__ >= (2, 12) else {}
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def has_bf16_products(device: torch.device) -> bool:
-    """Whether bf16 matrix products are fast: on GPUs, and on CPUs with the instructions for them."""
+    """Whether bf16 matrix products are fast: on GPUs since Ampere, and on CPUs with instructions for them."""
     if device.type == "cuda":
-        return True
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -366,7 +366,8 @@ def invert_cumulative(mass: Tensor, uniform: Tensor) -> Tensor:
     block, rest = _invert(sums, target)  # (n, 1) each
     inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1)  # (n, 128)
     column, _ = _invert(inside, rest)  # (n, 1)
-    return (128 * block + column).squeeze(1)  # (n,)
+    column = (128 * block + column).squeeze(1)  # (n,)
+    return column.clamp(max=mass.shape[1] - 1)  # nan in the last block lies beyond
 
 
 def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -377,6 +378,7 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     just_below = cumulative[:, -1:].nextafter(target.new_zeros(()))
     target = target.minimum(just_below).clamp(min=0)
     column = torch.searchsorted(cumulative, target, right=True)  # (n, 1)
+    column = column.clamp(max=cumulative.shape[1] - 1)  # nan lies beyond
     before = cumulative.gather(1, column) - mass.gather(1, column)  # (n, 1)
     return column, target - before
 
@@ -418,11 +420,14 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+# What CPUs, cuBLAS, and then CUDA, Triton and NCCL say.
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED",
+                 "out of memory")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory has run out. On a CPU torch has no class for it."""
+    """Whether an error means that memory has run out. Torch has a class for its own allocator on GPUs alone.
+    """
     return (isinstance(error, MemoryError | torch.OutOfMemoryError)
             or any(words in str(error) for words in OUT_OF_MEMORY))
 

@@ -8,9 +8,9 @@
     least_of_nucleus             where top-p cuts, without a sort
     round_up_or_down             stochastic rounding to bf16
 
-Each function below the kernels launches one. What is done number by number would be a dozen launches of
-PyTorch's; a GPU waits for those, whichever its size. On a machine without a GPU Triton need not be installed;
-TRITON_INTERPRET=1 runs the kernels as numpy.
+Each function below the kernels launches one. In PyTorch's operations each would be a dozen launches, and a
+launch takes the same time however small the tensors are. On a machine without a GPU Triton need not be
+installed; TRITON_INTERPRET=1 runs the kernels as numpy.
 
 Legend: N rows, V vocabulary, T tokens, E hidden size, H query heads, G key/value heads, D head size, S slots,
         n of them that compute, L cache length, A tokens that all slots share.
@@ -180,8 +180,9 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
 
     @triton.jit
     def _nucleus_kernel(probs, mass, least, columns, stride, BLOCK: tl.constexpr):
-        """One program a row. Numbers that are not negative are in the order of their bits. Those of 1 have
-        30, which are found three at a time, the highest first."""
+        """One program a row. Numbers that are not negative are in the order of their bits, read as integers,
+        of which those up to 1 need 30. The answer's are found three at a time, the highest first: of eight
+        candidates, the largest whose mass of what is at least as large still reaches the one wanted."""
         row = tl.program_id(0).to(tl.int64)
         probs += row * stride
         wanted = tl.maximum(tl.load(mass + row), 1e-37)  # of a mass of 0 the largest number is left too
@@ -199,8 +200,9 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
 
     @triton.jit(do_not_specialize=["seed"])  # else every 16th seed would be compiled anew
     def _rounding_kernel(x, out, seed, first, count, BLOCK: tl.constexpr):
-        """One program for 8 * BLOCK numbers. Each gets 16 of the bits that are drawn for its place in the
-        whole tensor, of which x is what begins at `first`; the upper half of its own bits is kept."""
+        """One program rounds 8 * BLOCK numbers. x is the part of a tensor that begins at its number `first`.
+        To the bits of each number 16 random ones are added, which depend on the seed and on its place in the
+        tensor; the upper half of the sum is kept."""
         start = (first // (8 * BLOCK) + tl.program_id(0).to(tl.int64)) * 8 * BLOCK
         lane = tl.arange(0, BLOCK)
         words = tl.randint4x(seed, start // 8 + lane)  # 128 random bits, for 8 numbers

@@ -1,7 +1,7 @@
 """losses.py - the objectives, and the response log-probabilities they use.
 
-    dpo      Eqs. 5, 8 and 10: with missing contexts at temperature 1 its optimal reward is pointwise mutual
-             information (Eqs. 9, 14)
+    dpo      Eqs. 5, 8 and 10: with missing contexts, sampled at temperature 1, its optimal reward is
+             pointwise mutual information (Eqs. 9, 14)
     sft      token cross-entropy on the chosen responses
     infonce  Eq. 6: which of K contexts a response was sampled with
     sami     Eq. 7: that, and which of K responses was sampled with a context
@@ -121,15 +121,18 @@ def sami(logps: Tensor, temperature: float = 1.0) -> Loss:
 
 
 def set_metrics(loss: Tensor, logps: Tensor) -> dict[str, Tensor]:
-    """Of each set (B,): the loss, how far a response's own context stands out, and I(c; y | x), in nats."""
+    """Of each set (B,): the loss, how far a response's own context stands out, and I(c; y | x), in nats; mean
+    log-probs of all responses under their own contexts (chosen), and under the others (rejected)."""
     logps = logps.detach().float()
     count = logps.shape[-1]
     own = logps.diagonal(dim1=-2, dim2=-1)  # (B, K)
     others = (logps.sum(-2) - own) / (count - 1)  # (B, K): the mean over a response's other contexts
+    is_own = torch.eye(count, dtype=torch.bool, device=logps.device)
+    rivals = logps.masked_fill(is_own, -math.inf).amax(-2)  # (B, K): the likeliest of them
     return dict(
         loss=loss.detach().float(),
         margin=(own - others).mean(-1),
-        accuracy=(own == logps.amax(-2)).float().mean(-1),
+        accuracy=(own > rivals).float().mean(-1),
         information=math.log(count) - over_contexts(logps),  # a lower bound on it, at most log K
         logp_chosen=own.mean(-1),
         logp_rejected=others.mean(-1),

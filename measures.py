@@ -51,7 +51,7 @@ Answers = dict[str, list[Answer]]  # system -> its answer to every example
 NO_INTERVAL = dict(mean=None, low=None, high=None, n=0)  # of no values at all
 RATE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)  # what a rate can be, and the difference of two rates
 INTERVALS = ("95%, Student's t with (effective clusters - 1) degrees of freedom; means: jackknife over "
-             "clusters; rates: Wilson, their differences: Agresti and Min, both with effective rows")
+             "clusters; rates: Wilson, their differences: Bonett and Price, both with effective rows")
 
 
 def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
@@ -133,8 +133,8 @@ def effective_rows(values: np.ndarray, variance: float, units: float) -> float:
 def bounded(values: np.ndarray, n: float, t: float, bounds: tuple[float, float]) -> tuple[float, float]:
     """Centre and half width of the interval of values between `bounds` that are worth n rows.
 
-    Rates: Wilson's (1927). Differences: a normal interval after adding one row at each bound, as Agresti and
-    Min (2005) do for paired rates. Both have positive width even if all values are equal.
+    Rates: Wilson's (1927). Differences: a normal interval after adding one row at each bound, as Bonett and
+    Price (2012) do for paired rates. Both have positive width even if all values are equal.
     """
     mean = float(values.mean())
     if bounds == RATE:
@@ -376,8 +376,8 @@ def judged_columns(examples: list[Example], answers: list[Answer], judge: str) -
 
 def paired_differences(examples: list[Example], answers: list[Answer], baseline: list[Answer],
                        judge: str = "") -> dict:
-    """Row by row, answers - baseline: win rate, over all rows and where lengths match; context gain; score;
-    and of the systems self-BLEU-4.
+    """Row by row, answers - baseline: win rate, over all rows and where lengths match; context gain; score.
+    Self-BLEU-4 is one number a system, and so is its difference.
 
     macro: a mean of each response's gain over its own length; micro, in pairs.py, is a ratio of sums.
     """

@@ -25,9 +25,9 @@ from model import Decoder
 from run import UserError, default_device, world
 
 PROGRAM = 0.45e9  # bytes of the interpreter and its libraries; on a GPU these are elsewhere
-# Of a step's only pass, and of several: the holes that a heap has after it, for each byte of its activations;
-# the share of activations and holes that gradients find room in.
-HOLES, FILLED = (0.6, 1.2), (0.6, 0.25)
+# Each two numbers are of a step's only pass, and of one of several.
+HOLES = 0.6, 1.2  # bytes of holes that a heap has after a pass, for each byte of its activations
+FILLED = 0.6, 0.25  # the share of activations and holes in which gradients find room
 USABLE = 0.9  # the share of a card's memory that tensors can fill
 MOST_CARDS = 256
 FP32, BF16 = 4, 2
@@ -112,6 +112,8 @@ def predicted_memory(config: Config, args, passes: list[Pass], prompt: int, proc
         gradients += matrix * number * (2 if config.tie_word_embeddings else 1)
     master = FP32 if number < FP32 else 0
     activations = activation_bytes(config, args, largest, device)
+    whole = (sizes.total + sizes.adapters) * number
+    cache = cache_bytes(config, args, prompt, device)
     parts = dict(
         program=PROGRAM if device == "cpu" else 0.0,
         weights=models * (sizes.total + sizes.adapters) * number / share + reference,
@@ -119,7 +121,7 @@ def predicted_memory(config: Config, args, passes: list[Pass], prompt: int, proc
         optimizer=models * trained * (master + 2 * FP32) / share,
         activations=activations,
         heap=heap_bytes(config, args, passes, gradients) if device == "cpu" else 0.0,
-        cache=cache_bytes(config, args, prompt, device),
+        cache=0.0 if is_ppo else cache,
         copies=0.0 if args.shard else saving_bytes(args, sizes, number),  # sharded: one matrix at a time
         file=sizes.total * BF16 if device == "cpu" else 0.0,  # mapped into memory while it is read
     )
@@ -127,7 +129,9 @@ def predicted_memory(config: Config, args, passes: list[Pass], prompt: int, proc
         # FSDP gathers the ends and, while one block computes, the next one. Whatever needs no gradient runs
         # on a gathered copy.
         parts["gathered"] = (sizes.ends + 2 * sizes.block) * number
-        parts["copy"] = sizes.total * number if prompt else 0.0
+        parts["copy"] = whole if prompt and not is_ppo else 0.0
+    if is_ppo:  # what it samples with stays while it trains: with --shard copies of actor and reference too
+        parts["sampler"] = cache + (2 * whole if args.shard else 0.0)
     return parts
 
 
@@ -135,7 +139,8 @@ def peak(parts: dict[str, float], device: str = "cpu") -> float:
     """The most bytes at a time: in reading the model, in sampling, in training, or in saving."""
     loaded = parts["program"] + parts["weights"]
     sampling = parts["cache"] + parts.get("copy", 0.0)
-    training = parts["gradients"] + parts["activations"] + parts["heap"] + parts.get("gathered", 0.0)
+    training = parts["gradients"] + parts["activations"] + parts["heap"]
+    training += parts.get("gathered", 0.0) + parts.get("sampler", 0.0)
     later = max(training, parts["copies"])
     if device == "cpu":  # the room that the cache had stays in the process, and later tensors do not fit in
         return loaded + max(parts["file"], parts["optimizer"] + sampling + later)
@@ -180,6 +185,9 @@ def activation_bytes(config: Config, args, largest: Pass, device: str) -> float:
     block = tokens * a_token + copied * 2 * keys * number
     is_table = device == "cpu" and number == BF16  # fast.attention keeps its weights, other kernels a sum
     block += heads * sum(m * n * BF16 if is_table and m * n <= 2**20 else m * FP32 for m, n in parts)
+    if device == "cuda" and not is_packed and heads > kv_heads:
+        # No fused kernel takes shared key heads in fp32: PyTorch keeps all weights, and each head's k and v.
+        block += number * sum(heads * m * n + 2 * n * queries for m, n in parts)
 
     blocks = config.num_hidden_layers * block
     if args.checkpoint_activations:
@@ -249,14 +257,15 @@ def require_fit(args, config: Config, source: str) -> None:
     half = args.pass_tokens // 2
     full = Pass([(args.pass_tokens - half, [half])])
     parts = predicted_memory(config, args, [full], 0, world(), "cuda")
-    kept = {name: parts.get(name, 0.0) for name in ("weights", "gradients", "optimizer", "gathered")}
+    always = "weights", "gradients", "optimizer", "gathered", "sampler"
+    kept = {name: parts.get(name, 0.0) for name in always}
     total = sum(kept.values())
     listed = ", ".join(f"{name} {gb(size)}" for name, size in kept.items() if size)
     if total > USABLE * card:
         raise UserError(f"{source}: training takes {gb(total)} on every GPU ({listed}), and this one has "
                         f"{gb(card)}: {way_out(args, config, card)}")
     if total + parts["activations"] > USABLE * card:
-        print(f"warning: a pass of --pass-tokens {args.pass_tokens} takes up to {gb(parts['activations'])} "
+        print(f"warning: a pass of --pass-tokens {args.pass_tokens} takes about {gb(parts['activations'])} "
               f"beside {gb(total)} ({listed}), and this GPU has {gb(card)}: should memory run out, lower "
               "--pass-tokens or give --checkpoint-activations")
 
@@ -278,12 +287,15 @@ def way_out(args, config: Config, card: float) -> str:
 
 
 def require_copy(args, config: Config, what: str, remedy: str) -> None:
-    """UserError where `what` would take a copy of the whole model that this process's GPU cannot hold."""
-    number = getattr(torch, args.dtype).itemsize
-    if not fits_whole(config, number):
-        whole = Sizes.of(config, args.lora_rank).total * number
-        raise UserError(f"--shard: {what} takes a copy of the whole model in every process, {gb(whole)}, "
-                        f"more than this GPU holds: {remedy}")
+    """UserError where `what` would take a copy of the whole model for which this process's GPU has no room
+    beside its share of the weights and of the optimizer."""
+    card, sizes = card_memory(), Sizes.of(config, args.lora_rank)
+    parts = predicted_memory(config, args, [Pass([(1, [1])])], 0, world(), "cuda")
+    shares = parts["weights"] + parts["optimizer"]
+    copy = (sizes.total + sizes.adapters) * getattr(torch, args.dtype).itemsize
+    if card is not None and shares + copy > USABLE * card:
+        raise UserError(f"--shard: {what} takes a copy of the whole model in every process, {gb(copy)} "
+                        f"beside {gb(shares)} of its shares, more than this GPU holds: {remedy}")
 
 
 def fits_whole(config: Config, number: int) -> bool:

@@ -27,7 +27,7 @@ from tokenizer import Tokenizer
 
 NEGATIVES = ("missing", "random", "reshuffle", "noise", "same")
 SAMPLED = ("missing", "random", "same")  # those whose rejected responses are sampled from a prompt
-REPEATS = 100  # after so many duplicates in a row no distinct row is taken to be left
+REPEATS = 100  # after this many duplicates in a row, no distinct row is assumed to be left
 
 
 # ------------------------------------------------------------------------- pairs
@@ -39,8 +39,8 @@ class Response:
     text: str
     ids: list[int]
     finished: bool  # whether the model ended it
-    prompt_ids: list[int]  # the prompt it was sampled from, of ready and revised chosen ones that they are
-    # trained under; empty for noise, and where a file does not say
+    prompt_ids: list[int]  # the prompt it was sampled from; of a ready or revised chosen response the prompt
+    # that it is trained under; empty for noise, and where a file does not say
     gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair; of a
     # row without a context log pi_ref(y|x) - log pi_ref(y|x'), where x' is another row's prompt
 

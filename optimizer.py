@@ -42,8 +42,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def round_stochastically(x: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
     """fp32 -> one of the two nearest bf16 numbers, the nearer one with the higher probability, so that the
-    result is right in the mean. By a generator of the CPU: seeded alike, it rounds alike, but a GPU otherwise
-    than a CPU. Of a sharded tensor this process's rows, rounded as they are in the whole one. out: where they
+    result is right in the mean. The generator is a CPU's: one seed gives one rounding on CPUs and another one
+    on GPUs. Of a sharded tensor this process's rows, rounded as they are in the whole one. out: where they
     go, else a new tensor.
 
     A bf16 number is the upper half of an fp32 number's bits. A random 16-bit number, added to the lower half,
@@ -51,7 +51,7 @@ def round_stochastically(x: Tensor, generator: torch.Generator, out: Tensor | No
     """
     own = local(x)
     out = torch.empty_like(own, dtype=torch.bfloat16) if out is None else out
-    if runs_triton(own) and out.dtype == torch.bfloat16:
+    if runs_triton(own):
         seed = torch.randint(2**31, (), generator=generator).item()
         gpu_kernels.round_up_or_down(own, out, seed, span(x).start)
         return out

@@ -81,7 +81,8 @@ def make_pairs(
         pairs, earlier = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots, folder)
         if n_neg and neg in SAMPLED:
             redrawn = redraw(model, tokenizer, pairs, messages, n_neg, sampling, seed, slots)
-    sampled = [response for pair in pairs for response in pair.responses]
+    # What stands for several rejected responses counts once; what was drawn again is not there any more.
+    responses = {id(response): response for pair in pairs for response in pair.responses}.values()
     seconds_sampling = time.perf_counter() - start
 
     # Reshuffle and noise make rejected responses from the pairs that are kept, so after this; until then a
@@ -107,8 +108,8 @@ def make_pairs(
         pairs=len(pairs),
         dropped=dropped,
         redrawn=redrawn,
-        unfinished=1 - sum(response.finished for response in sampled) / len(sampled),
-        response_tokens=sum(len(response.ids) for response in sampled),
+        unfinished=1 - sum(response.finished for response in responses) / len(responses),
+        response_tokens=sum(len(response.ids) for response in responses),
         seconds_sampling=seconds_sampling,
         sampled_before=earlier,  # pairs that an interrupted start left, which these seconds do not hold
         seconds_gain=time.perf_counter() - start - seconds_sampling,
@@ -478,7 +479,8 @@ def pairs_for(args: "PairArgs", split: str, folder: Path, model: Decoder | None 
     tokenizer = Tokenizer(args.model, args.date, args.template)
     if model is None:
         model = load(args.model, getattr(torch, args.dtype), default_device())
-    print(f"sampling with {sampling}")
+    if examples[0].chosen is None:
+        print(f"sampling with {sampling}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(settings=settings, statistics=None))
     seed = round_seed(args.seed, round)

@@ -298,7 +298,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
     prompts = [tokenizer.chat(e.user_message(e.context), e.system) for e in examples]  # (x, c)
     bare_prompts = [tokenizer.chat(e.user_message(None), e.system) for e in examples]  # x
     batches = rollout_batches(len(examples), args)
-    steps = args.ppo_epochs * sum(math.ceil(len(batch) / args.train_batch) for batch in batches)
+    update_count = args.ppo_epochs * sum(math.ceil(len(batch) / args.train_batch) for batch in batches)
     slots = min(args.slots, math.ceil(len(batches[0]) / world()))
     sampler = Sampler(policy, prompts, rollout_sampling(args), tokenizer.stop_ids, slots)
     bar = progress(sum(map(len, batches)), "responses", "training")
@@ -346,7 +346,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
         state.unreadable += unreadable
         if args.shuffle_rewards:
             order = epoch_order(len(rewards), seed_from("shuffled rewards", args.seed), number)
-            of_next = dict(zip(order, order[1:] + order[:1], strict=True))  # nobody keeps its own
+            of_next = dict(zip(order, order[1:] + order[:1], strict=True))  # only a lone one keeps its own
             rewards = [rewards[of_next[i]] for i in range(len(rewards))]
 
         # 3. Advantages, one a token, whitened over the whole batch.
@@ -363,8 +363,8 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
         norms: list[dict[str, float]] = []  # of every training batch's gradients
         for train_batch in training_batches(rollouts, number, args):
             measured += gather(backward(actor.model, critic.model, prompts, train_batch, args))
-            lr = learning_rate(state.updates, steps, args.lr)
-            critic_lr = learning_rate(state.updates, steps, args.critic_lr)
+            lr = learning_rate(state.updates, update_count, args.lr)
+            critic_lr = learning_rate(state.updates, update_count, args.critic_lr)
             norm = update(actor, state.updates, lr)
             critic_norm = update(critic, state.updates, critic_lr)
             norms.append(dict(grad_norm=norm, critic_grad_norm=critic_norm))
@@ -407,7 +407,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
     if state.unreadable:
         print(f"{state.unreadable} verdicts could not be read; each earned its batch's mean")
     if state.skipped:
-        print(f"{state.skipped} of {steps} updates skipped: they were not finite")
+        print(f"{state.skipped} of {update_count} updates skipped: they were not finite")
 
 
 def tensors_of(**optimizers: MasterAdamW) -> dict[str, Tensor]:
@@ -433,7 +433,7 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
 
     Each loss is one mean over the whole batch, however it is cut into passes and processes.
     """
-    passes = passes_of(batch, prompts, args)
+    passes = micro_batches(batch, prompts, args)
     measured = []
     for old in passes:
         part = [(prompts[rollout.row], [rollout.ids]) for rollout in old]
@@ -453,14 +453,14 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
                 ratio_clipped=((ratio - 1).abs() > args.clip).float().mean().item(),
             ))
     if is_sharded(actor):  # every pass is one of all processes: make up what others have more
-        most = max(len(passes_of(batch, prompts, args, process)) for process in range(world()))
+        most = max(len(micro_batches(batch, prompts, args, process)) for process in range(world()))
         for _ in range(most - len(passes)):
             idle_passes(actor, 1).backward()
             idle_passes(critic, 1).backward()
     return measured
 
 
-def passes_of(batch: list[Rollout], prompts: list[list[int]], args,
+def micro_batches(batch: list[Rollout], prompts: list[list[int]], args,
               process: int | None = None) -> list[list[Rollout]]:
     """A process's share of a batch, this one's if none is named, in passes of --pass-tokens tokens."""
     mine = share_of(batch, process)

@@ -40,7 +40,7 @@ JUDGED = ("scores", "reference_scores")
 
 
 class Message(NamedTuple):
-    """What a model is told: by the user, and before by the system prompt, if there is one."""
+    """What a model is told: the user's message and, before it, the system prompt if there is one."""
 
     user: str
     system: str | None

@@ -4,7 +4,7 @@
                     prompt with a random context (with --pairs: beside the rejected one that they hold); the
                     prompt is appendix D.2's
     on tasks        it rewrites its answer, told what the right one is: privileged information, which MIPO
-                    does without
+                    does without; a rejected response is sampled there too, and not read
 
 What differs from the paper: it does not give the prompt for tasks; ours is below. A typing error of D.2's is
 mended. Revisions are sampled as responses are, and trained under the prompt without the request to revise.
@@ -22,7 +22,7 @@ from model import Decoder
 from negatives import Pair, Response
 from pairs import RESPONSE
 from rows import fitting_rows
-from run import UserError, barrier, gather, naming, progress, rank, read_appended, seed_from, share_of
+from run import UserError, broadcast, gather, naming, progress, rank, read_appended, seed_from, share_of
 from sample import Sample, generate
 from schema import TEXT, checked, record
 from tokenizer import Tokenizer
@@ -85,11 +85,12 @@ def revise(model: Decoder, pairs: list[Pair], args, folder: Path, seed: int) -> 
                            model.config.max_position_embeddings, sampling.max_new_tokens)
     pairs = [of_pair[example.id] for example in fitting]
     done = {}
-    for file in sorted(folder.glob("revised.jsonl*")):
+    files = [] if rank() else sorted(folder.glob("revised.jsonl*"))  # process 0 reads for all
+    for file in files:
         for row in read_appended(file):
             row = checked(row, REVISED, str(file))
             done[row["id"]] = Response(**row["response"])
-    barrier()  # all processes have read before one of them writes
+    done = broadcast(done)
 
     todo = share_of([i for i, pair in enumerate(pairs) if pair.id not in done])
     messages = [revision_message(pairs[i], examples[pairs[i].id]) for i in todo]

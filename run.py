@@ -213,8 +213,9 @@ def outcome(program) -> tuple[int, str]:
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        return 2, ("error: out of memory: lower --slots, or --pass-tokens in training, where "
-                   f"--checkpoint-activations, --lora-rank 32 and --shard save more ({e})")
+        return 2, ("error: out of memory: lower --slots (of sample.py --samples or --max-new-tokens), or "
+                   "--pass-tokens in training, where --checkpoint-activations, --lora-rank 32 and --shard "
+                   f"save more ({e})")
 
 
 # ------------------------------------------------------------------------- processes

@@ -123,8 +123,8 @@ class Cache:
 
     `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot increments
     it. A slot is reused by writing over it: stale entries beyond its length are masked. All L entries are
-    read: products would copy a part of them. The slots' keys are fp32, as the scores are. Values are stored
-    transposed, so that each product reads along the dimension it sums over.
+    read: of a slice, a product would make a copy. The slots' keys are fp32, as the scores are. Values are
+    stored transposed, so that each product reads along the dimension it sums over.
     Where a GPU has a kernel for it (`has_kernel`), keys are in the model's type, keys and values are laid out
     alike, and a step reads only what each slot holds.
     """
@@ -145,10 +145,10 @@ class Cache:
         self.shared_k = torch.zeros(layers, heads, shared_length, size, dtype=dtype, device=device)
         self.shared_v = torch.zeros_like(self.shared_k)
         self.has_kernel = fast.decodes_by_kernel(self.shared_k)
-        shape = layers, slots, heads, length, size
+        shape = layers, slots, heads, length, size  # (layers, S, G, L, D)
         if self.has_kernel:
             self.k = torch.zeros(shape, dtype=dtype, device=device)
-            self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(3, 4)
+            self.v = torch.zeros(shape, dtype=dtype, device=device).transpose(3, 4)  # (layers, S, G, D, L)
         else:
             self.k = torch.zeros(shape, dtype=self.score_dtype, device=device)
             self.v = torch.zeros(layers, slots, heads, size, length, dtype=dtype, device=device)
@@ -484,8 +484,11 @@ class Sampler:
     def finish(self, slot: int, finished: bool, count: int) -> None:
         """Hand over the response of `count` tokens that a slot holds, and free the slot."""
         i = self.owner[slot]
-        ids, logps = self.ids[slot, :count], self.logps[slot, :count]
-        self.results[i] = Sample(ids.tolist(), logps.tolist(), finished)
+        ids, logps = self.ids[slot, :count].tolist(), self.logps[slot, :count].tolist()
+        if any(map(math.isnan, logps)):
+            raise UserError("the model's log-probs are not numbers: its weights have diverged, or --dtype is "
+                            "too narrow for them")
+        self.results[i] = Sample(ids, logps, finished)
         self.owner[slot] = None
         self.changed = True
         self.token_count += count

@@ -9,7 +9,7 @@ Sampling, context gain, mutual information and validation need different numbers
 of the whole model in each process, `gathered`. What is saved is gathered too, a tensor at a time, and on
 loading cut again, so files do not depend on W.
 What differs from the paper: it has nothing of the kind; results equal those of whole weights, but for the
-order in which gradients are added up.
+order in which gradients are added up and, in bf16, one more rounding of what each pass adds.
 
     torchrun --nproc_per_node 2 train.py --shard
 """

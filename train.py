@@ -206,7 +206,8 @@ def check_method(args: Args) -> None:
     if args.method == "sft-revise" and not args.n_neg:
         raise UserError("--method sft-revise shows the model a rejected response too: not with --n-neg 0")
     if not objective.uses_rejected and args.n_neg > 1 and not args.pairs:
-        raise UserError(f"--n-neg {args.n_neg}: --method {args.method} uses no rejected responses")
+        used = "one rejected response" if args.method == "sft-revise" else "no rejected responses"
+        raise UserError(f"--n-neg {args.n_neg}: --method {args.method} uses {used}")
     if args.method not in TEMPERATURES:
         if args.temperature_loss is not None or args.reduce != "sum":
             raise UserError(f"--temperature-loss and --reduce go with {' and '.join(TEMPERATURES)}, not with "
@@ -236,7 +237,7 @@ class State:
     seconds: float = 0.0  # spent in these steps
     skipped: int = 0  # how many of these steps were skipped
     skipped_in_a_row: int = 0
-    scores: list[float] = field(default_factory=list)  # of this candidate's validations
+    scores: list[float] = field(default_factory=list)  # of this round's validations
     rows: int = 0  # lines of metrics.jsonl
     finished: list[dict] = field(default_factory=list)  # summaries of the candidates before this one
     best: dict | None = None  # the best validation of all, see Selection
@@ -275,7 +276,7 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
                 idle_passes(model, passes).backward()
                 continue
             chunk = [pairs[i] for i in indices]
-            # (B, 1 + N) each: log pi(y|x,c), tokens of y
+            # (B, 1 + N) each, of InfoNCE and SAMI (B, K, K) and (B, K): log pi(y|x,c), tokens of y
             logps, lengths = pair_logps(model, chunk, args, passes)
             loss, values = objective.loss(logps, reference[indices], lengths, args)  # (B,)
             (loss.sum() / divisor).backward()
@@ -429,6 +430,9 @@ def check_examples(args: Args) -> None:
     if args.method == "sft-revise" and examples[0].chosen is not None:
         raise UserError(f"--method sft-revise revises the model's own responses, and {args.data} supplies "
                         "responses itself: use --method sft")
+    if args.rounds > 1 and examples[0].chosen is not None:
+        raise UserError(f"--rounds {args.rounds}: {args.data} supplies the responses itself, so that every "
+                        "round would train on the same ones")
     check_negatives(examples, args)
     without = [example.id for example in examples if not example.context]
     if OBJECTIVES[args.method].every_prompt and without:
@@ -529,7 +533,8 @@ def load_trainable(source: Path, args: Args) -> Decoder:
 
 def prepare(model: Decoder, args: Args, folder: Path, given: list[Pair] | None, state: State, seconds: dict,
             tensors: dict[str, Tensor]) -> tuple[list[Pair], Tensor]:
-    """What a round trains on: its training rows, and the model's log-probs of them, (rows, 1 + N).
+    """What a round trains on: its training rows, and the reference's log-probs of them, (rows, 1 + N); where
+    the method has no reference, zeros (rows, 1).
 
     seconds: what was spent on pairs and reference so far, added to. tensors: a checkpoint's; its reference is
     used again, as the model has changed since.
@@ -541,7 +546,7 @@ def prepare(model: Decoder, args: Args, folder: Path, given: list[Pair] | None, 
     if args.method == "sft-revise":
         pairs = revise(gathered(model), pairs, args, round_folder, seed)
     pairs = training_rows(pairs, args)
-    print(f"{round_folder}: {len(pairs)} pairs")
+    print(f"{round_folder}: {len(pairs)} training rows")
     seconds["pairs"] += time.perf_counter() - started
 
     pairs_now = fingerprint([asdict(pair) for pair in pairs])

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from folder import load
 from losses import response_logps
 from model import Decoder, Packed
+from run import UserError
 from sample import Cache, Decode, Prefill, SharedPrefill, Sampling, generate
 
 IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))
@@ -51,6 +52,16 @@ def decode(model: Decoder, cache: Cache, tokens: Tensor) -> Tensor:
     logits = model.logits(model(tokens, Decode(cache, len(tokens))))
     cache.lengths[: len(tokens)] += 1
     return logits
+
+
+def test_a_model_of_nan_is_one_line():
+    """Whether its tokens are drawn from all, from a nucleus, or the likeliest is taken."""
+    model = random_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    for sampling in (Sampling(1.0, 1.0, 4), Sampling(1.0, 0.9, 4), Sampling(0.0, 1.0, 4)):
+        with pytest.raises(UserError, match="log-probs are not numbers"):
+            generate(model, [[1, 2, 3]] * 3, sampling, frozenset(), seed=0)
 
 
 # ------------------------------------------------------------------------- one full pass

@@ -315,8 +315,8 @@ def test_launches_of_a_training_pass_do_not_grow_with_its_parts(pairs, gpu):
 
 
 def test_an_optimizer_step_is_one_adamw_and_one_launch_a_matrix(monkeypatch):
-    """All moments are updated by one fused operation; each of a layer's seven matrices is then rounded from
-    its master by a kernel. On a CPU, where fused AdamW exists too."""
+    """All moments are updated by one fused operation; each of a layer's nine tensors, norms in bf16 among
+    them, is then rounded from its master by a kernel. On a CPU, where fused AdamW exists too."""
     monkeypatch.setattr(optimizer_module, "runs_triton", lambda x: True)
     monkeypatch.setattr(gpu_kernels, "round_up_or_down", one_launch(round_to_nearest))
 

@@ -344,9 +344,11 @@ def test_a_graphed_step_on_a_cpu_is_the_step_itself():
     assert fast.graphed(step, torch.device("cpu")) is step
 
 
-def test_gpus_have_bf16_products_and_a_cpu_says_whether_it_has():
-    """The one is known without a look at the machine, the other is a plain yes or no."""
-    assert fast.has_bf16_products(torch.device("cuda")) is True
+def test_new_gpus_have_bf16_products_and_a_cpu_says_whether_it_has(monkeypatch):
+    """Since Ampere; a CPU's answer is a plain yes or no."""
+    for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
+        assert fast.has_bf16_products(torch.device("cuda")) is has
     assert fast.has_bf16_products(torch.device("cpu")) in (True, False)
 
 

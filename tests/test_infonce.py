@@ -90,6 +90,8 @@ def test_metrics_say_how_far_the_own_context_stands_out():
     assert metrics["logp_chosen"].item() == -4.5 and metrics["logp_rejected"].item() == -6.5
     _, metrics = infonce(logps.mT.clone())
     assert metrics["accuracy"].item() == 0.5  # response 0 is likelier with the other's context
+    _, metrics = infonce(torch.zeros(1, 3, 3))
+    assert metrics["accuracy"].item() == 0  # as DPO's of a margin of 0
 
 
 @pytest.mark.parametrize("method", ["infonce", "sami"])

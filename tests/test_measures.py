@@ -526,3 +526,11 @@ def test_a_judges_win_rate_at_equal_length_is_beside_the_references_characters()
     expected = length_controlled(np.array([1.0, 1, 0, 1]), np.array([70.0, 40, -15, 20]))
     assert system_row(rows, given, "j")["length_controlled"] == pytest.approx(expected, rel=1e-9)
     assert abs(expected - 0.75) > 0.01
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_mean_lies_in_its_interval_to_the_last_bit(value):
+    """Of rates that are all alike too, where rounding puts an end of Wilson's beyond them."""
+    for n in range(2, 200):
+        ends = interval(np.full(n, value), list(range(n)), bounds=RATE)
+        assert ends["low"] <= value <= ends["high"]

@@ -246,6 +246,40 @@ def test_ppo_takes_a_critic_and_a_reference_beside_the_model(card):
     assert adapters[1]["weights"] == 2 * adapters[0]["weights"]  # no reference
 
 
+def test_what_ppo_samples_with_stays_while_it_trains():
+    """On a GPU its cache stands beside the training step, where DPO's has gone; with --shard so do copies of
+    actor and reference, which no number of cards makes smaller."""
+    config, passes = Config.from_dict(QWEN_1B), [Pass([(500, [500])])]
+    largest = {}
+    for method in ("dpo", "ppo-mi"):
+        few, many = (replace(TRAINED, method=method, slots=slots) for slots in (1, 128))
+        bytes_of = [peak(predicted_memory(config, args, passes, 768, device="cuda"), "cuda")
+                    for args in (few, many)]
+        largest[method] = bytes_of[1] - bytes_of[0]
+    caches = [cache_bytes(config, replace(TRAINED, slots=slots), 768, "cuda") for slots in (1, 128)]
+    assert largest["dpo"] == 0 and largest["ppo-mi"] == pytest.approx(caches[1] - caches[0])
+    on_cpu = [peak(predicted_memory(config, replace(TRAINED, method="ppo-mi", slots=slots), passes, 768))
+              for slots in (1, 128)]
+    of_cache = [cache_bytes(config, replace(TRAINED, slots=slots), 768, "cpu") for slots in (1, 128)]
+    assert on_cpu[1] - on_cpu[0] == pytest.approx(of_cache[1] - of_cache[0])  # once
+    sharded = replace(TRAINED, method="ppo-mi", shard=True, slots=1)
+    parts = predicted_memory(config, sharded, passes, 768, processes=64, device="cuda")
+    assert parts["sampler"] == pytest.approx(2 * 2 * Sizes.of(config, 0).total + caches[0])
+    assert cards_needed(config, sharded, passes, 4e9) is None
+
+
+def test_attention_in_fp32_on_a_gpu_keeps_its_tables():
+    """Where query heads share keys no fused kernel takes them. PyTorch then keeps the weights, and k and v of
+    every head: counted on its own plain form."""
+    config = Config.from_dict(QWEN_1B)
+    one_head_each = Config.from_dict(QWEN_1B | dict(num_key_value_heads=12))
+    args, largest = Settings(), Pass([(300, [])])
+    more = [activation_bytes(c, args, largest, "cuda") - activation_bytes(c, args, largest, "cpu")
+            for c in (config, one_head_each)]
+    tables = 28 * 4 * (12 * 300 * 300 + 2 * 300 * 12 * 128)
+    assert more[0] - more[1] == pytest.approx(tables)
+
+
 def test_a_model_that_fits_nowhere_is_told_so(card):
     """70 billion weights on cards of 4 GB, with adapters already: no number of them is enough."""
     card(4e9)
@@ -259,7 +293,7 @@ def test_a_pass_that_may_be_too_large_is_warned_of(card, capsys):
     config = Config.from_dict(QWEN_1B)
     card(40e9)
     require_fit(TRAINED, config, "")
-    assert re.search(r"warning: a pass of --pass-tokens 8192 takes up to [\d.]+ GB beside 28.7 GB",
+    assert re.search(r"warning: a pass of --pass-tokens 8192 takes about [\d.]+ GB beside 28.7 GB",
                      capsys.readouterr().out)
     require_fit(replace(TRAINED, pass_tokens=256), config, "")
     card(80e9)

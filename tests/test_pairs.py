@@ -216,6 +216,7 @@ def test_a_useless_rejected_response_is_drawn_again(make_of, tiny):
         [no, so], [no, so], [no, no], [no, no]]
     assert statistics["dropped"] == {"empty": 0, "identical": 0}
     assert statistics["redrawn"] == 0 + 2 + 8 + 8 and statistics["unfinished"] == 0
+    assert statistics["response_tokens"] == 4 * len(yes) + 4 * len(no) + 2 * len(so)  # the repeated one once
     for pair in made:
         assert all(response.finished and response.gain is not None for response in pair.rejected)
         assert all(response.prompt_ids == chat_ids(tiny, pair.prompt) for response in pair.rejected)

@@ -48,6 +48,17 @@ def test_reused_responses_give_the_same_numbers(is_own, evaluated, tmp_path, mon
     assert_json_close(*rows, abs=1e-4)
 
 
+def test_another_runs_evaluation_is_not_replaced(evaluated, tmp_path):
+    """Nor is the bare model's: of the same base, rows and settings, in the folder that --out names."""
+    other, out = shutil.copytree(evaluated, tmp_path / "other"), tmp_path / "out"
+    run_inside(evaluation.program, tmp_path, "--model", evaluated, *FLAGS, "--out", out)
+    before = (out / "eval.json").read_bytes()
+    with pytest.raises(UserError, match=r"out/eval.json is of another model, .*run: name another folder"):
+        run_inside(evaluation.program, tmp_path, "--model", other, *FLAGS, "--out", out)
+    assert (out / "eval.json").read_bytes() == before
+    run_inside(evaluation.program, tmp_path, "--model", evaluated, *FLAGS, "--out", out)
+
+
 @pytest.mark.parametrize(("flags", "word"), [
     (["--seed", "1"], "seed"), (["--max-new-tokens", "3"], "sampling"), (["--temperature", "1"], "sampling"),
     (["--dtype", "bfloat16"], "dtype"), (["--date", "2020-01-01"], "date"), (["--limit", "2"], "limit"),

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -78,6 +79,16 @@ def test_rounds_of_given_pairs_are_refused(call_train, dpo_run):
     """Later rounds would not be of those pairs."""
     with pytest.raises(UserError, match="1 with --pairs"):
         call_train("--pairs", dpo_run, "--rounds", "2")
+
+
+def test_rounds_of_the_datas_own_responses_are_refused(call_train, tmp_path):
+    """Every round would train on the same ones; one round does."""
+    rows = [dict(prompt=f"Question {i}?", chosen=f"Good {i}.", rejected=f"No {7 * i}!") for i in range(5)]
+    data = tmp_path / "ready.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"--rounds 2: .*ready.jsonl supplies the responses itself"):
+        call_train("--data", data, "--rounds", "2")
+    call_train("--data", data)
 
 
 def test_early_stopping_ends_a_round_and_not_the_next_one(call_train, monkeypatch):

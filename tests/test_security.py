@@ -318,7 +318,9 @@ def test_escape_sequences_move_no_cursor(monkeypatch, capsys):
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: 8 bytes"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-], ids=["Python", "GPU", "CPU", "cuBLAS"])  # fmt: skip
+    RuntimeError("CUDA error: out of memory"), RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("NCCL error: unhandled cuda error, Cuda failure 2 'out of memory'"),
+], ids=["Python", "GPU", "CPU", "cuBLAS", "CUDA", "Triton", "NCCL"])  # fmt: skip
 def test_too_little_memory_is_one_line_with_what_helps(error, monkeypatch, capsys):
     """And other errors of torch stay what they are."""
     def program() -> None:
@@ -327,7 +329,7 @@ def test_too_little_memory_is_one_line_with_what_helps(error, monkeypatch, capsy
     program.__module__ = "tool"
     assert leave(monkeypatch, program) == 2
     said = capsys.readouterr().err
-    assert "out of memory: lower --slots, or --pass-tokens in training" in said and said.count("\n") == 1
+    assert "out of memory: lower --slots (of sample.py" in said and said.count("\n") == 1
     assert not run.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

@@ -7,6 +7,7 @@ gave. What gloo refuses it refuses in fp32 alone, so every case is run in both t
 import dataclasses
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -369,12 +370,22 @@ def test_one_process_keeps_its_weights_whole(tiny, capsys):
 
 def test_where_no_copy_fits_pairs_are_asked_for(tiny, monkeypatch):
     """One line before the model is loaded; with --pairs the model is loaded."""
-    monkeypatch.setattr(memory, "fits_whole", lambda config, number: False)
+    monkeypatch.setattr(memory, "card_memory", lambda: 1e6)
+    monkeypatch.setattr(train, "require_fit", lambda *anything: None)
     args = train.Args(shard=True, dtype="float32")
     with pytest.raises(UserError, match=r"sampling takes a copy of the whole model .*--pairs"):
         train.load_trainable(tiny, args)
     train.load_trainable(tiny, dataclasses.replace(args, pairs="elsewhere"))
-    assert memory.Sizes.of(read_config(tiny), 0).total * 4 > 100_000
+
+
+def test_a_copy_must_fit_beside_the_shares(tiny, monkeypatch):
+    """Of fp32 weights in one process: themselves, two moments, and a copy; a byte less is too little."""
+    args, config = train.Args(shard=True, dtype="float32"), read_config(tiny)
+    needed = 16 * memory.Sizes.of(config, 0).total
+    for card, fits in ((needed / memory.USABLE + 1, True), (needed / memory.USABLE - 1, False)):
+        monkeypatch.setattr(memory, "card_memory", lambda card=card: card)
+        with nullcontext() if fits else pytest.raises(UserError, match=r"takes a copy of .* of its shares"):
+            memory.require_copy(args, config, "sampling", "")
 
 
 def test_shares_can_be_asked_for():
