@@ -116,6 +116,13 @@ def apologies() -> list[str]:
     return found + numbers(with_interval(difference, "+.1f", 100))
 
 
+def own_task(row: str) -> list[str]:
+    """Shares of right answers to questions of our own, strictly counted, and their difference."""
+    result = read_json(RESULTS / f"own-task-smollm2/{row}/seed0/own-task.json")["all"]
+    return [f"{100 * result[system]['mean']:.1f}" for system in ("default", "trained")] + numbers(
+        with_interval(result["difference"], "+.1f", 100))
+
+
 def fall(key: str) -> list[str]:
     """By how much a measurement of the headline falls, with its interval."""
     d = gain(HEADLINE, key=key)
@@ -271,8 +278,17 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
          "rows, fp32), sides swapped at random {} [{}, {}] (300",
          points(METHODS.format("same", 0)) + points("sft-smollm2/eval.json") + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
-        ("one seed: {}, {} and {} points with 1, 3 and 5",
-         [points(f"negatives-tiny/random-{count}/seed0/eval.json")[0] for count in (1, 3, 5)]),
+        ("one seed: {}, {} and {} points with 1, 3 and 5, in as many times the steps; in one softmax {} and "
+         "{}",
+         [points(f"negatives-tiny/random-{count}/seed0/eval.json")[0]
+          for count in ("1", "3", "5", "3-softmax", "5-softmax")]),
+        ("missing contexts leave a prompt gain of {} nats, the half of those pairs that answers its question "
+         "best {}, a mixture of both {}, random contexts {} (prompting {})",
+         [numbers(rows_of("missing-smollm2")[row]["prompt gain"])[0]
+          for row in ("missing", "answering-half", "mixed", "random", "the baseline")]),
+        ("certain: {}% to {}%, {} points [{}, {}], where RLVR, which is told what is right, gains {} [{}, "
+         "{}]",
+         own_task("mipo-random") + own_task("rlvr")[2:]),
         ("the context gain rises by {} [{}, {}] nats a response, {} [{}, {}] a token",
          numbers(with_interval(gain(JUDGED, key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))),
