@@ -157,7 +157,8 @@ def draw_win_rates(axis, parts: dict, method: str) -> None:
     axis.grid(axis="x", color="0.92")
     axis.spines[["top", "right", "left"]].set_visible(False)
     last_two = [f"{names[system]} {mean:.0f}%" for system, mean, _, _ in win_rates(parts["all"])[-2:]]
-    axis.set_title("Win rate: " + ", ".join(last_two), loc="left", pad=12)
+    of_all = "Win rate" if len(parts) == 1 else "All contexts"
+    axis.set_title(f"{of_all}: {', '.join(last_two)}", loc="left", pad=12)
 
 
 def win_rates(block: dict) -> list[tuple[str, float, float, float]]:
@@ -183,7 +184,7 @@ def draw_accuracies(axis, steps: list[dict]) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(axis="y", color="0.92")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"Chosen beats rejected in {ends['accuracy']:.0f}% of pairs", loc="left", pad=12)
+    axis.set_title(f"Chosen beats rejected in {ends['accuracy']:.0f}% at the end", loc="left", pad=12)
 
 
 def spread(heights: dict[str, float], gap: float) -> dict[str, float]:

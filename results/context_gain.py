@@ -16,6 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from figures import BLUE, GREY, pyplot, save_figure
+from measures import with_interval
 from run import read_json, read_jsonl, write_json
 
 DRAWS = 2000  # of the bootstrap
@@ -55,19 +56,31 @@ def with_bootstrap(x: np.ndarray, y: np.ndarray) -> dict:
     return dict(mean=spearman(x, y), low=float(low), high=float(high), n=len(x))
 
 
-def picture(contexts: dict[str, dict], file: Path) -> None:
-    """A dot a context: points over prompting against context gain, and against how often it was honoured."""
+def picture(result: dict, file: Path) -> None:
+    """A dot a context: points over prompting against context gain, and against how often it was honoured,
+    with the most that is then left to gain.
+
+    result: what the .json file holds.
+    """
+    contexts, correlations = result["contexts"], result["spearman_with_points"]
     plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharey=True)
     for axis, key, label in ((axes[0], "gain", "context gain of chosen responses, nats"),
                              (axes[1], "honoured", "honoured by prompting, share")):
         axis.plot([row[key] for row in contexts.values()], [row["points"] for row in contexts.values()], "o",
                   color=BLUE, alpha=0.6)
         axis.axhline(0, color=GREY, linewidth=1)
         axis.set(xlabel=label)
+        rho = with_interval(correlations[key], "+.2f")
+        axis.set_title(f"rank correlation {rho}, {len(contexts)} contexts", fontsize="small", loc="left")
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[1].plot([0, 1], [100, 0], color=GREY, linewidth=1, linestyle=":", label="all of them honoured")
+    axes[1].legend(frameon=False, fontsize="small")
+    settings = result["settings"]
+    runs = f", mean of {settings['runs']} seeds" if settings["runs"] > 1 else ""
+    figure.suptitle(f"{Path(settings['model']).name}, {settings['neg']} contexts{runs}", fontsize="small")
     axes[0].set(ylabel="points over prompting")
     save_figure(figure, file)
 
@@ -85,8 +98,9 @@ def program() -> None:
     correlations = {key: with_bootstrap(columns[key], columns["points"]) for key in ("gain", "honoured")}
     arguments = read_json(args.runs[0] / "args.json")["arguments"]
     settings = dict(model=arguments["model"], neg=arguments["neg"], runs=len(runs))
-    write_json(args.out, dict(settings=settings, spearman_with_points=correlations, contexts=contexts))
-    picture(contexts, args.out.with_suffix(".png"))
+    result = dict(settings=settings, spearman_with_points=correlations, contexts=contexts)
+    write_json(args.out, result)
+    picture(result, args.out.with_suffix(".png"))
     for key, value in correlations.items():
         print(f"rank correlation of {key} with points over prompting: {value['mean']:+.2f} "
               f"[{value['low']:+.2f}, {value['high']:+.2f}], {value['n']} contexts")

@@ -62,7 +62,7 @@ def test_the_gains_picture_says_what_it_shows(trained_run, monkeypatch):
     texts = drawn_texts(monkeypatch)
     gain_figure(trained_run, trained_run / "gain.png")
     for text in ("seen contexts", "unseen contexts", "+30 [+25, +35] points", "no context", "prompting",
-                 "MIPO", "10%", "40%", "70%", "Win rate: prompting 40%, MIPO 70%", "chosen > rejected"):
+                 "MIPO", "10%", "40%", "70%", "All contexts: prompting 40%, MIPO 70%", "chosen > rejected"):
         assert text in texts
     texts.clear()
     result = read_json(trained_run / "eval.json")
