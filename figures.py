@@ -277,7 +277,7 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
             "nll_per_token", "base NLL, nats per token")
         for y, runs in enumerate(methods.values()):
             for axis, key, scale in ((gains, "gain", 100), (prices, price, 1)):
-                draw_seeds(axis, y, [run.get(key) for run in runs], scale)
+                draw_seeds(axis, y, runs, key, scale)
         for y, name in enumerate(methods):
             if name in published:
                 gains.plot(published[name], y, "o", markerfacecolor="none", color=GREY)
@@ -297,15 +297,16 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
     save_figure(figure, file)
 
 
-def draw_seeds(axis, y: int, measured: list[dict | float | None], scale: float) -> None:
-    """A dot for every seed's measurement; over several a bar at their mean, through a single one its interval
-    where it has one."""
-    known = [m for m in measured if mean_of(dict(value=m), "value") is not None]
-    values = [scale * mean_of(dict(value=m), "value") for m in known]
-    if not values:
+def draw_seeds(axis, y: int, runs: list[dict], key: str, scale: float) -> None:
+    """A dot for every seed that has this measurement; at the mean of several a bar, through a single one its
+    interval, if it has one."""
+    known = [run for run in runs if mean_of(run, key) is not None]
+    if not known:
         return
+    values = [scale * mean_of(run, key) for run in known]
     axis.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.4, markersize=6)
     if len(values) > 1:
         axis.plot(np.mean(values), y, "|", color=BLACK, markersize=14, markeredgewidth=2)
-    elif isinstance(known[0], dict) and known[0]["low"] is not None:
-        axis.plot([scale * known[0]["low"], scale * known[0]["high"]], [y, y], color=BLUE, linewidth=1)
+    elif isinstance(known[0][key], dict) and known[0][key]["low"] is not None:
+        ends = [scale * known[0][key][end] for end in ("low", "high")]
+        axis.plot(ends, [y, y], color=BLUE, linewidth=1)

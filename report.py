@@ -196,9 +196,8 @@ def report(folders: list[str], out: Path) -> str:
     for model, rows in models.items():
         for data in data_sets_of(rows):
             if methods := methods_of(rows, data):
-                numbers = published["win_rate"].get(model, {})
-                baseline, theirs = baseline_of(rows, data), published_gains(numbers, methods, data)
-                panels[f"{model}, {data}"] = methods, baseline, theirs
+                theirs = published_gains(published["win_rate"].get(model, {}), methods, data)
+                panels[f"{model}, {data}"] = methods, baseline_of(rows, data), theirs
     methods_figure(panels, out / "report.png")
     return text
 
@@ -384,8 +383,9 @@ def baseline_of(rows: Rows, data: str) -> list[dict]:
 
 
 def published_gains(published: dict, methods: dict[str, list[dict]], data: str) -> dict[str, float]:
-    """The paper's gains over prompting, in points, of the methods that it has on this data set."""
-    before = published.get("prompted", published.get("default", {})).get(data)
+    """The paper's gains over the same baseline, in points, of the methods that it has on this data set."""
+    before = next((published[system][data] for system in ("prompted", "default")
+                   if data in published.get(system, {})), None)
     numbers = {name: published.get(runs[0]["strategy"], {}).get(data) for name, runs in methods.items()}
     return {name: number[0] - before[0] for name, number in numbers.items() if number and before}
 
@@ -397,7 +397,7 @@ def methods_table(title: str, methods: dict[str, list[dict]], baseline: list[dic
     lines = ["", markdown_row([title, "seeds", "clear", *(heading for heading, *_ in COMPARED)])]
     lines.append("|---" * (3 + len(COMPARED)) + "|")
     for name, runs in [*methods.items(), ("the baseline", baseline)]:
-        clear = sum(run["gain"]["low"] > 0 for run in runs if run.get("gain"))
+        clear = sum((run["gain"]["low"] or 0) > 0 for run in runs if "gain" in run)
         counts = [str(len(runs)), f"{clear} of {len(runs)}" if name in methods else ""]
         values = [cell(runs, *column).partition(" (")[0] for _, *column in COMPARED]
         lines.append(markdown_row([name, *counts, *values]))

@@ -278,10 +278,10 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
          "rows, fp32), sides swapped at random {} [{}, {}] (300",
          points(METHODS.format("same", 0)) + points("sft-smollm2/eval.json") + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
-        ("one seed: {}, {} and {} points with 1, 3 and 5, in as many times the steps; in one softmax {} and "
-         "{}",
+        ("one seed: {}, {}, {} and {} points with 1, 3, 5 and 10, in as many times the steps; in one softmax "
+         "{} and {} with 3 and 5",
          [points(f"negatives-tiny/random-{count}/seed0/eval.json")[0]
-          for count in ("1", "3", "5", "3-softmax", "5-softmax")]),
+          for count in ("1", "3", "5", "10", "3-softmax", "5-softmax")]),
         ("missing contexts leave a prompt gain of {} nats, the half of those pairs that answers its question "
          "best {}, a mixture of both {}, random contexts {} (prompting {})",
          [numbers(rows_of("missing-smollm2")[row]["prompt gain"])[0]

@@ -492,6 +492,22 @@ def test_the_reports_picture_shows_the_tables_numbers(tmp_path, monkeypatch):
     assert drawn == [pytest.approx(x) for x in expected]
 
 
+def test_data_without_contexts_gain_over_the_base_model(tmp_path, monkeypatch):
+    """As the paper's number does, which stands beside; an interval without ends is clear of nothing."""
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda self, x, *rest, **options: (
+        drawn.append(np.ravel(x).tolist()), plot(self, x, *rest, **options))[1])
+    run = write_run(tmp_path / "a", 0, 0.8, "random", data="svamp:/x")
+    result = read_json(Path(run) / "eval.json")
+    block = result["parts"]["all"]
+    del block["systems"]["prompted"]
+    block["differences"] = {"trained - default": dict(win_rate=dict(mean=0.3, low=None, high=None, n=1))}
+    write_json(Path(run) / "eval.json", result)
+    row = methods(report([run], tmp_path / "out"))["random"]
+    assert (row["gain, points"], row["clear"]) == ("+30.0", "0 of 1")
+    assert drawn == [[30.0], [pytest.approx(52.22 - 51.67)]]
+
+
 def test_the_price_is_the_divergence_only_where_all_have_it(tmp_path, monkeypatch):
     """Else how likely the responses are under the start model."""
     runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "c", 0, 0.7, "random")]
