@@ -144,7 +144,8 @@ COMPARED = (  # heading, key of a system's row, scale, format
     ("tokens", "tokens", 1, ".0f"), ("unfinished, %", "unfinished", 100, ".0f"),
     ("base NLL", "nll_per_token", 1, ".2f"), ("distinct-2", "distinct_2", 1, ".2f"),
     ("self-BLEU-4", "self_bleu_4", 1, ".2f"), ("prompt gain", "prompt_gain", 1, ".0f"),
-    ("trained on, thousand tokens", "trained_tokens", 1e-3, ".0f"),
+    ("sampled, thousand tokens", "sampled_tokens", 1e-3, ".0f"),
+    ("trained on", "trained_tokens", 1e-3, ".0f"),
     ("processor, s", "processor_seconds", 1, ".0f"),
 )
 LEGEND = (
@@ -154,8 +155,9 @@ LEGEND = (
     "In a table of methods, the best first. Gain: points over prompting, or in data without contexts over "
     "the base model. Clear: seeds whose interval of the gain lies above 0. KL: from the start model, nats a "
     "response, by results/divergence.py. Base NLL: nats a token under the start model. Prompt gain: nats "
-    "that a response owes to its question. Tokens and processor seconds are train.py's, with sampling where "
-    "a run sampled its own pairs.")
+    "that a response owes to its question. Tokens that were sampled are those of a run's own pairs, tokens "
+    "trained on those of all responses in the loss with their prompts (PPO: without), processor seconds "
+    "train.py's, sampling included.")
 
 Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data set -> a row for each seed
 
@@ -289,6 +291,10 @@ def beside_the_numbers(folder: Path, parts: dict, systems: dict) -> dict:
     if summary.exists():
         took = read_json(summary)
         more |= dict(trained_tokens=took.get("tokens"), processor_seconds=took.get("processor_seconds"))
+        if "responses" in took:  # PPO trains on what it samples, and on that alone
+            more["sampled_tokens"] = took["tokens"]
+    if (folder / "pairs.json").exists():
+        more["sampled_tokens"] = read_json(folder / "pairs.json")["statistics"]["response_tokens"]
     return more
 
 

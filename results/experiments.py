@@ -301,7 +301,8 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
         progress[row_name, seed].evaluated.set()
     kept.mkdir(parents=True, exist_ok=True)
     written = json.loads((folder / "args.json").read_text())
-    for file in table.files:  # where this machine has its folders is nobody's business
+    of_pairs = ["pairs.json"] * (folder / "pairs.json").exists()  # of a run that sampled its own
+    for file in (*table.files, *of_pairs):  # where this machine has its folders is nobody's business
         text = (folder / file).read_text().replace(f"{ROOT}/", "")
         write_atomic(kept / file, text.replace(str(written["base"]), written["arguments"]["model"]))
     print(f"{name} {row_name} seed {seed}: done", flush=True)

@@ -381,14 +381,17 @@ def test_methods_stand_side_by_side(tmp_path):
     runs = [write_run(tmp_path / "a", 0, 0.55), write_run(tmp_path / "b", 1, 0.65),
             write_run(tmp_path / "c", 0, 0.9, "random")]
     write_json(tmp_path / "c" / "divergence.json", dict(kl=interval(3.0, 0.5)))
-    write_json(tmp_path / "c" / "summary.json", dict(tokens=2500, processor_seconds=7.4))
+    write_json(tmp_path / "c" / "summary.json", dict(tokens=2600, processor_seconds=7.4))
+    write_json(tmp_path / "c" / "pairs.json", dict(statistics=dict(response_tokens=1300)))
+    write_json(tmp_path / "a" / "summary.json", dict(tokens=900, responses=8))
     rows = methods(report(runs, tmp_path / "out"))
     assert list(rows) == ["random", "missing", "the baseline"]
     assert rows["random"] == rows["random"] | {
         "seeds": "1", "clear": "1 of 1", "gain, points": "+40.0 [+30.0, +50.0]", "KL, nats": "3.0 [2.5, 3.5]",
-        "trained on, thousand tokens": "2", "processor, s": "7"}
+        "sampled, thousand tokens": "1", "trained on": "3", "processor, s": "7"}
     assert rows["missing"] == rows["missing"] | {
-        "seeds": "2", "clear": "1 of 2", "gain, points": "+5.0, +15.0", "KL, nats": "-", "processor, s": "-"}
+        "seeds": "2", "clear": "1 of 2", "gain, points": "+5.0, +15.0", "KL, nats": "-", "processor, s": "-",
+        "sampled, thousand tokens": "1", "trained on": "1"}
     assert rows["the baseline"] == rows["the baseline"] | {
         "seeds": "1", "clear": "", "win rate, %": "50.0 [40.0, 60.0]", "gain, points": "-"}
 
