@@ -2,7 +2,7 @@
 
     dpo      Eqs. 5, 8 and 10: with missing contexts, sampled at temperature 1, its optimal reward is
              pointwise mutual information (Eqs. 9, 14)
-    sft      token cross-entropy on the chosen responses
+    sft      Eq. 3: token cross-entropy on the chosen responses
     infonce  Eq. 6: which of K contexts a response was sampled with
     sami     Eq. 7: that, and which of K responses was sampled with a context
 
@@ -14,7 +14,8 @@ cross-entropies, which are larger by the constant log K; and any K >= 2 is accep
 supports only 2.
 
 Legend: B pairs, N rejected responses of a pair, K = 1 + N responses of a pair and their contexts, T tokens,
-        R tokens of one response, E hidden size, V vocabulary.
+        R tokens of one response, E hidden size, V vocabulary. The paper's N in Eq. 8 is this K; its y_i and
+        c_j in Eq. 6 are y_j and c_i here.
 
     python losses.py           DPO at the reference: loss ln 2, margin 0
 """
@@ -47,12 +48,12 @@ def dpo(logps: Tensor, reference: Tensor, beta: float, label_smoothing: float = 
     Returns the loss of each pair (B,) and, detached, one value per pair (B,) for each metric. At pi = pi_ref
     the loss is ln(1 + N) and the margin 0.
     """
-    # Eq. 11: r = beta log(pi / pi_ref) + beta log Z(x, c). The last term is the same for all responses of a
-    # prompt, and only differences count.
+    # Eq. 11: r = beta log(pi / pi_ref) + beta log Z(x, c), from Eq. 4 (the paper prints - log Z). The last
+    # term is the same for all responses of a prompt, and only differences count.
     rewards = beta * (logps - reference)  # (B, 1 + N)
 
     # The chosen response's share of a softmax over rewards. For N = 1 it is sigmoid(r_chosen - r_rejected),
-    # Bradley and Terry's probability (Eq. 10), and the loss is Eq. 5; for N > 1 it is Eq. 8.
+    # Bradley and Terry's probability (Eq. 1), and its negative log Eq. 5; for N > 1 that is Eq. 8.
     log_share = rewards.log_softmax(-1)  # (B, 1 + N)
     loss = -(1 - label_smoothing) * log_share[:, 0]  # (B,)
     if label_smoothing:
@@ -74,7 +75,7 @@ def dpo(logps: Tensor, reference: Tensor, beta: float, label_smoothing: float = 
 
 
 def sft(logps: Tensor) -> Loss:
-    """Supervised fine-tuning on the chosen response: its negative log-likelihood, summed over tokens.
+    """Supervised fine-tuning on the chosen response (Eq. 3): its negative log-likelihood, summed over tokens.
 
     logps (B, 1). Returns (B,), which the trainer divides by all tokens of the batch, and metrics (B,).
     """

@@ -1,6 +1,6 @@
 """optimizer.py - AdamW on fp32 masters, the working copy that the model computes with, and the schedule.
 
-MIPO trains at learning rates of 1e-7 to 1e-6 (section 5.2), where an update is far smaller than the distance
+MIPO trains at learning rates of 1e-7 to 1e-6 (appendix E), where an update is far smaller than the distance
 between two bf16 numbers: 1e-6 beside a weight of 0.02 is 1/122 of that distance. Rounded to the nearest bf16
 number, nearly everything that was learned would vanish from the forward pass and from the saved folder.
 Rounded up or down at random, with the nearer number the likelier, it is there in the mean over the weights.
@@ -8,9 +8,9 @@ With --shard (shard.py) masters and moments are divided as the weights are, by r
 its own. Noise is drawn for the whole tensor, of which a process takes its rows' part (on a GPU it is made
 from a seed and a number's place): the same numbers as in an undivided run. What is kept of a sharded run are
 whole tensors, so a checkpoint fits any number of processes.
-What differs from the paper: it says AdamW, linear warm-up over 3% of the steps and a cosine. That the cosine
-ends at 10%, betas of (0.9, 0.95), no weight decay and the clip at 1 are from the authors' scripts; masters
-and rounding are ours.
+What differs from the paper: it names the rate, batch size, beta and epochs alone (appendix E). AdamW, its
+betas of (0.9, 0.95), no weight decay, warm-up over 3% of the steps, a cosine to 10% and the clip at 1 are
+those of the authors' scripts; masters and rounding are ours.
 
     python -m pytest tests/test_optimizer.py
 """
@@ -43,8 +43,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def round_stochastically(x: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
     """fp32 -> one of the two nearest bf16 numbers, the nearer one with the higher probability, so that the
     result is right in the mean. The generator is a CPU's: one seed gives one rounding on CPUs and another one
-    on GPUs. Of a sharded tensor this process's rows, rounded as they are in the whole one. out: where they
-    go, else a new tensor.
+    on GPUs. Of a sharded tensor only this process's rows are rounded, with the numbers that an undivided run
+    would draw for them. out: where the result goes, else a new tensor.
 
     A bf16 number is the upper half of an fp32 number's bits. A random 16-bit number, added to the lower half,
     carries into the upper one with just the probability that is wanted.

@@ -81,20 +81,22 @@ def make_pairs(
         pairs, earlier = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots, folder)
         if n_neg and neg in SAMPLED:
             redrawn = redraw(model, tokenizer, pairs, messages, n_neg, sampling, seed, slots)
-    # What stands for several rejected responses counts once; what was drawn again is not there any more.
+    # A response that fills several places is counted once. Those that were replaced are gone by now.
     responses = {id(response): response for pair in pairs for response in pair.responses}.values()
     seconds_sampling = time.perf_counter() - start
 
-    # Reshuffle and noise make rejected responses from the pairs that are kept, so after this; until then a
-    # pair is dropped only if its chosen response is empty.
+    # Reshuffle and noise are made from the pairs that are kept, so they come after this; until then a pair is
+    # dropped only if its chosen response is empty.
     fill_in_later = n_neg > 0 and neg not in SAMPLED and examples[0].rejected is None
     pairs, dropped = drop_useless(pairs, needs_rejected=n_neg > 0 and not fill_in_later)
     if not pairs:
         raise UserError(f"no pair is left of {given} examples: {dropped}")
     if fill_in_later and neg == "reshuffle":
         add_reshuffled(pairs, seed, n_neg)
-    if fill_in_later and neg == "noise":
+    elif fill_in_later and neg == "noise":
         add_noise(pairs, tokenizer, seed, n_neg)
+    elif fill_in_later:
+        raise ValueError(f"make_pairs: nothing says how {neg} is made")
     pairs = fitting_pairs(pairs, examples, positions)
     unusable = given - len(pairs) - sum(dropped.values())
     if unusable:
@@ -279,11 +281,10 @@ def context_gain(model: Decoder, tokenizer: Tokenizer, examples: list[Example], 
                  seed: int) -> dict:
     """Fill in every response's context gain, and return the means of both sides, per response and per token.
 
-    log pi_ref(y|x,c) - log pi_ref(y|x), Eq. 14: Eq. 9's pointwise mutual information with pi_ref(y|x) in the
-    place of the mean over contexts. So its own mean over chosen responses, if they were drawn at temperature
-    1 and top-p 1, is larger than their mutual information, by KL(mean over contexts of pi_ref(.|x,c) ||
-    pi_ref(.|x)). For a row without a context the second prompt is another row's;
-    where there is no other prompt it is 0, or None if no row has a context.
+    It is log pi_ref(y|x,c) - log pi_ref(y|x), Eq. 14. Over chosen responses that were drawn at temperature 1
+    and top-p 1, its mean is an upper bound on the mutual information of response and context: larger by
+    KL(mean over c of pi_ref(.|x,c) || pi_ref(.|x)). A row without a context is compared with another row's
+    prompt x'. Where there is no x' the row's gain is 0; if no row has a context either, all are None.
     """
     prompts = sorted({example.prompt for example in examples})
     if not any(example.context for example in examples) and len(prompts) < 2:

@@ -5,7 +5,7 @@
     trained    y ~ pi_theta(.|x, c)    the trained model; in data without contexts it has to beat `default`
 
 The base model measures every response: its log-prob, its context gain log pi_ref(y|x,c) - log pi_ref(y|x) of
-Eq. 14, its prompt gain. Of multiple-choice questions there is also what a system's own model makes of the
+Eq. 14, its prompt gain. For multiple-choice questions there is also how a system's own model rates the
 choices (Figs. 4, 5). Samples are kept as they end, so that an interrupted evaluation goes on from them.
 What differs from the paper: the prompt gain is ours.
 

@@ -164,7 +164,7 @@ def kept_margins(exact: dict[str, Tensor], parts: dict[str, list[Group]], args, 
         if margin > 0:  # else nothing was learned that could be lost
             share = kept[part]["share"] = saved_margin / margin
             print(f"the saved model keeps {share:.0%} of what was learned: on {len(groups)} {part} pairs a "
-                  f"mean margin of {saved_margin:.3f} nats, of {margin:.3f} before rounding")
+                  f"mean margin (without beta) of {saved_margin:.3f} nats, of {margin:.3f} before rounding")
             if share < 0.9:
                 print("warning: rounding has thrown a part away: use --save-dtype float32")
     training = kept.pop("training")

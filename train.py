@@ -2,10 +2,10 @@
 
     dpo         -log sigmoid(beta * ((log pi - log pi_ref)(y_c|x,c) - (log pi - log pi_ref)(y_r|x,c)))  Eq. 5
                 --n-neg N: N such rows for every chosen response, or with --softmax one (N+1)-way row   Eq. 8
-    sft         -log pi(y_c|x,c) per token, mean over the batch's tokens
+    sft         -log pi(y_c|x,c) per token, mean over the batch's tokens                                Eq. 3
     sft-revise  the same on responses that the model has first rewritten (revise.py)                    D.2
-    infonce     -log softmax over contexts c_i of log pi(y_j|x,c_i) / T, at i = j                       Eq. 6
-    sami        that with T = 1 and the same over responses y_j, in equal parts                         Eq. 7
+    infonce     -log softmax over contexts c_i of log pi(y_j|x,c_i) / tau, at i = j                     Eq. 6
+    sami        that with tau = 1 and the same over responses y_j, in equal parts                       Eq. 7
     ppo-mi, rlaif, rlaif-mi, rlvr    reinforcement learning on four rewards: ppo.py has its own loop
 
 A row's way: data.py reads it, contexts.py picks it (`examples_for`). pairs.py (`pairs_for`, `make_pairs`)
@@ -90,7 +90,8 @@ class Args(ppo.PPOArgs, PairArgs):
     epochs: int = option(1, "passes over the pairs", "training", sweep=True)
     rounds: int = option(1, "self-training rounds; each samples new pairs from the last round's model",
                          "training")
-    batch: int = option(4, "pairs per step, of all processes together", "training")
+    batch: int = option(4, "training rows per step, of all processes together: --n-neg N makes N rows of a "
+                        "pair, unless --softmax keeps it one", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood per token", "training")
     temperature_loss: float | None = option(None, "log-probs are divided by this (default: infonce 100, "

@@ -221,8 +221,8 @@ def check_methods(document: str, text: str) -> list[tuple]:
     return found
 
 
-def claims() -> list[tuple[str, str, list[str] | None]]:
-    """(document, a sentence with {} for its numbers, the numbers); None: no file has them."""
+def claims() -> list[tuple[str, list[str] | None]]:
+    """(A sentence with {} for its numbers, the numbers); None: no file has them."""
     tiny = [TINY.format(seed) for seed in range(3)]
     seen, unseen = ([points(file, name)[0] for file in tiny] for name in ("seen", "unseen"))
     first_tiny = [FIRST_TINY.format(seed) for seed in range(3)]
@@ -237,7 +237,7 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("tokens", ".0f", 1), ("unfinished", ".0f", 100), ("nll_per_token", ".2f", 1),
         ("distinct_2", ".2f", 1), ("self_bleu_4", ".2f", 1), ("prompt_gain", ".0f", 1),
     ) for text in pair(PERSIST, key, form, scale, ("prompted", "trained"))]
-    readme = [
+    return [
         ("{} points [{}, {}] on contexts seen in training ({}% to {}%)",
          points(HEADLINE, "seen") + rates(HEADLINE, "seen")),
         ("{} [{}, {}] on unseen ones ({}% to {}%)",
@@ -251,11 +251,13 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("Context gain rises by {} nats [{}, {}] a response; its mean per token, by {} [{}, {}]",
          numbers(with_interval(gain(HEADLINE, key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(HEADLINE, key="context_gain_per_token_macro"), "+.2f"))),
-        ("falls across prompts from {} [{}, {}] to {} [{}, {}], by {} [{}, {}], and among a prompt's "
-         "contexts by {} [{}, {}]",
+        ("falls across prompts from {} [{}, {}] to {} [{}, {}], by {} [{}, {}]",
          [text for system in ("prompted", "trained")
           for text in numbers(with_interval(part(HEADLINE)["systems"][system]["self_bleu_4"], ".3f"))]
-         + fall("self_bleu_4") + fall("self_bleu_4_within")),
+         + fall("self_bleu_4")),
+        ("Among a prompt's contexts self-BLEU-4 falls by {} [{}, {}]", fall("self_bleu_4_within")),
+        ("{}% are cut off at 96 tokens (prompting {}%)",
+         pair(HEADLINE, "unfinished", ".0f", 100, ("trained", "prompted"))),
         ("1e-6 gains nothing on validation prompts ({} points [{}, {}]), 3e-6 {}, 1e-5 {} [{}, {}] and 3e-5 "
          "{} [{}, {}]", [*points(RATES.format("1e-6")), points(RATES.format("3e-6"))[0],
                          *points(RATES.format("1e-5")), *points(RATES.format("3e-5"))]),
@@ -269,23 +271,23 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
         ("(base NLL {} and {}; MIPO {} and {}, prompting {} and {})",
          [text for row in ("infonce", "mipo-random", "the baseline")
           for text in numbers(methods[row]["base NLL"])]),
-        ("(prompt gain {} and {} nats; {} and {})",
+        ("(prompt gain {} and {} nats with its two seeds, prompting's {} and {})",
          [text for row in ("mipo-random", "the baseline") for text in numbers(methods[row]["prompt gain"])]),
         ("(prompt gain {} and {}; PPO's have {} tokens)",
          [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi")]
          + numbers(methods["ppo-mi"]["tokens"])),
-        ("`same` {} [{}, {}], SFT on the headline's chosen responses, in as many steps, {} [{}, {}] (160 "
-         "rows, fp32), sides swapped at random {} [{}, {}] (300",
+        ("`same`, pairs of two samples of the same prompt, {} [{}, {}]; SFT on the headline's chosen "
+         "responses, in as many steps, {} [{}, {}] (160 rows, fp32); sides swapped at random {} [{}, {}]",
          points(METHODS.format("same", 0)) + points("sft-smollm2/eval.json") + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
         ("one seed: {}, {}, {} and {} points with 1, 3, 5 and 10, in as many times the steps; in one softmax "
          "{} and {} with 3 and 5",
          [points(f"negatives-tiny/random-{count}/seed0/eval.json")[0]
           for count in ("1", "3", "5", "10", "3-softmax", "5-softmax")]),
-        ("missing contexts leave a prompt gain of {} nats, the half of those pairs that answers its question "
-         "best {}, a mixture of both {}, random contexts {} (prompting {})",
+        ("validation; prompting {} nats): random contexts {}, missing contexts {}, half of each {}, missing "
+         "contexts with only the half of the pairs that answers best {}.",
          [numbers(rows_of("missing-smollm2")[row]["prompt gain"])[0]
-          for row in ("missing", "answering-half", "mixed", "random", "the baseline")]),
+          for row in ("the baseline", "random", "missing", "mixed", "answering-half")]),
         ("certain: {}% to {}%, {} points [{}, {}], where RLVR, which is told what is right, gains {} [{}, "
          "{}]",
          own_task("mipo-random") + own_task("rlvr")[2:]),
@@ -296,8 +298,6 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
          [*rates(svamp, systems=("default", "trained")), "100", f"{gain(svamp, key='mcnemar_p'):.2f}",
           *rates(gsm8k, systems=("default", "trained")), "60"]),
         ("only {} of its {} replies contained a number", replies()[::-1]),
-    ]
-    log = [
         ("Over contexts (t intervals of the contexts' rates): all {} [{}, {}], seen {} [{}, {}], unseen {} "
          "[{}, {}].", contexts),
         ("(differences SVAMP {} [{}, {}], McNemar p {}, GSM8K {}, p {})",
@@ -337,19 +337,18 @@ def claims() -> list[tuple[str, str, list[str] | None]]:
             for key in ("seconds_sampling", "seconds_gain")),
           seconds(DEMO, "seconds_reference"), seconds(DEMO, "seconds_training")]),
     ]
-    return [("README.md", *claim) for claim in readme] + [("results/LOG.md", *claim) for claim in log]
 
 
 def check_claims(texts: dict[str, str]) -> list[tuple]:
-    """(where, claimed, expected) of every number of the sentences; claimed is None where one is not there."""
+    """(where, claimed, expected) of every number of the sentences; claimed is None where one is nowhere."""
     found = []
-    for document, sentence, values in claims():
+    for sentence, values in claims():
         pattern = r"\s+".join(re.escape(word) for word in sentence.split()).replace(r"\{\}", f"({NUMBER})")
-        match = re.search(pattern, texts[document])
-        where = f"{document}: {sentence}"
-        if match is None:
-            found.append((where, None, None))
-        else:
+        matches = {name: match for name, text in texts.items() if (match := re.search(pattern, text))}
+        if not matches:
+            found.append((f"nowhere: {sentence}", None, None))
+        for document, match in matches.items():
+            where = f"{document}: {sentence}"
             claimed = [text.replace(",", "") for text in match.groups()]
             found += [(where, text, value) for text, value
                       in zip(claimed, values or [None] * len(claimed), strict=True)]
@@ -383,9 +382,9 @@ def verdict(claimed: str | None, value: str | None) -> str:
 
 if __name__ == "__main__":
     texts = {name: (RESULTS.parent / name).read_text(encoding="utf-8")
-             for name in ("README.md", "results/LOG.md")}
+             for name in ("README.md", "docs.md", "results/LOG.md")}
     checked = [row for name, text in texts.items() for row in check_tables(name, text)]
-    checked += check_methods("docs.md", (RESULTS.parent / "docs.md").read_text(encoding="utf-8"))
+    checked += check_methods("docs.md", texts["docs.md"])
     checked += check_claims(texts) + check_responses()
     verdicts = [verdict(claimed, value) for _, claimed, value in checked]
     for (where, claimed, _), says in zip(checked, verdicts, strict=True):
