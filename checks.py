@@ -78,9 +78,11 @@ NUMBER = re.compile(
     r"(?!\s*/\s*\d)"  # nor is a fraction one: 1/2
 )
 # Where a number begins in running text. A sign belongs to it unless it directly follows a word or a number,
-# as in 10-3. The second case passes over a row of signs that no digit follows.
+# as in 10-3, or a space stands between, as after a bullet; a currency may stand apart. The second case passes
+# over a row of signs that no digit follows.
 NUMBER_START = re.compile(
-    r"(?<![\w.,])(?:(?:[-+\u2212$\u00a3\u20ac]+\s?)?\.?(?P<digit>\d)|[-+\u2212$\u00a3\u20ac]+)"
+    r"(?<![\w.,])(?:(?:[-+\u2212$\u00a3\u20ac]*(?:[$\u00a3\u20ac]\s|[-+\u2212$\u00a3\u20ac]))?\.?(?P<digit>\d)"
+    r"|[-+\u2212$\u00a3\u20ac]+)"
 )
 
 
@@ -144,17 +146,17 @@ def math_answer(text: str, flexible: bool) -> str | None:
 def choice_answer(text: str, choices: int, flexible: bool) -> str | None:
     """The letter after the last "the answer is:"; flexible: where there is none, the last letter on its own.
 
-    choices: how many letters there are, from A on. The colon may be missing where it is clear from what
-    follows that the letter is not the beginning of a phrase ("the answer is A good idea").
+    choices: how many letters there are, from A on. The colon may be missing; an A or I is then none where it
+    may begin a phrase ("the answer is A good idea").
     """
-    letter = f"([{LETTERS[:choices]}])"
+    letter = rf"([{LETTERS[:choices]}])(?!\w|'\w)"
     stated = (r"(?i:the (?:correct |right |best )?answer is)"
-              rf"(?:\s*:[\s*(<\[]*{letter}(?![\w'])|[\s*(<\[]+{letter}(?=[.,;)*>\]]|\s*$|\s*\n))")
+              rf"(?:\s*:[\s*(<\['\"`]*{letter}|[\s*(<\['\"`]+{letter}(?!(?<=[AI])\s+[a-z]))")
     found = re.findall(stated, text)
     if found:
         with_colon, without_colon = found[-1]
         return with_colon or without_colon
-    alone = re.findall(rf"(?<![\w']){letter}(?![\w']|\s+[a-z])", text) if flexible else []
+    alone = re.findall(rf"(?<!\w)(?<!\w'){letter}(?!\s+[a-z])", text) if flexible else []
     return alone[-1] if alone else None
 
 
@@ -268,8 +270,8 @@ def ends_with_question(text: str) -> bool:
 
 def max_words(text: str, n: int) -> bool:
     """There are 1 to n words; a word is a run without spaces that has a letter or a digit."""
-    words = [run for run in text.split() if any(map(str.isalnum, run))]
-    return 1 <= len(words) <= n
+    runs = [run for run in text.split() if any(map(str.isalnum, run))]
+    return 1 <= len(runs) <= n
 
 
 def max_sentences(text: str, n: int) -> bool:

@@ -78,8 +78,8 @@ class Example:
         return self.where or repr(self.id)
 
     def row(self) -> dict:
-        """All fields, as they are compared with those of another run. Where the row stands is none of them,
-        nor is what earlier versions did not have and the row has not."""
+        """All fields, as they are compared with those of another run. Left out are the row's place in its
+        file, and `system` where there is none, because earlier versions did not have it."""
         row = dataclasses.asdict(self)
         del row["where"]
         if self.system is None:
@@ -264,10 +264,11 @@ def load_jsonl(path: Path, seed: int) -> list[Example]:
     for pairs with noise or reshuffled responses. Other columns are named and not used; other formats of
     preference data are read by formats.py. A mistake in the data is a UserError with file and line.
 
-    Where a row has no "split", a hash of its prompt and the seed puts it into train, validation or test
+    Where rows have no "split", a hash of the prompt and the seed puts it into train, validation or test
     (80, 10 and 10%), so that rows with the same prompt stay together.
     """
     file = read_own_file(path)
+    has_split = bool(file.rows) and "split" in file.rows[0][2]
     examples: list[Example] = []
     line_of_id: dict[str, int] = {}
     for line, where, fields in file.rows:
@@ -276,6 +277,8 @@ def load_jsonl(path: Path, seed: int) -> list[Example]:
                 raise UserError(f"{where}: some rows have {column!r} and some have not")
         if fields.get("split", "train") not in SPLITS:
             raise UserError(f"{where}: split {fields['split']!r} is none of {', '.join(SPLITS)}")
+        if ("split" in fields) != has_split:  # else a prompt could be in two parts
+            raise UserError(f"{where}: some rows have 'split' and some have not")
         id = fields.setdefault("id", str(line))
         if id in line_of_id:
             raise UserError(f"{where}: id {id!r} is already that of line {line_of_id[id]}")

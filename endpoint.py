@@ -88,7 +88,8 @@ FILTERED = re.compile(
     re.IGNORECASE)
 TOO_LONG = re.compile(
     r"context[ _-]?(?:length|size|window)|maximum (?:model |input |prompt )?length|max_model_len"
-    r"|(?:prompt|input|request|message|text|string)s?\b[^.]{0,80}\b(?:too (?:long|large)|longer than|exceed)"
+    r"|(?:prompt|input|request|message|text|string)s?\b(?!\"\s*:)[^.]{0,80}\b"
+    r"(?:too (?:long|large)|longer than|exceed)"
     r"|too many (?:input )?tokens|string_above_max|tokens.{0,60}must be <=", re.IGNORECASE)
 # ... of the name or the account, ...
 ENDPOINT = re.compile(
@@ -138,6 +139,8 @@ def completion_of(body: bytes) -> Completion | NoReply:
             raise_error(answer)
         choice = answer["choices"][0]
         content, ending = choice["message"].get("content"), choice.get("finish_reason")
+        if ending == "error":  # the provider broke off
+            raise TryAgain("a reply that ended in an error")
         if isinstance(content, list):  # parts: thoughts have a type of their own
             content = "".join(part["text"] for part in content if part.get("type") == "text")
         if content is not None and not isinstance(content, str):
@@ -147,7 +150,8 @@ def completion_of(body: bytes) -> Completion | NoReply:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise TryAgain("a reply that is no chat completion") from None
     # Half surrogate pairs, which no file holds, go.
-    return Completion((content or "").encode("utf-8", "replace").decode(), ending != "length")
+    is_whole = ending not in ("length", "content_filter")
+    return Completion((content or "").encode("utf-8", "replace").decode(), is_whole)
 
 
 def raise_error(answer: dict) -> None:
@@ -396,21 +400,23 @@ class Endpoint:
         connection = Hasty(self.timeout)
         opener = urllib.request.build_opener(NoRedirect, connection)
         try:
-            with connection, opener.open(request, timeout=self.timeout) as response:
-                return completion_of(read_all(response, deadline))
-        except urllib.error.HTTPError as e:
-            text = b""
-            with e, contextlib.suppress(OSError, http.client.HTTPException, TryAgain):
-                text = read_all(e, deadline)  # an error needs no explanation
-            said = masked(text.decode("utf-8", "replace"))
-            will_pass = e.code in (408, 409, 425, 429) or e.code >= 500
-            if will_pass and "insufficient_quota" not in said:  # no pause fills an empty account
-                problem = f"{e.code} {explanation_of(masked(e.reason))}: {explanation_of(said)}"
-                raise TryAgain(problem, e.headers.get("Retry-After")) from None
-            raise Refusal(e.code, said) from None
+            with connection:
+                try:
+                    with opener.open(request, timeout=self.timeout) as response:
+                        return completion_of(read_all(response, deadline))
+                except urllib.error.HTTPError as e:
+                    refusal, text = e, b""
+                    with e, contextlib.suppress(OSError, http.client.HTTPException, TryAgain):
+                        text = read_all(e, deadline)  # an error needs no explanation
         except (OSError, http.client.HTTPException) as e:
             late = "timed out" if time.monotonic() >= deadline else ""
             raise TryAgain(late or masked(str(getattr(e, "reason", e)) or type(e).__name__)) from None
+        said = masked(text.decode("utf-8", "replace"))
+        will_pass = refusal.code in (408, 409, 425, 429) or refusal.code >= 500
+        if will_pass and "insufficient_quota" not in said:  # no pause fills an empty account
+            problem = f"{refusal.code} {explanation_of(masked(refusal.reason))}: {explanation_of(said)}"
+            raise TryAgain(problem, refusal.headers.get("Retry-After"))
+        raise Refusal(refusal.code, said)
 
     def change(self, refusal: Refusal, changes: frozenset[str]) -> bool:
         """Whether the request can be put otherwise, as the refusal wants it; it is from now on.

@@ -50,8 +50,8 @@ class OwnFile:
     def remarks(self, path: Path) -> list[str]:
         """What the user should know, a line each."""
         lines = [f"{path}: read as {', '.join(sorted(self.formats))}"] if self.formats else []
+        count = len(self.rows) + sum(map(len, self.dropped.values()))
         for reason, places in self.dropped.items():
-            count = len(places) + len(self.rows)
             lines.append(f"{path}: {len(places)} of {count} rows dropped: {reason} ({first_of(places)})")
         if self.unused:
             lines.append(f"{path}: columns not used: {', '.join(sorted(self.unused))}")
@@ -151,7 +151,11 @@ def to_own_columns(row: dict, where: str) -> tuple[str, set[str], dict]:
     name, places = recognise(row)
     if not name:
         return "", set(), row
-    read, used = turns_of(row, places, where), {*places, "input", "history", *SAFE_RLHF}
+    read, used = turns_of(row, places, where), {*places, "history"}  # a history drops the row
+    if "instruction" in places:
+        used.add("input")
+    if "response_0" in places:
+        used |= SAFE_RLHF
     rest = {column: value for column, value in row.items() if column not in places}
     if row.get("history"):
         raise Dropped(SEVERAL_TURNS)
@@ -194,7 +198,7 @@ def refuse_unreadable(row: dict, where: str) -> None:
     is_ours = isinstance(row.get("prompt"), str) and {"context", "chosen"} & row.keys()
     for columns, name, advice in UNREADABLE:
         if row.keys() >= columns and not is_ours:
-            alone = ", or remove the other columns to use the prompts alone" if "prompt" in columns else ""
+            alone = ", or remove the other columns to use the prompts alone" if "prompt" in row else ""
             raise UserError(f"{where}: these are {name}, which are not read: {advice}{alone}")
 
 
@@ -310,7 +314,7 @@ def unused_columns(row: dict, where: str) -> set[str]:
 def checked_columns(row: dict, where: str) -> dict:
     """The columns of a row that an Example has, each of the right type; UserError if they are not.
 
-    A blank context is none.
+    A blank context or system prompt is none.
     """
     columns = {column: value for column, value in row.items() if column in COLUMNS}
     for column, value in columns.items():
@@ -326,6 +330,8 @@ def checked_columns(row: dict, where: str) -> dict:
     if not columns.get("context", "").strip():
         columns.pop("context", None)
         columns.pop("items", None)
+    if not columns.get("system", "").strip():
+        columns.pop("system", None)
     if not columns.get("prompt", "").strip():
         raise UserError(f"{where}: no 'prompt' (the columns here are {', '.join(row) or 'none'})")
     if "rejected" in columns and "chosen" not in columns:

@@ -443,9 +443,18 @@ def rewrite(judge: Judge, preferences: list[dict]) -> list[str | None]:
     return read_replies(judge, questions, "text", "statements", read)
 
 
-def rubric_text(rubric: dict) -> str:
-    """A rubric as the judge that compares reads it: its criteria, then what each score from 1 to 5 means."""
+def scores_of(rubric: dict) -> dict | None:
+    """What each score from 1 to 5 means by a rubric; None where it does not say."""
     scores = rubric.get("score_descriptions") or rubric.get("score-descriptions")
+    return scores if isinstance(scores, dict) else None
+
+
+def rubric_text(rubric: dict) -> str:
+    """A rubric as the judge that compares reads it: its criteria, then what each score from 1 to 5 means.
+    KeyError where it lacks either."""
+    scores = scores_of(rubric)
+    if scores is None:
+        raise KeyError("score_descriptions")
     return (f"{rubric['criteria']} Use the following scoring rubric: "
             f"{json.dumps(scores, ensure_ascii=False)}")
 
@@ -458,9 +467,8 @@ def rubrics(judge: Judge, preferences: list[str]) -> list[str | None]:
     def read(reply: str) -> str | None:
         rubric = read_object(reply) or {}
         criteria = rubric.get("criteria")
-        scores = rubric.get("score-descriptions", rubric.get("score_descriptions"))
-        is_own = isinstance(criteria, str) and criteria not in shown and isinstance(scores, dict)
-        return rubric_text(rubric) if is_own else None
+        is_own = isinstance(criteria, str) and criteria not in shown
+        return rubric_text(rubric) if is_own and scores_of(rubric) else None
 
     texts = [json.dumps(example) for example in examples]
     questions = [(CREATIVE, RUBRIC.format(*texts, preference=quote(preference)))

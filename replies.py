@@ -29,10 +29,11 @@ THOUGHTS_END = re.compile(
 # What may stand around a verdict: tags, chat markup, emphasis, quotes, brackets.
 DECORATION = re.compile(r"</?\w{1,20}>|<\|\w{1,30}\|>|\\boxed|[*_`#\"'$()\[\]{}\\]")
 FENCE = re.compile(r"```(?:json|text)?(?P<inside>[^`]*)```", re.IGNORECASE)
-NAMED = r"(?:(?:the|my|final|overall|better) )*(?:score|rating|answer|verdict|choice|winner)(?: is| ?[:=])? ?"
+NAMED = (r"(?:(?:the|my|final|overall|better) )*(?:score|rating|answer|verdict|choice|winner)"
+         r"(?: is)?(?: ?[:=])? ?")
 SCORE_FORM = re.compile(rf"(?:{NAMED})?(-?\d{{1,9}})(?:\.\d{{1,9}})?(?: ?(?:/|out of|of) ?5(?:\.0)?)?[.!]?",
                         re.IGNORECASE)
-CHOICE_FORM = re.compile(rf"(?:{NAMED}|(?:the )?better response(?: is|:)? )?response ?-?([ab])"
+CHOICE_FORM = re.compile(rf"(?:{NAMED}|(?:the )?better response(?: is)?:? )?response ?-?([ab])"
                          r"(?: is (?:the )?better(?: one| response)?)?[.!]?", re.IGNORECASE)
 
 

@@ -60,9 +60,8 @@ def is_finished(grid: list, folder: Path) -> bool:
     return True
 
 
-def check_space(folder: Path, source: Path) -> None:
-    """UserError where the disk has no room for another model of source's size."""
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+def check_space(folder: Path, size: int) -> None:
+    """UserError where the disk has no room for a trained model of so many bytes."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
@@ -87,7 +86,8 @@ def with_settings_of_pairs(grid: list) -> list:
 
 def refuse_leaks(pairs: list[Pair], args) -> None:
     """UserError where pairs to train on are rows of the validation or the test part."""
-    if args.data.endswith(OWN_FILES) and not Path(args.data).exists():
+    source = args.data if args.data.endswith(OWN_FILES) else args.data.partition(":")[2]
+    if source and not all(Path(part).exists() for part in source.split(",")):
         print(f"{args.data} is not here: whether pairs are validation or test examples could not be checked")
         return
     mine = {(pair.id, pair.prompt) for pair in pairs}

@@ -404,7 +404,9 @@ def program() -> None:
     if was_finished:
         print(f"{folder}: training is done")
     else:
-        check_space(folder, source)
+        # A better model replaces the one before it only once it is there.
+        models = 2 if len(grid) > 1 or args.eval_every else 1
+        check_space(folder, models * parameters * getattr(torch, args.save_dtype).itemsize)
         require_fit(args, config, args.model)
         with lock(folder):
             refuse_occupied(folder, args)  # by a run that has ended since it was looked at

@@ -97,7 +97,7 @@ def means_over_shared_items(items: dict[str, list[list[float]]]) -> tuple[dict[s
     for rows in zip(*items.values(), strict=True):
         scores = np.array([row for row in rows if row])  # (texts, items)
         read = ~np.isnan(scores).any(axis=0)  # (items,)
-        count += int(read.sum())
+        count += int(read.sum()) if scores.size else 0
         for label, row in zip(items, rows, strict=True):
             means[label].append(float(np.mean(np.array(row)[read])) if row and read.any() else math.nan)
     return means, count

@@ -30,7 +30,8 @@ LOOSE_MATH = [  # response without a readable ####, its last number
     ("The answer is 8.", "8"), ("8 apples and 12 pears", "12"), ("it is -3", "-3"), ("10-3 is 7", "7"),
     ("between 5-10", "10"), ("costs $1,080.50 in all", "1080.5"), ("no number", None),
     ("#### eight, that is 8", "8"), ("x2 is a name, 9 is not", "9"), ("on 3, 4 and .5", "0.5"), ("60%", "60"),
-    ("a) 4 b) 6", "6"),
+    ("a) 4 b) 6", "6"), ("The total:\n- 5 apples", "5"), ("Between 3 - 5", "5"), ("It is - $ 5", "5"),
+    ("It is -$ 5", "-5"), ("I owe $ 5", "5"),
 ]
 STRICT_CHOICE = [  # response, letter; four choices
     ("The answer is: B", "B"), ("the answer is: B.", "B"), ("The answer is: <C>", "C"),
@@ -40,11 +41,13 @@ STRICT_CHOICE = [  # response, letter; four choices
     ("The answer is: A\nThe answer is: B", "B"), ("The answer is: E", None), ("The answer is: b", None),
     ("The answer is: Because", None), ("The answer is A good idea", None), ("B", None), ("Answer: B", None),
     ("", None), ("The answer is:\nC", "C"), ("The answer is: <X>", None), ("The answer is: [B]", "B"),
-    ("the best answer is: D)", "D"),
+    ("the best answer is: D)", "D"), ("'The answer is: B'", "B"), ('The answer is: "B"', "B"),
+    ("The answer is B because A is wrong.", "B"), ("The answer is C rather than D", "C"),
+    ("The answer is: B's", None), ("The answer is A: shady", "A"),
 ]
 LOOSE_CHOICE = [  # the last letter that stands alone
     ("I choose B.", "B"), ("A dog barks, so C", "C"), ("(D)", "D"), ("A dog", None), ("B's", None),
-    ("E", None),
+    ("E", None), ("'B'", "B"), ("I'D rather not", None),
 ]
 
 
@@ -103,6 +106,7 @@ OWN_ANSWERS = [  # the answer of a user's own file, a response, whether it is ri
     ("yes", "No. Some say yes.", False), ("no", "No, yes is wrong", True), ("True", "It is true", True),
     ("false", "That is true, not false", False), ("yes", "Perhaps", False), ("1/2", "It is 1/2.", True),
     ("北京", "首都是北京。", True), ("北京", "首都是东京。", False), ("café", "cafe\u0301", True),
+    ("5", "The total:\n- 5 apples", True), ("B", 'The answer is: "B"', True),
     ("x", "", False), ("I", "I think the answer is J.", False), ("J", "I think the answer is J.", True),
 ]
 

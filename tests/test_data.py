@@ -67,6 +67,8 @@ MISTAKES = [  # rows, line of the mistake, what the message has to name
     ([READY, FINE], 2, "chosen"),
     ([FINE, READY], 2, "chosen"),
     ([FINE, {"prompt": "p", "split": "dev"}], 2, "dev"),
+    ([FINE, {"prompt": "p", "split": "test"}], 2, "some rows have 'split'"),
+    ([{"prompt": "p", "split": "test"}, FINE], 2, "some rows have 'split'"),
     ([{"prompt": "p", "id": "seven"}, FINE, {"prompt": "q", "id": "seven"}], 3, "seven"),
     ([FINE, {"prompt": "p", "contxt": "c"}], 2, "did you mean 'context'"),
     ([{"promt": "p"}], 1, "did you mean 'prompt'"),

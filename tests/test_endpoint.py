@@ -76,6 +76,12 @@ def test_requests_at_one_time_are_bounded(serve, tmp_path):
     assert server.peak == 3 and len(server.asked) == 40
 
 
+def whole(content, ending="stop", **message) -> bytes:
+    """The body of a chat completion that says how it has ended."""
+    choice = dict(message=dict(role="assistant", content=content) | message, finish_reason=ending)
+    return json.dumps(dict(choices=[choice])).encode()
+
+
 FAULTS = dict(
     stall=dict(fault="stall"), drop=dict(fault="drop"), reset=dict(fault="reset"), error=dict(status=500),
     busy=dict(status=429, headers=dict(Retry_After=0)), gateway=dict(status=502, body=b"<html>"),
@@ -83,9 +89,11 @@ FAULTS = dict(
     cut=dict(body=completion("5"), fault="cut"), hang=dict(fault="hang"), null=dict(body=b"null"),
     no_choices=dict(body=b'{"error": {"message": "overloaded, 5"}}'), none=dict(body=b'{"choices": []}'),
     no_message=dict(body=b'{"choices": [{}]}'), no_text=dict(body=completion(5)),
+    broke_off=dict(body=whole("5", "error")), broke_off_empty=dict(body=whole("", "error")),
 )  # fmt: skip
 RARE = dict(nested=dict(body=b"[" * 100_000), drip=dict(fault="drip", body=completion("5")),
-            broken_error=dict(status=500, body=b"oh", fault="hang"))
+            broken_error=dict(status=500, body=b"oh", fault="hang"),
+            dripped_error=dict(status=500, body=b"oh", fault="drip"))
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, *RARE])
@@ -290,12 +298,6 @@ def chunk(text: str | None, ending: str | None = None) -> bytes:
     return b"data: " + json.dumps(dict(choices=[choice])).encode() + b"\n\n"
 
 
-def whole(content, ending="stop", **message) -> bytes:
-    """The body of a chat completion that says how it has ended."""
-    choice = dict(message=dict(role="assistant", content=content) | message, finish_reason=ending)
-    return json.dumps(dict(choices=[choice])).encode()
-
-
 NO_ROOM = "no text within its tokens (give --judge-tokens)"
 THOUGHTS = dict(type="thinking", thinking=[dict(type="text", text="2 things")])
 BODIES = {  # a successful answer's body -> its score, or why there is none
@@ -335,10 +337,12 @@ def test_of_a_text_that_was_cut_off_nothing_is_read(serve, tmp_path):
     server = serve(lambda *_: dict(body=whole(draft, "length")))
     asker = Judge(args_for(server, tmp_path))
     assert judge.infer(asker, ROWS[:1]) == [None]
+    server.plan = lambda *_: dict(body=whole(draft, "content_filter"))
+    assert judge.infer(asker, ROWS[2:3]) == [None]
     server.plan = lambda *_: dict(body=whole(draft))
     assert judge.infer(asker, ROWS[1:2]) == [["cold"]]
     again = Judge(args_for(server, tmp_path))
-    assert judge.infer(again, ROWS[:2]) == [None, ["cold"]] and len(server.asked) == 2
+    assert judge.infer(again, ROWS[:2]) == [None, ["cold"]] and len(server.asked) == 3
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -413,6 +417,15 @@ def test_a_refusal_of_the_endpoint_stops_at_once(name, serve, tmp_path, quick):
     assert len(server.asked) == 1 and not quick and kept(tmp_path) == b""
     said = endpoint.explanation_of(body.decode())
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_too_large_a_limit_is_no_long_question(serve, tmp_path):
+    """`message` in quotes is the body's key, not the question: so it stops, instead of leaving all unread."""
+    body = error("max_tokens is too large: 8192. This model supports at most 4096 completion tokens")
+    server = serve(lambda *_: dict(status=400, body=body))
+    with pytest.raises(UserError, match="max_tokens is too large: 8192"):
+        scores(server, tmp_path, 30, judge_at_once=1)
+    assert len(server.asked) <= endpoint.REFUSALS + 1
 
 
 def test_unexplained_refusals_in_a_row_stop(serve, tmp_path):

@@ -4,6 +4,7 @@ Awkward files stand in tables, a row a member of their kind.
 """
 
 import json
+import re
 
 import pytest
 
@@ -152,6 +153,31 @@ def test_a_row_of_more_than_one_turn_is_dropped_counted_and_named(name, tmp_path
     assert f"{file}: 2 of 3 rows dropped: " in out and reason in out and "(first: 2, 3)" in out
     with pytest.raises(UserError, match=f"no row can be used: .*{reason}"):
         load_jsonl(write(tmp_path / "b.jsonl", row), 0)
+
+
+def test_rows_that_are_dropped_are_counted_of_all(tmp_path, capsys):
+    """Whatever the reasons of the others."""
+    rows = [DROPPED[name][0] for name in DROPPED]
+    file = write(tmp_path / "a.jsonl", dict(prompt=[user()], **TURNS), *rows)
+    load_jsonl(file, 0)
+    counts = re.findall(r"(\d+) of (\d+) rows dropped", capsys.readouterr().out)
+    assert sum(int(dropped) for dropped, _ in counts) == len(rows) and len(counts) > 1
+    assert {int(of) for _, of in counts} == {len(rows) + 1}
+
+
+@pytest.mark.parametrize(("row", "name"), [
+    (dict(question=Q, input="A long text.", chosen=GOOD, rejected=BAD), "input"),
+    (dict(prompt=[user()], response_0="x", **TURNS), "response_0"),
+])
+def test_a_column_that_another_format_reads_is_named_where_it_is_not_read(row, name, tmp_path, capsys):
+    load_jsonl(write(tmp_path / "a.jsonl", row), 0)
+    assert f"columns not used: {name}" in capsys.readouterr().out
+
+
+def test_a_blank_system_prompt_is_none(tmp_path):
+    """As a blank context is none: the template's own stays."""
+    row = dict(prompt=Q, chosen=GOOD, rejected=BAD, system=" ")
+    assert load_jsonl(write(tmp_path / "a.jsonl", row), 0)[0].system is None
 
 
 @pytest.mark.parametrize("name", REFUSED)

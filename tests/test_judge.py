@@ -129,7 +129,8 @@ def test_fields_stand_on_lines_in_the_papers_order():
 READINGS = {
     judge.read_score: {
         "4": 4, " 3.\n": 3, "Score: 2": 2, "**5**": 5, "4/5": 4, "3.7": 3, "0": 1, "-3": 1, "10": 5,
-        "**Score:** 4": 4, "**Score: 4**": 4, "Score = 4": 4, "The score is 4.": 4, "Final rating: 4/5": 4,
+        "**Score:** 4": 4, "**Score: 4**": 4, "Score = 4": 4, "The score is 4.": 4,
+        "The score is: 4": 4, "My rating is: 4/5": 4, "Final rating: 4/5": 4,
         "4 out of 5": 4, "Score: 4 / 5": 4, "*4*": 4, "`4`": 4, "# 4": 4, '"4"': 4, "[[4]]": 4, "(4)": 4,
         "\\boxed{4}": 4, "$\\boxed{4}$": 4, "\\(4\\)": 4, "<answer>4</answer>": 4, "<score>4</score>": 4,
         "4<|im_end|>": 4, "4</s>": 4, "4.0": 4, "\uff14": 4, '{"score": 4}': 4, '{"Score": "4/5"}': 4,
@@ -146,7 +147,9 @@ READINGS = {
     judge.read_choice: {
         "response_a": "a", "Response_B.": "b", " `response_a`\n": "a", "**Response B**": "b", "": None,
         "Response A is better.": "a", "Verdict: response_b": "b", '{"winner": "response_a"}': "a",
-        "The better response is response_a.": "a", "<answer>response_b</answer>": "b",
+        "The better response is response_a.": "a", "The better response is: response_a": "a",
+        "The winner is: response_b": "b", "The answer is: response_a": "a",
+        "<answer>response_b</answer>": "b",
         "response_a, not response_b": None, "response_ab": None, "response_c": None, "neither": None,
         "a tie": None, "not response_a": None, "Response A is worse.": None, "response_a is not better": None,
         "I compare response_a": None, "response_b response_b": None, '{"winner": "both"}': None,
@@ -260,6 +263,15 @@ def test_a_preference_is_put_in_the_users_words():
     assert json.loads(asked[1]) == SHOTS["preference_example"]
     assert json.loads(asked[2]) == {"dimension": "d", "sub-dimension": "s", "preference": text,
                                     "explanation": "e", "user-statement": "fill this with your response"}
+
+
+@pytest.mark.parametrize("scores", [{}, dict(score_descriptions=None), dict(scores={"1": "bad"})])
+def test_a_rubric_without_scores_is_none(scores):
+    """Of a data set a KeyError, of a judge no rubric; nobody is judged by null."""
+    rubric = dict(criteria="Is it warm?", **scores)
+    with pytest.raises(KeyError):
+        judge.rubric_text(rubric)
+    assert judge.rubrics(Scripted(json.dumps(rubric)), ["p"]) == [None]
 
 
 def test_a_rubric_reads_as_criteria_then_scores():

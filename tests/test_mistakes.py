@@ -79,12 +79,15 @@ def test_a_mistake_ends_in_one_helpful_line(command, place, monkeypatch, capsys)
 # ------------------------------------------------------------------------- a full disk
 
 def test_a_full_disk_is_told_before_the_work(place, monkeypatch, capsys):
-    """Less room than a model takes: refused before anything is sampled."""
+    """Less room than the saved model takes, in fp32, or two where a better one replaces it: refused before
+    anything is sampled."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 5_000_000))
     assert leave(monkeypatch, train.program, "--limit", "4") == 2
+    assert re.search(r"a trained model takes 11 MB, 5 MB are free\n$", capsys.readouterr().err)
+    assert leave(monkeypatch, train.program, "--limit", "4", "--lr", "1e-5,1e-4") == 2
     assert not (place / "runs").exists()
-    assert re.search(r"a trained model takes 6 MB, 5 MB are free\n$", capsys.readouterr().err)
+    assert re.search(r"a trained model takes 23 MB, 5 MB are free\n$", capsys.readouterr().err)
 
 
 SAMPLE = ("--limit", "8", "--max-new-tokens", "8", "--slots", "4", "--dtype", "float32", "--out")
