@@ -270,12 +270,13 @@ def test_pairs_that_are_test_examples_are_refused(call_train, dpo_run, work, tmp
     assert os.listdir(work) == []
 
 
-def test_pairs_whose_data_are_gone_are_trained_on_with_a_word(call_train, dpo_run, tmp_path, capsys):
+@pytest.mark.parametrize("data", ["gone.jsonl", "gsm8k:gone"])
+def test_pairs_whose_data_are_gone_are_trained_on_with_a_word(data, call_train, dpo_run, tmp_path, capsys):
     """Whether they leak can't be checked then."""
-    source = copy_pairs(dpo_run, tmp_path / "orphans", data="gone.jsonl")
+    source = copy_pairs(dpo_run, tmp_path / "orphans", data=data)
     folder = call_train("--pairs", source)
     assert read_json(folder / "summary.json")["pairs"] == 3 * len(load_pairs(dpo_run))
-    assert "gone.jsonl is not here" in capsys.readouterr().out
+    assert f"{data} is not here" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------- mistakes
