@@ -246,8 +246,9 @@ def claims() -> list[tuple[str, list[str] | None]]:
         ("unseen contexts alone {}, {} and {}, with", unseen),
         ("where {}% of prompting's and {}% of the trained ones are cut off",
          pair(HEADLINE, "unfinished", ".0f", 100, ("prompted", "trained"))),
-        ("Prompting apologises (\"I'm sorry\") in {}% of the rows, the trained model in {}%: in those rows "
-         "the win rate rises from {}% to {}%, elsewhere from {}% to {}% ({} points [{}, {}])", apologies()),
+        ("Prompting apologises (\"I'm sorry\") in {}% of the rows, the trained model in {}%. Where prompting "
+         "does, the win rate rises from {}% to {}%, elsewhere from {}% to {}% ({} points [{}, {}])",
+         apologies()),
         ("Context gain rises by {} nats [{}, {}] a response; its mean per token, by {} [{}, {}]",
          numbers(with_interval(gain(HEADLINE, key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(HEADLINE, key="context_gain_per_token_macro"), "+.2f"))),
