@@ -204,6 +204,13 @@ def test_every_row_of_the_tables_can_be_run():
             parse(train.Args, f"{table.train} {row.flags}".split(), usage="")
 
 
+def test_stored_files_name_no_folders_of_a_machine():
+    """Where runs were made is nobody's business."""
+    files = [file for suffix in ("json", "md") for file in RESULTS.rglob(f"*.{suffix}")]
+    assert len(files) > 100
+    assert [file.name for file in files if '"/' in file.read_text(encoding="utf-8")] == []
+
+
 REPORTS = sorted(file.parent for file in RESULTS.glob("*/report.md"))
 
 
