@@ -281,8 +281,8 @@ def claims() -> list[tuple[str, list[str] | None]]:
          "responses, in as many steps, {} [{}, {}] (160 rows, fp32); sides swapped at random {} [{}, {}]",
          points(METHODS.format("same", 0)) + points("sft-smollm2/eval.json") + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
-        ("seed 0: {}, {}, {} and {} points with 1, 3, 5 and 10, in as many times the steps; in one softmax {}, "
-         "{} and {} with 3, 5 and 10",
+        ("seed 0: {}, {}, {} and {} points with 1, 3, 5 and 10, in as many times the steps; in one softmax "
+         "{}, {} and {} with 3, 5 and 10",
          [points(f"negatives-tiny/random-{count}/seed0/eval.json")[0]
           for count in ("1", "3", "5", "10", "3-softmax", "5-softmax", "10-softmax")]),
         ("validation; prompting {} nats): random contexts {}, missing contexts {}, half of each {}, missing "
