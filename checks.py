@@ -81,8 +81,8 @@ NUMBER = re.compile(
 # as in 10-3, or a space stands between, as after a bullet; a currency may stand apart. The second case passes
 # over a row of signs that no digit follows.
 NUMBER_START = re.compile(
-    r"(?<![\w.,])(?:(?:[-+\u2212$\u00a3\u20ac]*(?:[$\u00a3\u20ac]\s|[-+\u2212$\u00a3\u20ac]))?\.?(?P<digit>\d)"
-    r"|[-+\u2212$\u00a3\u20ac]+)"
+    r"(?<![\w.,])(?:(?:[-+\u2212$\u00a3\u20ac]*(?:[$\u00a3\u20ac]\s|[-+\u2212$\u00a3\u20ac]))?"
+    r"\.?(?P<digit>\d)|[-+\u2212$\u00a3\u20ac]+)"
 )
 
 

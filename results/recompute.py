@@ -30,6 +30,7 @@ FIRST_TINY = "demo-tiny-2026-11-21/seed{}/eval.json"
 RATES = "rates-smollm2/lr-{}/seed0/eval-validation.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 METHODS = "methods-smollm2-gpu/{}/seed{}/eval.json"
+CPU_METHODS = "methods-smollm2-cpu/{}/seed0/eval.json"
 TASKS = {"SVAMP": "tasks-smollm2/svamp/eval.json", "GSM8K": "tasks-smollm2/gsm8k/eval.json"}
 PERSIST, JUDGED = "persistbench-smollm2/eval.json", "tasks-smollm2/persist/eval.json"
 
@@ -279,7 +280,7 @@ def claims() -> list[tuple[str, list[str] | None]]:
          + numbers(methods["ppo-mi"]["tokens"])),
         ("`same`, pairs of two samples of the same prompt, {} [{}, {}]; SFT on the headline's chosen "
          "responses, in as many steps, {} [{}, {}] (160 rows, fp32); sides swapped at random {} [{}, {}]",
-         points(METHODS.format("same", 0)) + points("sft-smollm2/eval.json") + numbers(with_interval(
+         points(METHODS.format("same", 0)) + points(CPU_METHODS.format("sft")) + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
         ("seed 0: {}, {}, {} and {} points with 1, 3, 5 and 10, in as many times the steps; in one softmax "
          "{}, {} and {} with 3, 5 and 10",
@@ -292,6 +293,9 @@ def claims() -> list[tuple[str, list[str] | None]]:
         ("certain: {}% to {}%, {} points [{}, {}], where RLVR, which is told what is right, gains {} [{}, "
          "{}]",
          own_task("mipo-random") + own_task("rlvr")[2:]),
+        ("gains {} [{}, {}] by longer answers, {}% of which are cut off",
+         points(CPU_METHODS.format("sami"))
+         + pair(CPU_METHODS.format("sami"), "unfinished", ".0f", 100, ("trained",))),
         ("the context gain rises by {} [{}, {}] nats a response, {} [{}, {}] a token",
          numbers(with_interval(gain(JUDGED, key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))),
