@@ -387,11 +387,14 @@ for _ in range(2):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="there is nothing to tune elsewhere")
 def test_a_tuned_allocator_keeps_freed_memory():
     """By default a freed tensor's pages go back to the kernel. Tuned, they stay, and the next tensors use
-    them again: 20 need no more memory than one. Tuned twice, it is the same."""
+    them again: 20 need the memory of a few, how many depends on the machine's load. Tuned twice, it is the
+    same."""
     done = subprocess.run([sys.executable, "-c", ALLOCATOR], cwd=ROOT, capture_output=True, text=True,
                           check=False, env=child_environment())
     assert done.returncode == 0, done.stderr
-    by_default, kept, *later = map(float, done.stdout.split())
+    by_default, grown, *changes = map(float, done.stdout.split())
     assert by_default > 0.9
-    assert kept > 0.9  # although no tensor is left
-    assert all(change < 0.5 for change in later)  # the kernel moves pages of its own accord, but no tensor
+    assert grown > 0.9  # although no tensor is left
+    returned, of_20, of_10_more, returned_again, of_20_again = changes
+    assert max(returned, returned_again) < 0.1
+    assert max(of_20, of_10_more, of_20_again) < 5, changes
