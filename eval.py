@@ -6,7 +6,7 @@
 
 Win rate, the share of responses that
     honour the context, as a program checks                              demo data
-    give the right final answer, strictly read                           Table 2: gsm8k, svamp, arc; mmlu
+    give the right final answer, strictly read                           Table 2: gsm8k, svamp, arc; and mmlu
     get at least the reference's score from --judge                      Table 1: prism, community, multibench
 
 Where the data allow it there are also self-BLEU-4 and distinct-2 (Tables 3, 4), the judge's own accuracy on

@@ -25,7 +25,7 @@ from model import Decoder
 from run import UserError, default_device, world
 
 PROGRAM = 0.45e9  # bytes of the interpreter and its libraries; on a GPU these are elsewhere
-# Each two numbers are of a step's only pass, and of one of several.
+# The first number is for a step with one pass, the second for a step with several.
 HOLES = 0.6, 1.2  # bytes of holes that a heap has after a pass, for each byte of its activations
 FILLED = 0.6, 0.25  # the share of activations and holes in which gradients find room
 USABLE = 0.9  # the share of a card's memory that tensors can fill

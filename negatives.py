@@ -74,7 +74,7 @@ class Pair:
 def negative_messages(examples: list[Example], neg: str, seed: int, n_neg: int = 1) -> list[list[str]]:
     """The user messages that each row's rejected responses are drawn from, n_neg of them (section 4.2, (i),
     (ii)): first those of --n-neg, then, if n_neg is larger, those that pairs.py draws from where a response
-    is useless. None for `reshuffle` and `noise`, which sample no rejected responses."""
+    is useless. No messages for `reshuffle` and `noise`, which sample no rejected responses."""
     if neg not in SAMPLED or not n_neg:
         return [[] for _ in examples]
     require_contexts(examples, neg)

@@ -181,10 +181,14 @@ def report(folders: list[str], out: Path) -> str:
     """
     published, (measured, copies) = read_json(PAPER), read_runs(runs_of(folders))
     models = tables_of(measured)
-    lines = [LEGEND]
+    lines, panels = [LEGEND], {}
     for model, rows in models.items():
         for data in data_sets_of(rows):
-            lines += methods_table(f"{model}, {data}", methods_of(rows, data), baseline_of(rows, data))
+            if methods := methods_of(rows, data):
+                title, baseline = f"{model}, {data}", baseline_of(rows, data)
+                theirs = published_gains(published["win_rate"].get(model, {}), methods, data)
+                lines += methods_table(title, methods, baseline)
+                panels[title] = methods, baseline, theirs
         for title, key, scale, form in (("win rate or accuracy, %", "win_rate", 100, ".1f"),
                                         ("self-BLEU-4 across prompts", "self_bleu_4", 1, ".3f"),
                                         ("self-BLEU-4 within a prompt", "self_bleu_4_within", 1, ".3f")):
@@ -194,12 +198,6 @@ def report(folders: list[str], out: Path) -> str:
     text = "\n".join(lines + [""] * bool(copies) + copies) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.md", text)
-    panels = {}
-    for model, rows in models.items():
-        for data in data_sets_of(rows):
-            if methods := methods_of(rows, data):
-                theirs = published_gains(published["win_rate"].get(model, {}), methods, data)
-                panels[f"{model}, {data}"] = methods, baseline_of(rows, data), theirs
     methods_figure(panels, out / "report.png")
     return text
 
@@ -398,8 +396,6 @@ def published_gains(published: dict, methods: dict[str, list[dict]], data: str) 
 
 def methods_table(title: str, methods: dict[str, list[dict]], baseline: list[dict]) -> list[str]:
     """A Markdown table of all methods on one data set, with the columns of COMPARED; the baseline is last."""
-    if not methods:
-        return []
     lines = ["", markdown_row([title, "seeds", "clear", *(heading for heading, *_ in COMPARED)])]
     lines.append("|---" * (3 + len(COMPARED)) + "|")
     for name, runs in [*methods.items(), ("the baseline", baseline)]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoints, refuse_changes
 from contexts import limited
-from data import OWN_FILES, load_all_splits, user_message
+from data import OWN_FILES, load_all_splits, name_and_folder, user_message
 from folder import read_config
 from losses import OBJECTIVES
 from negatives import Pair
@@ -86,7 +86,7 @@ def with_settings_of_pairs(grid: list) -> list:
 
 def refuse_leaks(pairs: list[Pair], args) -> None:
     """UserError where pairs to train on are rows of the validation or the test part."""
-    source = args.data if args.data.endswith(OWN_FILES) else args.data.partition(":")[2]
+    source = args.data if args.data.endswith(OWN_FILES) else name_and_folder(args.data)[1]
     if source and not all(Path(part).exists() for part in source.split(",")):
         print(f"{args.data} is not here: whether pairs are validation or test examples could not be checked")
         return

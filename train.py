@@ -90,8 +90,7 @@ class Args(ppo.PPOArgs, PairArgs):
     epochs: int = option(1, "passes over the pairs", "training", sweep=True)
     rounds: int = option(1, "self-training rounds; each samples new pairs from the last round's model",
                          "training")
-    batch: int = option(4, "training rows per step, of all processes together: --n-neg N makes N rows of a "
-                        "pair, unless --softmax keeps it one", "training")
+    batch: int = option(4, "training rows per step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood per token", "training")
     temperature_loss: float | None = option(None, "log-probs are divided by this (default: infonce 100, "
