@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import fast
 from losses import OBJECTIVES, Group, response_logps, split_by_tokens
 from model import Decoder
 from negatives import Pair
@@ -84,7 +85,7 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, passes: int = 1) -> tupl
     sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])
     sums = sums[: len(sums) - idle]  # (B * prompts * K,); the gradient of the rest is 0
     lengths = [[len(ids) for ids in groups[0][1]] for groups in sets]
-    lengths = torch.tensor(lengths, device=model.device)  # (B, K)
+    lengths = fast.sent(lengths, model.device)  # (B, K)
     logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, K)
     return logps if OBJECTIVES[args.method].every_prompt else logps[:, 0], lengths
 

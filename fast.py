@@ -11,6 +11,7 @@ fp64, and tests/test_gpu_kernels.py of the kernels. What they save is in bench/R
     swiglu           keeps its two arguments and not a third tensor of their size
     least_of_nucleus    finds where top-p cuts without sorting the vocabulary
     invert_cumulative   draws a token without a cumulative sum over the vocabulary
+    sent, Reading    numbers travel while the host goes on
     graphed          a decoding step as one CUDA graph
     tune_allocator   freed memory stays in the process
     skip_cudnn_attention   a GPU prepares nothing anew for every length
@@ -27,6 +28,7 @@ import functools
 import math
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +60,38 @@ def has_bf16_products(device: torch.device) -> bool:
 def runs_triton(x: Tensor) -> bool:
     """Whether a kernel of gpu_kernels.py takes the place of the plain form for tensors like x."""
     return x.device.type == "cuda" and x.dtype != torch.float64
+
+
+# ------------------------------------------------------------------------- between host and device
+
+def sent(values: list | Tensor, device: torch.device | str) -> Tensor:
+    """Integers, or a tensor in main memory, on a device. A GPU takes them when its turn comes: the host goes
+    on. Plain form: torch.tensor(values, device=device)."""
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.long)
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # else the host waits until all that the GPU has been given is done
+    return tensor.to(device, non_blocking=True)
+
+
+class Reading:
+    """Numbers of a tensor on their way to main memory. The host goes on until it reads them.
+
+    time: of time.perf_counter(), when they were there; with a GPU it is known once they are read.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.copy = tensor.to("cpu", non_blocking=True)
+        self.event = torch.cuda.Event() if tensor.is_cuda else None
+        if self.event:
+            self.event.record()  # after the copy
+        self.time = time.perf_counter()
+
+    def read(self) -> list:
+        """The numbers, as tensor.tolist() gives them."""
+        if self.event:
+            self.event.synchronize()
+            self.time = time.perf_counter()
+        return self.copy.tolist()
 
 
 # ------------------------------------------------------------------------- log-probs of target tokens
@@ -215,8 +249,8 @@ class SeenKeys(NamedTuple):
         counts = [len(part) for part in parts]
         query_ends = torch.tensor([0, *lengths]).cumsum(0).int()
         key_ends = torch.tensor([0, *counts]).cumsum(0).int()
-        return cls(torch.cat(parts).to(device), query_ends.to(device), key_ends.to(device), max(lengths),
-                   max(counts))
+        tensors = (sent(each, device) for each in (torch.cat(parts), query_ends, key_ends))
+        return cls(*tensors, max(lengths), max(counts))
 
 
 def runs_flash(x: Tensor) -> bool:

@@ -217,7 +217,7 @@ def response_logps(model: Decoder, groups: list[Group]) -> list[list[Tensor]]:
     response token reach the output layer.
     """
     responses = [response for _, of_prefix in groups for response in of_prefix]
-    targets = torch.tensor([token for response in responses for token in response], device=model.device)
+    targets = fast.sent([token for response in responses for token in response], model.device)
     logps = token_logps(states_before(model, groups), model.head, targets)  # (response tokens,)
     remaining = iter(logps.split([len(response) for response in responses]))  # (R,) each
     return [[next(remaining) for _ in of_prefix] for _, of_prefix in groups]
@@ -248,8 +248,8 @@ def states_before(model: Decoder, groups: list[Group]) -> Tensor:
         shapes.append((len(prefix) - root, [len(response) - 1 for response in responses]))
 
     device = model.device
-    hidden = model(torch.tensor(ids, device=device), Packed(shapes, root, device=device))  # (T, E)
-    return hidden[torch.tensor(predicted_from, device=device)]  # (response tokens, E)
+    hidden = model(fast.sent(ids, device), Packed(shapes, root, device=device))  # (T, E)
+    return hidden[fast.sent(predicted_from, device)]  # (response tokens, E)
 
 
 def common_prefix_length(sequences: list[list[int]]) -> int:

@@ -146,7 +146,7 @@ class Packed:
             torch.arange(start, start + length)
             for start, length in zip(starts, self.lengths, strict=True)
         ]
-        self.positions = torch.cat(positions).to(device)  # (T,)
+        self.positions = fast.sent(torch.cat(positions), device)  # (T,)
 
     @functools.cached_property
     def seen_keys(self) -> fast.SeenKeys:

@@ -16,11 +16,12 @@ those of the authors' scripts; masters and rounding are ours.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 import gpu_kernels
 from fast import runs_triton
@@ -95,11 +96,16 @@ class MasterAdamW:
         self.start = self.watched_values()
 
     @torch.no_grad()
-    def step(self, number: int, lr: float) -> None:
-        """Update the masters by the weights' gradients, then round them into the weights; number from 0."""
+    def step(self, number: int, lr: float, norm: Tensor) -> None:
+        """Update the masters by the weights' gradients, clipped to norm 1, then round them into the weights;
+        number from 0, norm from `gradient_norm`. Where it is not finite, masters and moments stay."""
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = weight.grad
         self.adamw.param_groups[0]["lr"] = lr
+        # AdamW divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1: no
+        # pass over the gradients is needed for either, and on a GPU the host need not know the norm.
+        self.adamw.grad_scale = (norm.float() + 1e-6).clamp(min=1)
+        self.adamw.found_inf = (~norm.isfinite()).float()
         self.adamw.step()
         # Seeded by seed and step, so that runs repeat and all processes hold the same copy.
         generator = torch.Generator()
@@ -117,14 +123,14 @@ class MasterAdamW:
         that this process holds."""
         return torch.cat([torch.cat(values).bfloat16() for values in self.watched.values()])
 
-    def share_changed(self) -> float:
-        """The share of the trained weights whose bf16 value is no longer that of the start."""
+    def share_changed(self) -> Tensor:
+        """The share of the trained weights whose bf16 value is no longer that of the start, a scalar."""
         changed = (self.watched_values() != self.start).float()
         if not is_sharded(self.model):
-            return changed.mean().item()
-        counts = torch.tensor([changed.sum(), changed.numel()], device=changed.device)  # (2,)
+            return changed.mean()
+        counts = torch.stack([changed.sum(), torch.ones_like(changed).sum()])  # (2,)
         dist.all_reduce(counts)
-        return (counts[0] / counts[1]).item()
+        return counts[0] / counts[1]
 
     def zero_grad(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -174,6 +180,12 @@ class MasterAdamW:
             if dtype == torch.bfloat16 and value.dtype != dtype:
                 value = round_stochastically(value, generator)
             yield name, value.to(dtype)
+
+
+def gradient_norm(weights: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together, of all processes' rows, a scalar; not finite where one is not."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    return whole(get_total_norm(gradients))
 
 
 def all_reduce_gradients(model: nn.Module) -> None:

@@ -24,7 +24,6 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 
 from batches import epoch_order, idle_passes
 from checkpoint import Checkpoints, StopSignal
@@ -36,7 +35,7 @@ from judge import Judge
 from losses import Group, response_logps, split_by_tokens, states_before
 from lora import adapters_off
 from model import Decoder
-from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
+from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm, learning_rate
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
 from run import (Metrics, UserError, barrier, flag_of, gather, option, peak_memory, progress, rank, seed_from,
@@ -393,7 +392,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             tokens=tokens,
             tokens_per_second=tokens / seconds,
             skipped=state.skipped,
-            weights_changed=actor.share_changed(),
+            weights_changed=actor.share_changed().item(),
         )
         metrics.log(**line)
         bar.set_postfix_str(f"reward {line['reward']:.3f}, KL {line['kl']:.2f}, {line['length']:.0f} tokens")
@@ -472,11 +471,10 @@ def update(optimizer: MasterAdamW, number: int, lr: float) -> float:
     """One step by the gradients of all processes, clipped to norm 1. Returns their norm before clipping; a
     step that is not finite is skipped."""
     all_reduce_gradients(optimizer.model)
-    norm = clip_grad_norm_(optimizer.model.parameters(), 1.0).item()
-    if math.isfinite(norm):
-        optimizer.step(number, lr)
+    norm = gradient_norm(optimizer.weights)
+    optimizer.step(number, lr, norm)
     optimizer.zero_grad()
-    return norm
+    return norm.item()
 
 
 def describe(rollouts: list[Rollout], rewards: list[float], args) -> dict[str, float]:

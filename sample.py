@@ -201,7 +201,7 @@ class Prefill(Packed):
                 targets.append(torch.full_like(prompt, slot))
                 places.append(torch.arange(len(prompt)))
         index = torch.stack((torch.cat(kept), torch.cat(targets), torch.cat(places)))
-        self.kept, self.targets, self.places = index.to(self.device)
+        self.kept, self.targets, self.places = fast.sent(index, self.device)
 
     def past_keys(self, layer: int) -> tuple[Tensor, Tensor]:
         return self.cache.shared_k[layer], self.cache.shared_v[layer]
@@ -360,7 +360,7 @@ class Sampler:
 
     def tensor(self, values: list) -> Tensor:
         """Integers on the model's device."""
-        return torch.tensor(values, dtype=torch.long, device=self.model.device)
+        return fast.sent(values, self.model.device)
 
     def refill(self) -> bool:
         """Give free slots the next prompts when it is time to, and compact the others. False at the end."""

@@ -30,16 +30,15 @@ Legend: B pairs of a micro-batch, N rejected responses of a pair.
 """
 
 import dataclasses
-import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 import contexts
+import fast
 import pairs as pairing
 import ppo
 from batches import (all_logps, epoch_batches, groups_of, idle_passes, pair_logps, passes_together,
@@ -56,17 +55,18 @@ from losses import OBJECTIVES, token_count
 from memory import Sizes, require_copy, require_fit
 from model import Decoder
 from negatives import Pair
-from optimizer import MasterAdamW, all_reduce_gradients, learning_rate
+from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm, learning_rate
 from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from revise import check_revisable, revise
 from rewards import check_data
 from rows import missing_part
-from run import (Metrics, UserError, barrier, default_device, fingerprint, flag_of, gather, main, option,
+from run import (Metrics, UserError, barrier, default_device, fingerprint, flag_of, main, option,
                  parse_all, peak_memory, progress, rank, restarts, write_json)
 from run_folder import (begin_or_resume, check_space, given_pairs, is_finished, refuse_occupied, run_folder,
                         swept, with_settings_of_pairs, write_arguments)
 from selection import Selection, check_validation, save_model
 from shard import gathered, shard_weights
+from training_log import State, Step, TrainingLog
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 SMALL = 5e8  # parameters, below which LR is said to be too low: on 135M it gains nothing in 30 steps
@@ -225,25 +225,6 @@ def check_method(args: Args) -> None:
 
 # ------------------------------------------------------------------------- training
 
-@dataclass
-class State:
-    """Training progress: everything in a checkpoint except tensors."""
-
-    candidate: int = 0  # which combination of listed values
-    round: int = 0  # which round of self-training
-    batch: int = 0  # batches done in this round
-    step: int = 0  # steps done by this candidate, in all its rounds
-    tokens: int = 0  # trained on in these steps
-    seconds: float = 0.0  # spent in these steps
-    skipped: int = 0  # how many of these steps were skipped
-    skipped_in_a_row: int = 0
-    scores: list[float] = field(default_factory=list)  # of this round's validations
-    rows: int = 0  # lines of metrics.jsonl
-    finished: list[dict] = field(default_factory=list)  # summaries of the candidates before this one
-    best: dict | None = None  # the best validation of all, see Selection
-    pairs: str = ""  # fingerprint of this round's training rows
-
-
 def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Args, metrics: Metrics,
           state: State, selection: Selection | None = None, checkpoints: Checkpoints | None = None) -> None:
     """Train the optimizer's model on the pairs, for one round; every step is a line of metrics.jsonl.
@@ -257,6 +238,11 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
     steps_per_epoch = len(batches) // args.epochs
     bar = progress(len(pairs) * args.epochs, "pairs", "training")
     bar.update(sum(map(len, batches[: state.batch])))
+    log = TrainingLog(metrics, state, bar)
+
+    def kept() -> dict[str, Tensor]:
+        log.flush()  # what a checkpoint counts has been read
+        return optimizer.tensors() | dict(reference=reference)
 
     for number, batch in enumerate(batches[state.batch :], state.batch):
         if has_stalled(state.scores, args.patience):
@@ -270,7 +256,7 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         divisor = len(batch)
         if objective.mean_over == "tokens":
             divisor = sum(len(pairs[i].chosen.ids) for i in batch)  # of all processes
-        measured: list[dict[str, float]] = []  # the metrics of each pair of this process
+        measured: dict[str, list[Tensor]] = {}  # the metrics of this process's pairs, (B,) each
         for indices, passes in passes_together(model, pairs, batch, args):
             if not indices:  # but other processes have pairs left, and need this one's shards for them
                 idle_passes(model, passes).backward()
@@ -278,58 +264,38 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             chunk = [pairs[i] for i in indices]
             # (B, 1 + N) each, of InfoNCE and SAMI (B, K, K) and (B, K): log pi(y|x,c), tokens of y
             logps, lengths = pair_logps(model, chunk, args, passes)
-            loss, values = objective.loss(logps, reference[indices], lengths, args)  # (B,)
+            loss, values = objective.loss(logps, reference[fast.sent(indices, model.device)], lengths, args)
             (loss.sum() / divisor).backward()
-            measured += rows_of(values)
+            for name, value in values.items():
+                measured.setdefault(name, []).append(value.float())
         all_reduce_gradients(model)
-        measured = gather(measured)
-        means = {name: sum(row[name] for row in measured) / len(batch) for name in measured[0]}
-        means["loss"] *= len(batch) / divisor  # SFT's loss is a mean over tokens, all else over pairs
 
-        # A step that is not finite is skipped; many in a row mean that the run is lost. The schedule begins
-        # again with every round of self-training.
-        norm = clip_grad_norm_(optimizer.weights, 1.0).item()
+        # The schedule begins again with every round of self-training.
+        norm = gradient_norm(optimizer.weights)
         lr = learning_rate(number, len(batches), args.lr)
-        if math.isfinite(norm) and math.isfinite(means["loss"]):
-            optimizer.step(state.step, lr)
-            state.skipped_in_a_row = 0
-        else:
-            state.skipped += 1
-            state.skipped_in_a_row += 1
-            ids = ", ".join(pairs[i].id for i in batch)
-            print(f"step {state.step + 1} skipped: loss {means['loss']}, gradient norm {norm} (pairs {ids})")
-            if state.skipped_in_a_row == 5:
-                raise UserError("five steps in a row were not finite: lower --lr, or use --dtype float32")
+        optimizer.step(state.step, lr, norm)
         optimizer.zero_grad()
-
         state.step += 1
         state.batch = number + 1
-        seconds = time.perf_counter() - started
-        tokens = sum(token_count(groups_of(pairs[i], args)) for i in batch)
-        state.seconds += seconds
-        state.tokens += tokens
-        metrics.log(
-            candidate=state.candidate,
-            round=state.round,
-            step=state.step,
+
+        shown = [value for values in measured.values() for value in values]
+        log.add(Step(
+            number=state.step,
             epoch=number // steps_per_epoch,
-            **means,
-            grad_norm=norm,
             lr=lr,
-            pairs=len(batch),
-            tokens=tokens,
-            tokens_per_second=tokens / seconds,
-            skipped=state.skipped,
-            weights_changed=optimizer.share_changed(),
-        )
-        margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
-        bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {state.tokens / state.seconds:.0f} tokens/s")
-        bar.update(len(batch))
+            ids=[pairs[i].id for i in batch],
+            tokens=sum(token_count(groups_of(pairs[i], args)) for i in batch),
+            divisor=divisor,
+            names=list(measured),
+            numbers=fast.Reading(torch.cat([norm.view(1), optimizer.share_changed().view(1), *shown])),
+            started=started,
+        ))
 
         best_before = state.best
         is_last = number + 1 == len(batches)
         is_due = args.eval_every and (number + 1) % args.eval_every == 0
         if selection and (is_last or is_due):
+            log.flush()
             score = selection.offer(optimizer, pairs, args, state.candidate, state.step)
             state.best = selection.best
             state.scores.append(score)
@@ -338,8 +304,8 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         # A better model is in model/ already: a run that is killed now must remember which it is.
         state.rows = metrics.rows
         if checkpoints:
-            checkpoints.after_step(args.save_every, lambda: optimizer.tensors() | dict(reference=reference),
-                                   state, now=state.best is not best_before)
+            checkpoints.after_step(args.save_every, kept, state, now=state.best is not best_before)
+    log.flush()
     bar.close()
 
 
@@ -355,12 +321,6 @@ def time_steps(model: Decoder, pairs: list[Pair], reference: Tensor, args: Args,
     """Train one epoch on a few pairs, for the dry run, which reads the metrics in `file`."""
     optimizer = MasterAdamW(model, args.lr, args.seed, args.rounding)
     train(optimizer, pairs, reference, dataclasses.replace(args, epochs=1), Metrics(file), State())
-
-
-def rows_of(values: dict[str, Tensor]) -> list[dict[str, float]]:
-    """Metrics as one dict per pair, from name -> (B,)."""
-    columns = torch.stack([value.float() for value in values.values()])  # (metrics, B)
-    return [dict(zip(values, row, strict=True)) for row in columns.T.tolist()]
 
 
 # ------------------------------------------------------------------------- command line

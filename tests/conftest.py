@@ -549,16 +549,17 @@ class RecordingOptimizer:
         self.gradients: list[dict[str, Tensor]] = []
         self.rates: list[float] = []
 
-    def step(self, number: int, lr: float) -> None:
+    def step(self, number: int, lr: float, norm: Tensor) -> None:
         assert number == len(self.rates)
-        self.gradients.append(named_gradients(self.model))
+        scale = min(1.0, 1 / norm.item())
+        self.gradients.append({name: g * scale for name, g in named_gradients(self.model).items()})
         self.rates.append(lr)
 
     def zero_grad(self) -> None:
         self.model.zero_grad()
 
-    def share_changed(self) -> float:
-        return 0.0
+    def share_changed(self) -> Tensor:
+        return torch.zeros(())
 
 
 def train_in_place(optimizer, pairs: list[Pair], file: Path, **arguments) -> tuple[train.State, list[dict]]:

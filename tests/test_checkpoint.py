@@ -92,14 +92,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(name, stop, call_train, 
 
 
 def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(call_train, work, monkeypatch):
-    """Killed in step 8 with a checkpoint at 6: metrics of steps 7 are cut and written again."""
+    """Killed in step 9, before step 8 was read, with a checkpoint at 6: metrics of step 7 are cut and written
+    again."""
     flags = ["--epochs", "3", "--save-every", "3"]
     expected = results(call_train(*flags))
     (work / "o").rename(work / "undisturbed")
     real = train.learning_rate
 
     def die(step, *arguments):
-        if step == 7:
+        if step == 8:
             raise MemoryError
         return real(step, *arguments)
 

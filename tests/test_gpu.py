@@ -8,6 +8,7 @@ test_cuda.py and test_gpu_kernels.py.
 
 import inspect
 import json
+import time
 import warnings
 
 import pytest
@@ -173,6 +174,38 @@ def test_training_learns_and_repeats(tmp_path):
     assert all(0 < line["weights_changed"] < 1 for line in first[1:])
     for a, b in zip(first, again, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=0.05)
+
+
+def test_no_training_step_makes_the_host_wait(tmp_path):
+    """Nothing in a step of DPO reads from the GPU, or writes there before it has done what it was given."""
+    model = on_gpu()
+    args = train.resolve(train.Args(model="random", neg="random", lr=1e-4))
+    pairs = training_rows(random_pairs(16), args)
+    reference = all_logps(model, pairs, args)
+    optimizer = MasterAdamW(model, args.lr, args.seed)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            train.train(optimizer, pairs, reference, args, Metrics(tmp_path / "m.jsonl"), train.State())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [f"{w.filename}:{w.lineno}" for w in waits if "synchronizing" in str(w.message)] == []
+
+
+def test_numbers_travel_while_the_host_goes_on():
+    """While the GPU is busy for about a second, what is sent and what is to be read take the host no time;
+    what is read is the value at the time of sending."""
+    numbers = torch.arange(3, device="cuda")
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    torch.cuda._sleep(2 * 10**9)  # cycles
+    sent = fast.sent([5, 6, 7], "cuda")
+    reading = fast.Reading(numbers + sent)
+    numbers += 100
+    given = time.perf_counter() - started
+    assert reading.read() == [5, 7, 9] and numbers.tolist() == [100, 101, 102]
+    assert given < 0.3 < reading.time - started
 
 
 def test_the_whole_job(tmp_path):

@@ -11,11 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ((ROOT / name).read_text() for name in ("README.md", "docs.md"))
-ORDER = ("train", "dry_run", "ppo", "rewards", "run_folder", "revise", "selection", "batches",
-         "eval", "responses", "verdicts", "report", "figures", "measures", "diversity", "pairs", "negatives",
-         "contexts", "rows", "data", "formats", "judge", "endpoint", "checks", "sample", "tokenizer",
-         "chat_template", "replies", "memory", "losses", "folder", "model", "optimizer", "lora", "shard",
-         "config", "checkpoint", "schema", "run", "console", "fast", "gpu_kernels")
+ORDER = ("train", "dry_run", "training_log", "ppo", "rewards", "run_folder", "revise", "selection",
+         "batches", "eval", "responses", "verdicts", "report", "figures", "measures", "diversity", "pairs",
+         "negatives", "contexts", "rows", "data", "formats", "judge", "endpoint", "checks", "sample",
+         "tokenizer", "chat_template", "replies", "memory", "losses", "folder", "model", "optimizer", "lora",
+         "shard", "config", "checkpoint", "schema", "run", "console", "fast", "gpu_kernels")
 METHOD = ("losses", "negatives", "pairs", "train", "model", "sample")  # from a prompt to a model
 FILES = sorted(ROOT.glob("*.py"))
 FOLDERS = ("assets", "bench", "results", "tests")

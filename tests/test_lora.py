@@ -24,7 +24,7 @@ from folder import load, save_adapter
 from lora import LoRALinear, adapted_layers, adapters_off, add_adapters
 from losses import dpo, sequence_logps
 from model import Decoder
-from optimizer import MasterAdamW, all_reduce_gradients
+from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm
 from negatives import Pair
 from run import main, rank, read_json
 from selection import save_model
@@ -71,7 +71,7 @@ def one_step(model: Decoder, lr: float = 1e-3) -> MasterAdamW:
     """The optimizer of a model after one step of DPO."""
     optimizer = MasterAdamW(model, lr, seed=0)
     backward(model)
-    optimizer.step(0, lr)
+    optimizer.step(0, lr, gradient_norm(optimizer.weights))
     optimizer.zero_grad()
     return optimizer
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import optimizer as optimizer_module
 from losses import response_logps
-from optimizer import MasterAdamW, learning_rate, round_stochastically
+from optimizer import MasterAdamW, gradient_norm, learning_rate, round_stochastically
 
 BF16_STEP = 2.0**-13  # between two bf16 numbers from 1/64 to 1/32
+SMALL = torch.zeros(())  # a norm that clips nothing
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -153,11 +154,48 @@ def test_in_fp32_it_is_torchs_adamw_to_the_last_bit():
         lr = learning_rate(step, 10, 1e-3)
         set_gradients(ours, step)
         set_gradients(theirs, step)
-        optimizer.step(step, lr)
+        optimizer.step(step, lr, SMALL)
         oracle.param_groups[0]["lr"] = lr
         oracle.step()
     for before, a, b in zip(start, ours.parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b) and not torch.equal(a, before)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_gradients_are_clipped_to_a_norm_of_1(scale):
+    """As torch's clip_grad_norm_ does it before a step, over steps whose moments remember the scale."""
+    ours, theirs = small(torch.float32), small(torch.float32)
+    optimizer = MasterAdamW(ours, lr=1e-3, seed=0)
+    oracle = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for step in range(4):
+        for model in (ours, theirs):
+            set_gradients(model, step)
+            for p in model.parameters():
+                p.grad *= scale if step % 2 else 1e-3
+        norm = gradient_norm(optimizer.weights)
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        torch.testing.assert_close(norm, expected)
+        optimizer.step(step, 1e-3, norm)
+        oracle.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_whose_norm_is_not_finite_is_none(dtype, broken):
+    """Masters, moments and the count of steps stay; the next step is what it would have been."""
+    skipping, plain = stepped(0, dtype), stepped(0, dtype)
+    set_gradients(skipping.model, 3)
+    skipping.weights[0].grad.view(-1)[5] = broken
+    norm = gradient_norm(skipping.weights)
+    assert not norm.isfinite()
+    skipping.step(3, 1e-2, norm)
+    for optimizer in (skipping, plain):
+        set_gradients(optimizer.model, 4)
+        optimizer.step(4, 1e-3, SMALL)
+    for (name, a), (_, b) in zip(skipping.state(), plain.state(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_in_fp32_the_model_is_its_own_master():
@@ -177,7 +215,7 @@ def steady_steps(rounding: str, lr: float = 1e-6, steps: int = 20) -> tuple[Mast
     for step in range(steps):
         for p in model.parameters():
             p.grad = torch.ones(p.shape)
-        optimizer.step(step, lr)
+        optimizer.step(step, lr, SMALL)
     return optimizer, start
 
 
@@ -238,7 +276,7 @@ def stepped(seed: int, dtype: torch.dtype = torch.bfloat16) -> MasterAdamW:
     optimizer = MasterAdamW(model, lr=1e-4, seed=seed)
     for step in range(3):
         set_gradients(model, step)
-        optimizer.step(step, 1e-4)
+        optimizer.step(step, 1e-4, SMALL)
     return optimizer
 
 
@@ -259,7 +297,7 @@ def test_each_step_is_rounded_by_its_own_numbers():
     for number in (7, 8, 7):
         for p in optimizer.weights:
             p.grad = torch.zeros(p.shape)
-        optimizer.step(number, lr=0.0)
+        optimizer.step(number, 0.0, SMALL)
         copies.append(torch.cat([p.detach().flatten() for p in optimizer.weights]))
     assert torch.equal(copies[0], copies[2]) and not torch.equal(copies[0], copies[1])
 
@@ -302,7 +340,7 @@ def test_frozen_weights_stay_and_are_saved():
     before = model[1].weight.clone()
     optimizer = MasterAdamW(model, lr=1e-2, seed=0)
     set_gradients(model[0], 0)
-    optimizer.step(0, 1e-2)
+    optimizer.step(0, 1e-2, SMALL)
     assert len(optimizer.masters) == 2 and torch.equal(model[1].weight, before)
     assert torch.equal(optimizer.weights_to_save(torch.float32)["1.weight"], before.float())
 
@@ -330,7 +368,7 @@ def test_an_fp32_model_has_changed_where_its_bf16_value_has():
     nn.init.uniform_(model.weight, 1 / 64, 1 / 32, generator=seeded(0))
     optimizer = MasterAdamW(model, lr=1e-6, seed=0)
     model.weight.grad = torch.ones(model.weight.shape)
-    optimizer.step(0, 1e-6)
+    optimizer.step(0, 1e-6, SMALL)
     assert 0 < optimizer.share_changed() < 0.02
     assert steady_steps("nearest")[0].share_changed() == 0.0
     share = 2e-5 / BF16_STEP

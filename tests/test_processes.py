@@ -18,7 +18,7 @@ import train
 from batches import all_logps, training_rows
 from folder import load
 from model import Decoder
-from optimizer import MasterAdamW, all_reduce_gradients
+from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm
 from run import Metrics, main, rank, read_jsonl, world
 from train import Args
 
@@ -40,15 +40,16 @@ class PlainSGD:
         self.weights = [p for p in model.parameters() if p.requires_grad]
 
     @torch.no_grad()
-    def step(self, number: int, lr: float) -> None:
-        for p in self.weights:
-            p -= lr * p.grad
+    def step(self, number: int, lr: float, norm: Tensor) -> None:
+        if norm.isfinite():
+            for p in self.weights:
+                p -= lr * p.grad / norm.clamp(min=1)
 
     def zero_grad(self) -> None:
         self.model.zero_grad()
 
-    def share_changed(self) -> float:
-        return 0.0
+    def share_changed(self) -> Tensor:
+        return torch.zeros(())
 
 
 def flat(tensors) -> Tensor:
@@ -62,7 +63,7 @@ def experiment(folder: Path, scratch: Path, method: str, pass_tokens: int, count
 
     scale: what the second process's gradients are multiplied by before they are added up.
     """
-    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+    gradients = []
 
     def reduce_scaled(model: Decoder) -> None:
         for p in model.parameters():
@@ -70,10 +71,9 @@ def experiment(folder: Path, scratch: Path, method: str, pass_tokens: int, count
                 p.grad *= scale
         all_reduce_gradients(model)
 
-    def clip_recorded(parameters, *rest) -> Tensor:
-        parameters = list(parameters)
-        gradients.append(flat(p.grad for p in parameters))
-        return clip(parameters, *rest)
+    def recorded_norm(weights) -> Tensor:
+        gradients.append(flat(p.grad for p in weights))
+        return gradient_norm(weights)
 
     args = Args(batch=3, lr=0.1, pass_tokens=pass_tokens, **METHODS[method])
     pairs = training_rows(random_pairs(count, rejected=args.n_neg), args)
@@ -82,7 +82,7 @@ def experiment(folder: Path, scratch: Path, method: str, pass_tokens: int, count
     reference = all_logps(model, pairs, args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "all_reduce_gradients", reduce_scaled)
-        patch.setattr(train, "clip_grad_norm_", clip_recorded)
+        patch.setattr(train, "gradient_norm", recorded_norm)
         train.train(PlainSGD(model), pairs, reference, args, Metrics(file), train.State())
     result = dict(weights=flat(model.parameters()), reference=reference)
     if rank():

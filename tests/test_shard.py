@@ -27,7 +27,7 @@ from checkpoint import StopSignal
 from folder import load, read_config
 from losses import OBJECTIVES
 from model import Decoder
-from optimizer import MasterAdamW
+from optimizer import MasterAdamW, gradient_norm
 from run import Metrics, Stopped, UserError, main, rank, read_json, read_jsonl, share_of, world
 from shard import copy_own, gathered, is_sharded, local, refresh, shard_weights, shards, span, whole
 
@@ -68,12 +68,11 @@ def experiment(folder: Path, scratch: Path, case: str, dtype: str, sharded: bool
     """A run of plain SGD at lr 0.1: the gradients of every step before clipping, the weights after the last
     one, and metrics. scale: what the second process's losses are multiplied by."""
     name = f"{case}-{dtype}-{sharded}-{scale}-{world()}"
-    gradients, clip = [], torch.nn.utils.clip_grad_norm_
+    gradients = []
 
-    def clip_recorded(parameters, *rest) -> Tensor:
-        parameters = [p for p in parameters if p.requires_grad]
-        gradients.append(flat(whole(p.grad) for p in parameters))
-        return clip(parameters, *rest)
+    def recorded_norm(weights) -> Tensor:
+        gradients.append(flat(whole(p.grad) for p in weights))
+        return gradient_norm(weights)
 
     def scaled(objective):
         def loss(*given):
@@ -83,8 +82,8 @@ def experiment(folder: Path, scratch: Path, case: str, dtype: str, sharded: bool
         return dataclasses.replace(objective, loss=loss)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "clip_grad_norm_", clip_recorded)
-        patch.setattr(ppo, "clip_grad_norm_", clip_recorded)
+        patch.setattr(train, "gradient_norm", recorded_norm)
+        patch.setattr(ppo, "gradient_norm", recorded_norm)
         patch.setattr(train, "OBJECTIVES", {key: scaled(value) for key, value in OBJECTIVES.items()})
         run = run_ppo if case.startswith("ppo") else run_pairs
         models = run(folder, scratch / f"{name}.jsonl", dict(CASES[case], dtype=dtype, shard=sharded))
@@ -126,7 +125,7 @@ def bf16_is_rounded_alike(folder: Path) -> dict[str, bool]:
             p.grad = torch.zeros_like(p, dtype=torch.float32)
             copy_own(p.grad, q.grad)
         for optimizer in (sharded, plain):
-            optimizer.step(step, 1e-4)
+            optimizer.step(step, 1e-4, gradient_norm(optimizer.weights))
     stale = same_weights(dict(copied.named_parameters()), dict(plain.model.named_parameters()))
     refresh(copied, sharded.model)
     fresh = gathered(sharded.model).state_dict()
@@ -135,7 +134,7 @@ def bf16_is_rounded_alike(folder: Path) -> dict[str, bool]:
         masters=all(torch.equal(whole(p), q) for p, q in zip(sharded.masters, plain.masters, strict=True)),
         copies=same_weights(fresh, plain.model.state_dict()),
         refreshed=same_weights(copied.state_dict(), fresh) and not stale,
-        shares=sharded.share_changed() == plain.share_changed() > 0,
+        shares=bool(sharded.share_changed() == plain.share_changed() > 0),
         saved=same_weights(saved, {} if rank() else expected),
         spans=all(torch.equal(local(p).flatten(), q.flatten()[span(p)])
                   for p, q in zip(sharded.weights, plain.weights, strict=True)),
@@ -147,14 +146,14 @@ def bf16_training(folder: Path, scratch: Path, sharded: bool) -> dict[str, Tenso
     args = train.Args(batch=3, lr=1e-3, pass_tokens=1, dtype="bfloat16", shard=sharded)
     pairs, gradients = training_rows(random_pairs(7), args), []
 
-    def clip_recorded(parameters, *rest) -> Tensor:
-        gradients[:] = [whole(p.grad) for p in parameters]
-        return torch.nn.utils.clip_grad_norm_(parameters, *rest)
+    def recorded_norm(weights) -> Tensor:
+        gradients[:] = [whole(p.grad) for p in weights]
+        return gradient_norm(weights)
 
     optimizer = MasterAdamW(train.load_trainable(folder, args), args.lr, args.seed)
     reference = all_logps(optimizer.model, pairs, args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "clip_grad_norm_", clip_recorded)
+        patch.setattr(train, "gradient_norm", recorded_norm)
         metrics = Metrics(scratch / f"bf16-{world()}.jsonl")
         train.train(optimizer, pairs, reference, args, metrics, train.State())
     assert {gradient.dtype for gradient in gradients} == {torch.float32}

@@ -1,0 +1,114 @@
+"""training_log.py - what a training step has shown, read when the next one is under way.
+
+A GPU works through what the host has given it, thousands of operations a step, while the host prepares more.
+A number that the host reads makes it wait for all of them, and then the GPU for the host. So a step's numbers
+are sent to main memory as they come, and read when the next step has been given; validations and checkpoints
+have them read before. On a CPU nothing is ever under way, and the numbers are there at once.
+
+    python -m pytest tests/test_training_log.py
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
+
+from fast import Reading
+from run import Metrics, UserError, gather
+
+
+@dataclass
+class State:
+    """Training progress: everything in a checkpoint except tensors."""
+
+    candidate: int = 0  # which combination of listed values
+    round: int = 0  # which round of self-training
+    batch: int = 0  # batches done in this round
+    step: int = 0  # steps done by this candidate, in all its rounds
+    tokens: int = 0  # trained on in these steps
+    seconds: float = 0.0  # spent in these steps
+    skipped: int = 0  # how many of these steps were skipped
+    skipped_in_a_row: int = 0
+    scores: list[float] = field(default_factory=list)  # of this round's validations
+    rows: int = 0  # lines of metrics.jsonl
+    finished: list[dict] = field(default_factory=list)  # summaries of the candidates before this one
+    best: dict | None = None  # the best validation of all, see Selection
+    pairs: str = ""  # fingerprint of this round's training rows
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that the device has been given."""
+
+    number: int  # from 1, of this candidate's steps
+    epoch: int
+    lr: float
+    ids: list[str]  # of its pairs
+    tokens: int
+    divisor: int  # of the sum of its pairs' losses
+    names: list[str]  # of the metrics; none where this process had no pairs
+    numbers: Reading  # gradient norm, share of weights changed, then each metric of this process's pairs
+    started: float  # time.perf_counter()
+
+
+class TrainingLog:
+    """A run's metrics.jsonl, progress bar and counts, which are those of the steps that have been read."""
+
+    def __init__(self, metrics: Metrics, state: State, bar: tqdm):
+        self.metrics, self.state, self.bar = metrics, state, bar
+        self.given: Step | None = None
+        self.time_read = 0.0  # when the numbers of the step before it were there
+
+    def add(self, step: Step) -> None:
+        """Read the step before this one."""
+        self.flush()
+        self.given = step
+
+    def flush(self) -> None:
+        """Read the step that was given last. UserError where it is the fifth in a row that was not finite."""
+        if self.given is None:
+            return
+        step, self.given = self.given, None
+        norm, weights_changed, *values = step.numbers.read()
+        count = len(values) // max(len(step.names), 1)  # of this process's pairs
+        of_pairs = [dict(zip(step.names, values[i::count], strict=True)) for i in range(count)]
+        rows = gather(of_pairs)  # of all processes' pairs
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        means["loss"] *= len(rows) / step.divisor  # SFT's loss is a mean over tokens, all else over pairs
+        self.count_skipped(step, norm, means["loss"])
+
+        state, bar = self.state, self.bar
+        seconds = step.numbers.time - max(step.started, self.time_read)
+        self.time_read = step.numbers.time
+        state.seconds += seconds
+        state.tokens += step.tokens
+        self.metrics.log(
+            candidate=state.candidate,
+            round=state.round,
+            step=step.number,
+            epoch=step.epoch,
+            **means,
+            grad_norm=norm,
+            lr=step.lr,
+            pairs=len(rows),
+            tokens=step.tokens,
+            tokens_per_second=step.tokens / seconds,
+            skipped=state.skipped,
+            weights_changed=weights_changed,
+        )
+        state.rows = self.metrics.rows
+        margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
+        bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {state.tokens / state.seconds:.0f} tokens/s")
+        bar.update(len(rows))
+
+    def count_skipped(self, step: Step, norm: float, loss: float) -> None:
+        """A step whose gradients are not finite was skipped; many in a row mean that the run is lost."""
+        state = self.state
+        if math.isfinite(norm):
+            state.skipped_in_a_row = 0
+            return
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        print(f"step {step.number} skipped: loss {loss}, gradient norm {norm} (pairs {', '.join(step.ids)})")
+        if state.skipped_in_a_row == 5:
+            raise UserError("five steps in a row were not finite: lower --lr, or use --dtype float32")
