@@ -49,7 +49,7 @@ class EmulatedAdamW(MasterAdamW):
         self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 
     @torch.no_grad()
-    def step(self, number: int, lr: float, norm: Tensor) -> None:
+    def step(self, number: int, lr: float, norm: torch.Tensor) -> None:
         for copy, master in zip(self.weights, self.masters, strict=True):
             master.grad = copy.grad / norm.clamp(min=1)
         self.adamw.param_groups[0]["lr"] = lr
