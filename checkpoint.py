@@ -48,11 +48,12 @@ class Checkpoints:
         then raises Stopped.
 
         state: a dataclass with the candidate and the step among its fields. tensors() gives what is to be
-        kept; all processes call this after every step.
+        kept, and may bring `state` up to date; all processes call this after every step.
         """
         signal_number = self.stop.came()
         if signal_number or now or (every and state.step % every == 0):
-            self.save(tensors(), dataclasses.asdict(state))
+            kept = tensors()
+            self.save(kept, dataclasses.asdict(state))
         if signal_number:
             raise Stopped(f"stopped after step {state.step}, which is saved: the same command with --resume "
                           "goes on from there", signal_number)

@@ -11,7 +11,7 @@ fp64, and tests/test_gpu_kernels.py of the kernels. What they save is in bench/R
     swiglu           keeps its two arguments and not a third tensor of their size
     least_of_nucleus    finds where top-p cuts without sorting the vocabulary
     invert_cumulative   draws a token without a cumulative sum over the vocabulary
-    sent, Reading    numbers travel while the host goes on
+    sent, Reading    numbers travel while the host goes on; Moment tells when they are there
     graphed          a decoding step as one CUDA graph
     tune_allocator   freed memory stays in the process
     skip_cudnn_attention   a GPU prepares nothing anew for every length
@@ -65,32 +65,44 @@ def runs_triton(x: Tensor) -> bool:
 # ------------------------------------------------------------------------- between host and device
 
 def sent(values: list | Tensor, device: torch.device | str) -> Tensor:
-    """Integers, or a tensor in main memory, on a device. A GPU takes them when its turn comes: the host goes
-    on. Plain form: torch.tensor(values, device=device)."""
+    """Integers, or a tensor in main memory, on a device. A GPU takes them when it comes to that, and the host
+    goes on. Plain form: torch.as_tensor(values, device=device)."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.long)
     if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()  # else the host waits until all that the GPU has been given is done
+        tensor = tensor.pin_memory()  # else the host waits for all that the GPU has been given
     return tensor.to(device, non_blocking=True)
 
 
-class Reading:
-    """Numbers of a tensor on their way to main memory. The host goes on until it reads them.
+class Moment:
+    """When a device has done all that it has been given by now."""
 
-    time: of time.perf_counter(), when they were there; with a GPU it is known once they are read.
-    """
+    def __init__(self, device: torch.device):
+        self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self.event:
+            self.event.record()
+        self.time = time.perf_counter()  # a CPU's, which has done it
+
+    def wait(self) -> None:
+        if self.event:
+            self.event.synchronize()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Both must have come."""
+        if self.event:
+            return earlier.event.elapsed_time(self.event) / 1000
+        return self.time - earlier.time
+
+
+class Reading:
+    """A copy of a tensor on its way to main memory. The host goes on until it reads it."""
 
     def __init__(self, tensor: Tensor):
-        self.copy = tensor.to("cpu", non_blocking=True)
-        self.event = torch.cuda.Event() if tensor.is_cuda else None
-        if self.event:
-            self.event.record()  # after the copy
-        self.time = time.perf_counter()
+        self.copy = tensor.to("cpu", non_blocking=True, copy=True)
+        self.arrival = Moment(tensor.device)
 
     def read(self) -> list:
         """The numbers, as tensor.tolist() gives them."""
-        if self.event:
-            self.event.synchronize()
-            self.time = time.perf_counter()
+        self.arrival.wait()
         return self.copy.tolist()
 
 

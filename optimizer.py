@@ -97,16 +97,23 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, number: int, lr: float, norm: Tensor) -> None:
-        """Update the masters by the weights' gradients, clipped to norm 1, then round them into the weights;
-        number from 0, norm from `gradient_norm`. Where it is not finite, masters and moments stay."""
+        """Update the masters by the weights' gradients, clipped to norm 1, then round them into the weights.
+
+        number: from 0. norm: what `gradient_norm` gives; where it is not finite, masters and moments stay as
+        they are, and the weights are rounded anew from the same masters.
+        """
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad = weight.grad
         self.adamw.param_groups[0]["lr"] = lr
-        # AdamW divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1: no
-        # pass over the gradients is needed for either, and on a GPU the host need not know the norm.
+        # AdamW divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1. So
+        # neither needs a pass over the gradients of its own, nor, on a GPU, a host that knows the norm.
         self.adamw.grad_scale = (norm.float() + 1e-6).clamp(min=1)
         self.adamw.found_inf = (~norm.isfinite()).float()
         self.adamw.step()
+        self.round_weights(number)
+
+    def round_weights(self, number: int) -> None:
+        """Bring the working copy up to the masters, after step `number`."""
         # Seeded by seed and step, so that runs repeat and all processes hold the same copy.
         generator = torch.Generator()
         generator.manual_seed(seed_from("rounding", self.seed, number))
@@ -128,7 +135,7 @@ class MasterAdamW:
         changed = (self.watched_values() != self.start).float()
         if not is_sharded(self.model):
             return changed.mean()
-        counts = torch.stack([changed.sum(), torch.ones_like(changed).sum()])  # (2,)
+        counts = torch.stack([changed.sum(), changed.new_full((), changed.numel())])  # (2,)
         dist.all_reduce(counts)
         return counts[0] / counts[1]
 

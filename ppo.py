@@ -38,13 +38,14 @@ from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm, learning_rate
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
-from run import (Metrics, UserError, barrier, flag_of, gather, option, peak_memory, progress, rank, seed_from,
+from run import (UserError, barrier, flag_of, gather, option, peak_memory, progress, rank, seed_from,
                  share_of, world, write_json)
 from run_folder import begin_or_resume
 from sample import Sampler, Sampling
 from selection import save_model
 from shard import gathered, is_sharded, refresh, shard_weights
 from tokenizer import Tokenizer
+from training_log import Metrics
 
 MAX_NEW_TOKENS = 256  # of a rollout; fewer where the data set's own responses are shorter
 

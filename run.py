@@ -235,7 +235,8 @@ def started_by_torchrun() -> bool:
 
 
 def start_processes() -> None:
-    """Join torchrun's processes, where there are several: NCCL on GPUs, gloo on CPUs. Only rank 0 prints."""
+    """Join torchrun's processes, where there are several: NCCL for what GPUs hold, gloo for all else, which
+    so never waits for a GPU. Only rank 0 prints."""
     if started_by_torchrun():
         if torch.cuda.is_available():
             gpus, number = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
@@ -246,8 +247,8 @@ def start_processes() -> None:
         store, number, size = next(rendezvous("env://", timeout=timeout))
         # Each start has a part of torchrun's store to itself: in another's are the addresses of the dead.
         store = dist.PrefixStore(f"start-{restarts()}", store)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number,
-                                world_size=size, timeout=timeout)
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, store=store, rank=number, world_size=size, timeout=timeout)
         if rank():
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
 
@@ -513,28 +514,6 @@ def peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Metrics:
-    """metrics.jsonl: one JSON object a step, appended at once, so that a killed run keeps what it logged.
-
-    Process 0 alone writes. rows: how many lines to keep of what is there; those after them are of steps that
-    will be taken again.
-    """
-
-    def __init__(self, path: Path, rows: int = 0):
-        self.rows = rows
-        self.path = Path(os.devnull) if rank() else path
-        if str(self.path) == os.devnull:
-            return
-        kept = path.read_bytes().splitlines(keepends=True)[:rows] if rows else []
-        path.touch()
-        os.truncate(path, sum(map(len, kept)))  # which takes no room on a full disk, as writing anew would
-
-    def log(self, **values) -> None:
-        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        self.rows += 1
 
 
 def progress(total: int, unit: str, label: str) -> tqdm:

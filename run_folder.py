@@ -115,7 +115,7 @@ def given_pairs(args, source: Path) -> list[Pair]:
 
 
 def begin_or_resume(grid: list, folder: Path, checkpoints: Checkpoints) -> tuple[dict, dict[str, Tensor]]:
-    """Where training stands, train.State as a dict, and the tensors to go on from; a new run has neither.
+    """Where training stands, a State as a dict, and the tensors to go on from; a new run has neither.
 
     UserError where the run in the folder was begun with other arguments, or on another machine.
     """

@@ -60,13 +60,13 @@ from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from revise import check_revisable, revise
 from rewards import check_data
 from rows import missing_part
-from run import (Metrics, UserError, barrier, default_device, fingerprint, flag_of, main, option,
+from run import (UserError, barrier, default_device, fingerprint, flag_of, main, option,
                  parse_all, peak_memory, progress, rank, restarts, write_json)
 from run_folder import (begin_or_resume, check_space, given_pairs, is_finished, refuse_occupied, run_folder,
                         swept, with_settings_of_pairs, write_arguments)
 from selection import Selection, check_validation, save_model
 from shard import gathered, shard_weights
-from training_log import State, Step, TrainingLog
+from training_log import Metrics, State, Step, TrainingLog
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 SMALL = 5e8  # parameters, below which LR is said to be too low: on 135M it gains nothing in 30 steps
@@ -241,7 +241,9 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
     log = TrainingLog(metrics, state, bar)
 
     def kept() -> dict[str, Tensor]:
-        log.flush()  # what a checkpoint counts has been read
+        """What a checkpoint keeps. `state`, kept beside it, then counts all steps."""
+        log.flush()
+        state.rows = metrics.rows
         return optimizer.tensors() | dict(reference=reference)
 
     for number, batch in enumerate(batches[state.batch :], state.batch):
@@ -249,7 +251,7 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             print(f"stopped after step {number} of {len(batches)}: {args.patience} validations were no "
                   "better")
             break
-        started = time.perf_counter()
+        start = fast.Moment(model.device)
 
         # The loss is one mean over the whole batch, however it is cut into micro-batches and wherever those
         # are computed: its gradient is the sum of theirs.
@@ -287,8 +289,9 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             tokens=sum(token_count(groups_of(pairs[i], args)) for i in batch),
             divisor=divisor,
             names=list(measured),
+            count=sum(map(len, measured["loss"])) if measured else 0,
             numbers=fast.Reading(torch.cat([norm.view(1), optimizer.share_changed().view(1), *shown])),
-            started=started,
+            start=start,
         ))
 
         best_before = state.best
@@ -302,7 +305,6 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             metrics.log(candidate=state.candidate, step=state.step, **{"validation_" + selection.name: score})
 
         # A better model is in model/ already: a run that is killed now must remember which it is.
-        state.rows = metrics.rows
         if checkpoints:
             checkpoints.after_step(args.save_every, kept, state, now=state.best is not best_before)
     log.flush()

@@ -1,4 +1,4 @@
-"""training_log.py - what a training step has shown, read when the next one is under way.
+"""training_log.py - metrics.jsonl: what a training step has shown, read when the next one is under way.
 
 A GPU works through what the host has given it, thousands of operations a step, while the host prepares more.
 A number that the host reads makes it wait for all of them, and then the GPU for the host. So a step's numbers
@@ -8,13 +8,38 @@ have them read before. On a CPU nothing is ever under way, and the numbers are t
     python -m pytest tests/test_training_log.py
 """
 
+import json
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tqdm import tqdm
 
-from fast import Reading
-from run import Metrics, UserError, gather
+from fast import Moment, Reading
+from run import UserError, gather, naming, rank
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a step, appended at once, so that a killed run keeps what it logged.
+
+    Process 0 alone writes. rows: how many lines to keep of what is there; those after them are of steps that
+    will be taken again.
+    """
+
+    def __init__(self, path: Path, rows: int = 0):
+        self.rows = rows
+        self.path = Path(os.devnull) if rank() else path
+        if str(self.path) == os.devnull:
+            return
+        kept = path.read_bytes().splitlines(keepends=True)[:rows] if rows else []
+        path.touch()
+        os.truncate(path, sum(map(len, kept)))  # which takes no room on a full disk, as writing anew would
+
+    def log(self, **values) -> None:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        self.rows += 1
 
 
 @dataclass
@@ -46,9 +71,10 @@ class Step:
     ids: list[str]  # of its pairs
     tokens: int
     divisor: int  # of the sum of its pairs' losses
-    names: list[str]  # of the metrics; none where this process had no pairs
+    names: list[str]  # of the metrics; none where this process has no pairs
+    count: int  # of this process's pairs
     numbers: Reading  # gradient norm, share of weights changed, then each metric of this process's pairs
-    started: float  # time.perf_counter()
+    start: Moment
 
 
 class TrainingLog:
@@ -57,7 +83,6 @@ class TrainingLog:
     def __init__(self, metrics: Metrics, state: State, bar: tqdm):
         self.metrics, self.state, self.bar = metrics, state, bar
         self.given: Step | None = None
-        self.time_read = 0.0  # when the numbers of the step before it were there
 
     def add(self, step: Step) -> None:
         """Read the step before this one."""
@@ -70,16 +95,14 @@ class TrainingLog:
             return
         step, self.given = self.given, None
         norm, weights_changed, *values = step.numbers.read()
-        count = len(values) // max(len(step.names), 1)  # of this process's pairs
-        of_pairs = [dict(zip(step.names, values[i::count], strict=True)) for i in range(count)]
-        rows = gather(of_pairs)  # of all processes' pairs
+        rows = [dict(zip(step.names, values[i :: step.count], strict=True)) for i in range(step.count)]
+        rows = gather(rows)  # of all processes
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         means["loss"] *= len(rows) / step.divisor  # SFT's loss is a mean over tokens, all else over pairs
         self.count_skipped(step, norm, means["loss"])
 
         state, bar = self.state, self.bar
-        seconds = step.numbers.time - max(step.started, self.time_read)
-        self.time_read = step.numbers.time
+        seconds = step.numbers.arrival.seconds_since(step.start)
         state.seconds += seconds
         state.tokens += step.tokens
         self.metrics.log(
@@ -96,7 +119,6 @@ class TrainingLog:
             skipped=state.skipped,
             weights_changed=weights_changed,
         )
-        state.rows = self.metrics.rows
         margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
         bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {state.tokens / state.seconds:.0f} tokens/s")
         bar.update(len(rows))

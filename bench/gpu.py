@@ -29,9 +29,10 @@ from fast import skip_cudnn_attention, slice_backward, slice_forward
 from model import Decoder
 from optimizer import MasterAdamW
 from negatives import Pair, Response
-from run import Metrics, default_device, environment, read_jsonl, write_json
+from run import default_device, environment, read_jsonl, write_json
 from sample import Sampler, Sampling
 from train import Args, State, groups_of, resolve, train
+from training_log import Metrics
 
 COMMON = dict(rms_norm_eps=1e-6, max_position_embeddings=8192, hidden_act="silu")
 LLAMA_1B = dict(COMMON, model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,

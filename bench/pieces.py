@@ -18,10 +18,11 @@ from batches import all_logps
 from fast import upcast
 from folder import load
 from optimizer import MasterAdamW
-from run import Metrics, default_device
+from run import default_device
 from sample import Sampling, generate
 from tokenizer import Tokenizer
 from train import Args, State, resolve, train
+from training_log import Metrics
 
 PLAIN = dict(
     linear_logps=lambda hidden, weight, targets:

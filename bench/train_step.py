@@ -22,9 +22,10 @@ from fast import tune_allocator
 from folder import load
 from optimizer import MasterAdamW
 from negatives import Pair, Response
-from run import Metrics, default_device
+from run import default_device
 from tokenizer import Tokenizer
 from train import Args, State, all_logps, resolve, train
+from training_log import Metrics
 
 COPIES = dict(ours=1, ours_4x=4, ours_16x=16)  # child -> how often it takes the rows
 

@@ -30,10 +30,11 @@ from losses import sequence_logps
 from model import Decoder
 from optimizer import MasterAdamW, round_stochastically
 from pairs import load_pairs
-from run import (Metrics, UserError, default_dtype, environment, main, peak_memory, read_json, read_jsonl,
+from run import (UserError, default_dtype, environment, main, peak_memory, read_json, read_jsonl,
                  seed_from, write_json)
 from selection import Selection, mean_margin
 from train import Args, State, resolve, train
+from training_log import Metrics
 
 WAYS = ("fp32", "stochastic", "nearest")
 BLUE, GREY, VERMILION = "#0072b2", "#555555", "#d55e00"
@@ -46,14 +47,10 @@ class EmulatedAdamW(MasterAdamW):
         super().__init__(model, lr, seed, rounding)
         self.masters = [weight.detach().clone() for weight in self.weights]
         self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
-        self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
+                                       fused=True)
 
-    @torch.no_grad()
-    def step(self, number: int, lr: float, norm: torch.Tensor) -> None:
-        for copy, master in zip(self.weights, self.masters, strict=True):
-            master.grad = copy.grad / norm.clamp(min=1)
-        self.adamw.param_groups[0]["lr"] = lr
-        self.adamw.step()
+    def round_weights(self, number: int) -> None:
         generator = torch.Generator().manual_seed(seed_from("rounding", self.seed, number))
         for copy, master in zip(self.weights, self.masters, strict=True):
             is_matrix = copy.dim() > 1  # norms stay in fp32

@@ -53,8 +53,9 @@ from data import Example
 from measures import Answer
 from model import Decoder, Packed
 from negatives import Pair, Response
-from run import Metrics, main, read_jsonl
+from run import main, read_jsonl
 from sample import Sample, generate
+from training_log import Metrics
 
 torch.set_num_threads(1)  # of each of the processes that share the tests, and of those they start
 os.environ.setdefault("OMP_NUM_THREADS", "1")

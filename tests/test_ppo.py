@@ -35,9 +35,10 @@ from ppo import (Rollout, explained_variance, gae, kl_penalty, load_critic, poli
                  response_values, rollout_batches, token_rewards, training_batches, update, value_loss,
                  whiten)
 from rewards import REWARDS, Reward, check_data, mutual_information, rewards_of
-from run import Metrics, UserError, main, rank, read_json, read_jsonl, world
+from run import UserError, main, rank, read_json, read_jsonl, world
 from sample import Sampling, generate
 from tokenizer import Tokenizer
+from training_log import Metrics
 
 
 def arguments(**changes) -> train.Args:

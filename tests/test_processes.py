@@ -19,8 +19,9 @@ from batches import all_logps, training_rows
 from folder import load
 from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm
-from run import Metrics, main, rank, read_jsonl, world
+from run import main, rank, read_jsonl, world
 from train import Args
+from training_log import Metrics
 
 METHODS = dict(dpo=dict(), pairwise=dict(n_neg=3), softmax=dict(n_neg=3, softmax=True),
                sft=dict(method="sft"))

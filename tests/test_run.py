@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 import run
-from run import (Metrics, UserError, fingerprint, option, parse, parse_all, read_appended, read_json,
+from run import (UserError, fingerprint, option, parse, parse_all, read_appended, read_json,
                  read_jsonl, seed_from, write_atomic)
+from training_log import Metrics
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("sample", "judge", "pairs", "train", "eval")

@@ -28,8 +28,9 @@ from folder import load, read_config
 from losses import OBJECTIVES
 from model import Decoder
 from optimizer import MasterAdamW, gradient_norm
-from run import Metrics, Stopped, UserError, main, rank, read_json, read_jsonl, share_of, world
+from run import Stopped, UserError, main, rank, read_json, read_jsonl, share_of, world
 from shard import copy_own, gathered, is_sharded, local, refresh, shard_weights, shards, span, whole
+from training_log import Metrics
 
 # Of seven pairs in batches of three the second process has one, one, and none. At 44 tokens a pass some sets
 # of three take two passes and some take three.
@@ -130,7 +131,15 @@ def bf16_is_rounded_alike(folder: Path) -> dict[str, bool]:
     refresh(copied, sharded.model)
     fresh = gathered(sharded.model).state_dict()
     saved, expected = sharded.weights_to_save(torch.float32), plain.weights_to_save(torch.float32)
+    masters = [whole(master) for master in sharded.masters]
+    for p in sharded.weights:
+        p.grad = torch.ones_like(p, dtype=torch.float32)
+    if rank():  # one number, of one process's rows
+        local(sharded.weights[0].grad).view(-1)[0] = torch.nan
+    norm = gradient_norm(sharded.weights)
+    sharded.step(2, 1e-2, norm)
     return dict(
+        skipped=not norm.isfinite() and all(map(torch.equal, masters, map(whole, sharded.masters))),
         masters=all(torch.equal(whole(p), q) for p, q in zip(sharded.masters, plain.masters, strict=True)),
         copies=same_weights(fresh, plain.model.state_dict()),
         refreshed=same_weights(copied.state_dict(), fresh) and not stale,
