@@ -38,6 +38,7 @@ from losses import OBJECTIVES, response_logps
 from model import Decoder, Packed, rotary_tables
 from optimizer import MasterAdamW, gradient_norm
 from sample import Cache, Decode, Prefill, Sampling, SharedPrefill, generate
+from training_log import Metrics
 
 IDS = torch.randint(320, (200,), generator=torch.Generator().manual_seed(0))
 
@@ -365,7 +366,7 @@ def test_a_whole_training_step_reads_nothing(method, gpu, tmp_path, monkeypatch)
     pairs = training_rows(random_pairs(8), args)
     reference = torch.zeros(len(pairs), 2, device="meta")
     state = train.State()
-    train.train(optimizer, pairs, reference, args, run.Metrics(tmp_path / "metrics.jsonl"), state)
+    train.train(optimizer, pairs, reference, args, Metrics(tmp_path / "metrics.jsonl"), state)
     assert state.step == 4 and state.tokens > 0 and len((tmp_path / "metrics.jsonl").open().readlines()) == 4
 
 

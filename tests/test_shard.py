@@ -115,7 +115,7 @@ def run_ppo(folder: Path, file: Path, changes: dict) -> list[Decoder]:
 
 def bf16_is_rounded_alike(folder: Path) -> dict[str, bool]:
     """Two steps of AdamW on equal gradients, sharded and whole: which of their results are equal to the last
-    bit on every process."""
+    bit on every process. Then one of whose gradients one number is none: whether every process skips it."""
     sharded, plain = (MasterAdamW(make(load(folder, torch.bfloat16)), 1e-4, seed=0)
                       for make in (shard_weights, lambda model: model))
     copied = gathered(sharded.model)
@@ -131,15 +131,7 @@ def bf16_is_rounded_alike(folder: Path) -> dict[str, bool]:
     refresh(copied, sharded.model)
     fresh = gathered(sharded.model).state_dict()
     saved, expected = sharded.weights_to_save(torch.float32), plain.weights_to_save(torch.float32)
-    masters = [whole(master) for master in sharded.masters]
-    for p in sharded.weights:
-        p.grad = torch.ones_like(p, dtype=torch.float32)
-    if rank():  # one number, of one process's rows
-        local(sharded.weights[0].grad).view(-1)[0] = torch.nan
-    norm = gradient_norm(sharded.weights)
-    sharded.step(2, 1e-2, norm)
-    return dict(
-        skipped=not norm.isfinite() and all(map(torch.equal, masters, map(whole, sharded.masters))),
+    results = dict(
         masters=all(torch.equal(whole(p), q) for p, q in zip(sharded.masters, plain.masters, strict=True)),
         copies=same_weights(fresh, plain.model.state_dict()),
         refreshed=same_weights(copied.state_dict(), fresh) and not stale,
@@ -148,6 +140,15 @@ def bf16_is_rounded_alike(folder: Path) -> dict[str, bool]:
         spans=all(torch.equal(local(p).flatten(), q.flatten()[span(p)])
                   for p, q in zip(sharded.weights, plain.weights, strict=True)),
     )
+    masters = [whole(master) for master in sharded.masters]
+    for p in sharded.weights:
+        p.grad = torch.ones_like(p, dtype=torch.float32)
+    if rank() == 1:  # one number of its rows
+        local(sharded.weights[0].grad).view(-1)[0] = torch.nan
+    norm = gradient_norm(sharded.weights)
+    sharded.step(2, 1e-2, norm)
+    stay = all(torch.equal(a, whole(b)) for a, b in zip(masters, sharded.masters, strict=True))
+    return results | dict(skipped=stay and not norm.isfinite())
 
 
 def bf16_training(folder: Path, scratch: Path, sharded: bool) -> dict[str, Tensor]:
