@@ -68,8 +68,9 @@ class Table:
         return ("args.json", "summary.json", self.numbers, *["divergence.json"] * self.divergence)
 
 
-# The defaults of --model tiny, spelled out, as its own name would also evaluate every run from the beginning.
-TINY = "--model assets/tiny --lr 2e-4"
+# The defaults of --model tiny, spelled out, as its own name would also evaluate every run from the beginning;
+# in fp32 on every machine, as the runs that are stored.
+TINY = "--model assets/tiny --lr 2e-4 --dtype float32"
 SMOLLM2 = "--model SmolLM2-135M-Instruct"
 TINY_PPO = "--critic-lr 1e-3 --rollout-batch 32 --train-batch 16"
 SCRIPTED = "--judge scripted --judge-url http://127.0.0.1:8099/v1"

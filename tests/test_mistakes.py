@@ -83,9 +83,10 @@ def test_a_full_disk_is_told_before_the_work(place, monkeypatch, capsys):
     anything is sampled."""
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 5_000_000))
-    assert leave(monkeypatch, train.program, "--limit", "4") == 2
+    few = ("--limit", "4", "--dtype", "float32")
+    assert leave(monkeypatch, train.program, *few) == 2
     assert re.search(r"a trained model takes 11 MB, 5 MB are free\n$", capsys.readouterr().err)
-    assert leave(monkeypatch, train.program, "--limit", "4", "--lr", "1e-5,1e-4") == 2
+    assert leave(monkeypatch, train.program, *few, "--lr", "1e-5,1e-4") == 2
     assert not (place / "runs").exists()
     assert re.search(r"a trained model takes 23 MB, 5 MB are free\n$", capsys.readouterr().err)
 

@@ -74,10 +74,10 @@ import train
 
 whole_step = train.MasterAdamW.step
 
-def step(self, number: int, lr: float) -> None:
+def step(self, number: int, *rest) -> None:
     if number == 2 and run.rank() == 1 and not run.restarts():
         os.kill(os.getpid(), signal.SIGKILL)
-    whole_step(self, number, lr)
+    whole_step(self, number, *rest)
 
 train.MasterAdamW.step = step
 run.main(train.program)
