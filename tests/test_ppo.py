@@ -582,9 +582,13 @@ def test_the_comparison_can_fail(two, tiny, tmp_path):
 
 @pytest.mark.parametrize("changes", [dict(pass_tokens=1), dict(slots=1), dict(pass_tokens=60, slots=2)])
 def test_passes_and_slots_change_nothing(changes, tiny, tmp_path):
-    """One process: rollouts decoded and scored one at a time, or some at a time."""
+    """One process: rollouts decoded and scored one at a time, or some at a time. Norms are those before
+    clipping, which weights alone would not show."""
     expected = experiment(tiny, tmp_path, "ppo-mi")
     got = experiment(tiny, tmp_path, "ppo-mi", **changes)
+    for key in ("grad_norm", "critic_grad_norm"):
+        norms = [line[key] for line in expected["metrics"]]
+        assert [line[key] for line in got["metrics"]] == pytest.approx(norms, rel=1e-9)
     close(got["weights"], expected["weights"], 1e-9)
     close(got["critic"], expected["critic"], 1e-9)
 
