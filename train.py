@@ -266,7 +266,8 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             chunk = [pairs[i] for i in indices]
             # (B, 1 + N) each, of InfoNCE and SAMI (B, K, K) and (B, K): log pi(y|x,c), tokens of y
             logps, lengths = pair_logps(model, chunk, args, passes)
-            loss, values = objective.loss(logps, reference[fast.sent(indices, model.device)], lengths, args)
+            start_logps = reference[fast.sent(indices, model.device)]  # (B, 1 + N)
+            loss, values = objective.loss(logps, start_logps, lengths, args)  # (B,)
             (loss.sum() / divisor).backward()
             for name, value in values.items():
                 measured.setdefault(name, []).append(value.float())
