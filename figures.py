@@ -256,9 +256,15 @@ def entropy_figure(file: Path, entropies: dict[str, np.ndarray], won: dict[str, 
 Methods = dict[str, list[dict]]  # name -> its system in eval.json, one for each seed
 
 
+def gain_key(methods: Methods) -> str:
+    """By what methods are compared: the gain in points or, where no run has one, that of the context gain."""
+    known = any(mean_of(run, "gain") is not None for runs in methods.values() for run in runs)
+    return "gain" if known else "gain_context"
+
+
 def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]]], file: Path) -> None:
-    """What every method gains and, beside it, at what price: KL from the start model or, unless all have it,
-    how likely the responses are under that model, where the grey line is the baseline's.
+    """What every method gains, by `gain_key`, and, beside it, at what price: KL from the start model or,
+    unless all have it, how likely the responses are under that model; the grey line is the baseline's.
 
     panels: title -> the systems of each method, one for each seed; the baseline's; the paper's gains in
     points. A dot is a seed, a bar the mean of several, a line the 95% interval of a single one; a hollow dot
@@ -272,12 +278,14 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
                                 squeeze=False, width_ratios=(3, 2), height_ratios=heights)
     for (gains, prices), (title, panel) in zip(axes, panels.items(), strict=True):
         methods, baseline, published = panel
+        key = gain_key(methods)
+        scale, unit = (100, "gain, points") if key == "gain" else (1, "gain in context gain, nats")
         has_kl = all(mean_of(run, "kl") is not None for runs in methods.values() for run in runs)
         price, label = ("kl", "KL from the start model, nats per response") if has_kl else (
             "nll_per_token", "base NLL, nats per token")
         for y, runs in enumerate(methods.values()):
-            for axis, key, scale in ((gains, "gain", 100), (prices, price, 1)):
-                draw_seeds(axis, y, runs, key, scale)
+            draw_seeds(gains, y, runs, key, scale)
+            draw_seeds(prices, y, runs, price, 1)
         for y, name in enumerate(methods):
             if name in published:
                 gains.plot(published[name], y, "o", markerfacecolor="none", color=GREY)
@@ -285,7 +293,7 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
         gains.axvline(0, color=GREY, linewidth=1)
         if None not in before:
             prices.axvline(0 if has_kl else np.mean(before), color=GREY, linewidth=1)
-        gains.set(xlabel="gain, points", yticks=range(len(methods)), yticklabels=list(methods),
+        gains.set(xlabel=unit, yticks=range(len(methods)), yticklabels=list(methods),
                   ylim=(len(methods) - 0.5, -0.5))
         gains.set_title(title, fontsize="small", loc="left")
         prices.set(xlabel=label)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from contexts import DataArgs, contexts_of, sampling_for
-from figures import methods_figure
+from figures import gain_key, methods_figure
 from judge import PAPER
 from measures import SYSTEMS, gaps, mean_of, with_interval
 from run import fingerprint, read_json, write_atomic
@@ -141,6 +141,7 @@ COMPARED = (  # heading, key of a system's row, scale, format
     ("win rate, %", "win_rate", 100, ".1f"), ("gain, points", "gain", 100, "+.1f"),
     ("on seen contexts", "gain_seen", 100, "+.1f"), ("on unseen", "gain_unseen", 100, "+.1f"),
     ("KL, nats", "kl", 1, ".1f"), ("context gain, nats", "context_gain", 1, ".1f"),
+    ("over the baseline's", "gain_context", 1, "+.1f"), ("the same a token", "gain_a_token", 1, "+.2f"),
     ("tokens", "tokens", 1, ".0f"), ("unfinished, %", "unfinished", 100, ".0f"),
     ("base NLL", "nll_per_token", 1, ".2f"), ("distinct-2", "distinct_2", 1, ".2f"),
     ("self-BLEU-4", "self_bleu_4", 1, ".2f"), ("prompt gain", "prompt_gain", 1, ".0f"),
@@ -152,12 +153,13 @@ LEGEND = (
     "Mean ± standard deviation over seeds, of two both, of one the 95% interval; * is what validation chose; "
     "in parentheses at the end the paper's figure, where it has one; -: no run here measures that (eval.py "
     "says of each run why).\n\n"
-    "In a table of methods, the best first. Gain: points over prompting, or in data without contexts over "
-    "the base model. Clear: seeds whose interval of the gain lies above 0. KL: from the start model, nats a "
-    "response, by results/divergence.py. Base NLL: nats a token under the start model. Prompt gain: nats "
-    "that a response owes to its question. Tokens that were sampled are those of a run's own pairs, tokens "
-    "trained on those of all responses in the loss with their prompts (PPO: without), processor seconds "
-    "train.py's, sampling included.")
+    "In a table of methods, the best first; what no row has measured has no column. Gain: points over "
+    "prompting, or in data without contexts over the base model. Clear: seeds whose interval of the gain (of "
+    "the context gain over the baseline's, where nothing says what is right) is above 0. KL: from the start "
+    "model, nats a response, by results/divergence.py. Base NLL: nats a token under the start model. Prompt "
+    "gain: nats that a response owes to its question. Tokens that were sampled are those of a run's own "
+    "pairs, tokens trained on those of all responses in the loss with their prompts (PPO: without), "
+    "processor seconds train.py's, sampling included.")
 
 Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data set -> a row for each seed
 
@@ -283,6 +285,9 @@ def beside_the_numbers(folder: Path, parts: dict, systems: dict) -> dict:
         differences = parts.get(part, {}).get("differences", {})
         if f"trained - {baseline}" in differences:
             more[key] = differences[f"trained - {baseline}"]["win_rate"]
+    over_all = parts["all"]["differences"].get(f"trained - {baseline}", {})
+    more |= dict(gain_context=over_all.get("context_gain"),
+                 gain_a_token=over_all.get("context_gain_per_token_macro"))
     divergence, summary = folder / "divergence.json", folder / "summary.json"
     if divergence.exists():
         more["kl"] = read_json(divergence)["kl"]
@@ -369,11 +374,16 @@ def plain(name: str) -> str:
 
 
 def methods_of(rows: Rows, data: str) -> Rows:
-    """The trained rows of one data set whose gain is known, the best first: name -> a row for each seed."""
-    measured = {name: [run for run in row.get(data, []) if mean_of(run, "gain") is not None]
-                for name, row in rows.items()}
-    known = {name: runs for name, runs in measured.items() if runs}
-    return dict(sorted(known.items(), key=lambda item: -np.mean([mean_of(run, "gain") for run in item[1]])))
+    """The trained rows of one data set, the best first: name -> a row for each seed.
+
+    The best by gain or, where nothing says what is right, by context gain over the baseline's.
+    """
+    of_data = {name: row[data] for name, row in rows.items() if data in row}
+    key = gain_key(of_data)
+    measured = {name: [run for run in runs if mean_of(run, key) is not None]
+                for name, runs in of_data.items()}
+    means = {name: np.mean([mean_of(run, key) for run in runs]) for name, runs in measured.items() if runs}
+    return {name: measured[name] for name in sorted(means, key=means.get, reverse=True)}
 
 
 def baseline_of(rows: Rows, data: str) -> list[dict]:
@@ -396,14 +406,16 @@ def published_gains(published: dict, methods: dict[str, list[dict]], data: str) 
 
 def methods_table(title: str, methods: dict[str, list[dict]], baseline: list[dict]) -> list[str]:
     """A Markdown table of all methods on one data set, with the columns of COMPARED; the baseline is last."""
-    lines = ["", markdown_row([title, "seeds", "clear", *(heading for heading, *_ in COMPARED)])]
-    lines.append("|---" * (3 + len(COMPARED)) + "|")
+    key = gain_key(methods)
+    table = [[title, "seeds", "clear", *(heading for heading, *_ in COMPARED)]]
     for name, runs in [*methods.items(), ("the baseline", baseline)]:
-        clear = sum((run["gain"]["low"] or 0) > 0 for run in runs if "gain" in run)
+        clear = sum((run[key]["low"] or 0) > 0 for run in runs if key in run)
         counts = [str(len(runs)), f"{clear} of {len(runs)}" if name in methods else ""]
         values = [cell(runs, *column).partition(" (")[0] for _, *column in COMPARED]
-        lines.append(markdown_row([name, *counts, *values]))
-    return lines
+        table.append([name, *counts, *values])
+    measured = [column for column in zip(*table, strict=True) if set(column[1:]) != {"-"}]
+    heading, *rows = map(markdown_row, zip(*measured, strict=True))
+    return ["", heading, "|---" * len(measured) + "|", *rows]
 
 
 def best_strategy(rows: Rows, data: str) -> str | None:

@@ -7,7 +7,8 @@
 
 A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied to
 results/TABLE/ROW/seedS, from which the report is made again. Rows with a scripted judge need
-scripted_judge.py to run beside them, and OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file.
+scripted_judge.py to run beside them, and OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file,
+persistbench-methods-smollm2 that of persistbench.py.
 """
 
 import argparse
@@ -32,14 +33,21 @@ class Row:
     """One setting.
 
     flags: of train.py; pairs_of: the row whose pairs it trains on, seed by seed; variant: what variants.py
-    makes of those first (and of `other` row's); seeds: if not the table's.
+    makes of those first (and of `other` row's, or of the same row's with `more_seeds`); seeds: if not the
+    table's.
     """
 
     flags: str
     pairs_of: str = ""
     variant: str = ""
     other: str = ""
+    more_seeds: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
+
+    def sources(self, seed: int) -> list[tuple[str, int]]:
+        """The runs whose pairs it trains on: a row and a seed each."""
+        same = [(of, seed) for of in (self.pairs_of, self.other) if of]
+        return same + [(self.pairs_of, more) for more in self.more_seeds]
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,17 @@ TABLES = {
             "answering-half": Row("--epochs 2", "missing", "answering-half"),
             "mixed": Row("", "missing", "mixed", "random"),
         }),
+    # Real queries with real memories, which no program checks: what every method adds to context gain.
+    "persistbench-methods-smollm2": Table(
+        seeds=(0,),
+        train=f"{SMOLLM2} --data runs/persistbench.jsonl --max-new-tokens 128 --lr 2e-5 --epochs 3",
+        base="mipo-random",
+        divergence=False,
+        rows={
+            "mipo-random": Row("--neg random"),
+            "mipo-missing": Row("--neg missing"),
+            **ON_ITS_PAIRS,
+        }),
     # Questions with right answers, where a gain or its absence can be seen on a small model.
     "own-task-smollm2": Table(
         seeds=(0,),
@@ -203,10 +222,12 @@ TABLES = {
         test="--split validation --limit 320",
         divergence=False,
         rows={
-            "defaults": Row(""),
+            "defaults": Row("", seeds=(0, 1, 2, 3)),
             **{f"lr-{lr}": Row(f"--lr {lr}", "defaults") for lr in ("2e-5", "5e-5", "1e-4", "5e-4", "1e-3")},
             **{f"beta-{beta}": Row(f"--beta {beta}", "defaults") for beta in ("0.03", "0.3", "1")},
             **{f"pairs-{n}": Row(f"--limit {n}", "defaults") for n in (75, 150, 300)},
+            "pairs-1200": Row("", "defaults", "joined", more_seeds=(1,), seeds=(0,)),
+            "pairs-2400": Row("", "defaults", "joined", more_seeds=(1, 2, 3), seeds=(0,)),
             "larger-half": Row("", "defaults", "larger-half"),
             "smaller-half": Row("", "defaults", "smaller-half"),
             **{f"temperature-{t}": Row(f"--temperature {t}") for t in ("0.5", "0.8", "1.2")},
@@ -231,7 +252,7 @@ def command(*parts: str | Path) -> None:
 
 def pairs_folder(row: Row, place: Path, folder: Path, seed: int) -> Path:
     """The folder of pairs that a row trains on: another row's, or a variant of them beside the run."""
-    sources = [place / of / f"seed{seed}" for of in (row.pairs_of, row.other) if of]
+    sources = [place / of / f"seed{of_seed}" for of, of_seed in row.sources(seed)]
     if not row.variant:
         return sources[0]
     target = folder.with_name(f"seed{seed}-pairs")
@@ -272,9 +293,8 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
         if not (folder / "summary.json").exists():
-            for source in filter(None, (row.pairs_of, row.other)):
-                before = progress[source, seed]
-                before.wait_for(before.trained)
+            for source in row.sources(seed):
+                progress[source].wait_for(progress[source].trained)
             with slots:
                 pairs = ["--pairs", pairs_folder(row, place, folder, seed)] if row.pairs_of else []
                 command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
@@ -321,7 +341,7 @@ def program() -> None:
     if unknown:
         parser.error(f"no row {', '.join(sorted(unknown))} in {args.table}: {', '.join(table.rows)}")
     chosen = [table.rows[name] for name in names]
-    needed = {table.base} | {of for row in chosen for of in (row.pairs_of, row.other) if of}
+    needed = {table.base} | {of for row in chosen for of, _ in row.sources(0)}
     names = [name for name in table.rows if name in needed] + [name for name in names if name not in needed]
     progress = {(name, seed): Progress() for name in names
                 for seed in table.rows[name].seeds or table.seeds}

@@ -11,6 +11,7 @@
     answering-half   the half whose chosen response has the larger prompt gain, log pi_ref(y|x,c) -
                      log pi_ref(y|x',c): how much likelier it is after its own question than after another
     mixed            of two folders with the same chosen responses: rejected ones from both in turn
+    joined           the pairs of several folders, one after the other
 """
 
 import json
@@ -85,12 +86,18 @@ def mixed(rows: list[dict], others: list[dict]) -> list[dict]:
     return [others[i] if i % 2 else row for i, row in enumerate(rows)]
 
 
+def joined(folders: list[list[dict]]) -> list[dict]:
+    """The rows of all, each named by its folder's number too, as an id stands once."""
+    return [row | dict(id=f"{row['id']}-{number}") for number, rows in enumerate(folders) for row in rows]
+
+
 VARIANTS = {
     "swapped": lambda folder: swapped(read_rows(folder)),
     "larger-half": lambda folder: larger_half(read_rows(folder), context_gains(read_rows(folder))),
     "smaller-half": lambda folder: smaller_half(read_rows(folder), context_gains(read_rows(folder))),
     "answering-half": lambda folder: larger_half(read_rows(folder), prompt_gains(folder)),
     "mixed": lambda folder, other: mixed(read_rows(folder), read_rows(other)),
+    "joined": lambda *folders: joined([read_rows(folder) for folder in folders]),
 }
 
 

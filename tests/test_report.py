@@ -324,9 +324,9 @@ def test_sampling_is_compared_as_it_was_and_not_as_it_was_written(tmp_path):
 
 
 def test_a_run_that_was_only_evaluated_on_validation_is_reported(tmp_path):
+    """Its column says so, has no figure of the paper's test part, and marks nothing as chosen by itself."""
     run = write_run(tmp_path / "a", 0, 0.8)
     (tmp_path / "a" / "eval.json").rename(tmp_path / "a" / "eval-validation.json")
-    """Its column says so, has no figure of the paper's test part, and marks nothing as chosen by itself."""
     other = write_run(tmp_path / "b", 0, 0.7, "random")
     (tmp_path / "b" / "eval.json").rename(tmp_path / "b" / "eval-validation.json")
     text = report([run, other], tmp_path / "out")
@@ -394,6 +394,28 @@ def test_methods_stand_side_by_side(tmp_path):
         "sampled, thousand tokens": "1", "trained on": "1"}
     assert rows["the baseline"] == rows["the baseline"] | {
         "seeds": "1", "clear": "", "win rate, %": "50.0 [40.0, 60.0]", "gain, points": "-"}
+
+
+def test_where_nothing_says_what_is_right_methods_are_compared_by_context_gain(tmp_path):
+    """The best first and clear seeds by it; what no row has measured has no column; the picture is drawn."""
+    runs = [write_run(tmp_path / name, 0, 0.5, neg) for name, neg in (("a", "missing"), ("b", "random"))]
+    unknown = dict(mean=None, low=None, high=None, n=0)
+    for run, gain in zip(runs, (2.0, 9.0), strict=True):
+        result = read_json(Path(run) / "eval.json")
+        block = result["parts"]["all"]
+        block["differences"]["trained - prompted"] = dict(
+            win_rate=unknown, context_gain=interval(gain, 3.0),
+            context_gain_per_token_macro=interval(gain / 10, 0.1))
+        for row in block["systems"].values():
+            row |= dict(win_rate=unknown, nll_per_token=0.7)
+        write_json(Path(run) / "eval.json", result)
+    rows = methods(report(runs, tmp_path / "out"))
+    assert list(rows) == ["random", "missing", "the baseline"]
+    assert rows["random"] == {
+        "seeds": "1", "clear": "1 of 1", "over the baseline's": "+9.0 [+6.0, +12.0]",
+        "the same a token": "+0.90 [+0.80, +1.00]", "base NLL": "0.70", "self-BLEU-4": "0.25"}
+    assert rows["missing"]["clear"] == "0 of 1"
+    assert (tmp_path / "out" / "report.png").exists()
 
 
 def test_runs_tested_on_other_rows_are_not_seeds_of_one(tmp_path):

@@ -65,11 +65,17 @@ def test_the_larger_and_the_smaller_half_are_all_pairs_apart_by_their_gain():
     assert least > max(row["chosen"]["gain"] for row in smaller)
 
 
+def write_pairs(folder, rows):
+    """A folder of pairs, as pairs.py leaves it."""
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    meta = dict(settings=dict(seed=3), statistics=dict(pairs=len(rows)))
+    (folder / "pairs.json").write_text(json.dumps(meta))
+    return folder
+
+
 def test_a_variant_is_a_folder_of_pairs(tmp_path):
-    source, target = tmp_path / "a", tmp_path / "b"
-    source.mkdir()
-    (source / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (source / "pairs.json").write_text(json.dumps(dict(settings=dict(seed=3), statistics=dict(pairs=101))))
+    source, target = write_pairs(tmp_path / "a", ROWS), tmp_path / "b"
     variants.make_variant("larger-half", [source], target)
     larger = variants.larger_half(ROWS, variants.context_gains(ROWS))
     assert [pair.id for pair in load_pairs(target)] == [row["id"] for row in larger]
@@ -82,6 +88,15 @@ def test_mixed_pairs_have_their_rejected_responses_from_both_in_turn():
     assert texts == ["other" if i % 2 else f"rejected {i}" for i in range(101)]
     with pytest.raises(ValueError, match="row 0: the chosen responses differ"):
         variants.mixed(ROWS, ROWS[::-1])
+
+
+def test_joined_pairs_are_those_of_all_folders(tmp_path):
+    """In their order, and as many as pairs.json says."""
+    sources = [write_pairs(tmp_path / "a", ROWS), write_pairs(tmp_path / "b", ROWS[:1])]
+    target = tmp_path / "c"
+    variants.make_variant("joined", sources, target)
+    assert [pair.id for pair in load_pairs(target)] == [f"{row['id']}-0" for row in ROWS] + ["0-1"]
+    assert read_meta(target) == dict(settings=dict(seed=3), statistics=dict(pairs=102))
 
 
 def test_prompt_gains_are_those_that_an_evaluation_measures(tmp_path):
@@ -198,9 +213,10 @@ def test_every_row_of_the_tables_can_be_run():
     for name, table in experiments.TABLES.items():
         assert table.base in table.rows, name
         for row in table.rows.values():
-            assert not row.pairs_of or row.pairs_of in table.rows
             assert not row.variant or row.variant in variants.VARIANTS
-            assert not row.other or row.other in table.rows
+            for seed in row.seeds or table.seeds:
+                for source, of_seed in row.sources(seed):
+                    assert of_seed in (table.rows[source].seeds or table.seeds)
             parse(train.Args, f"{table.train} {row.flags}".split(), usage="")
 
 
