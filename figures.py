@@ -267,8 +267,8 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
     unless all have it, how likely the responses are under that model; the grey line is the baseline's.
 
     panels: title -> the systems of each method, one for each seed; the baseline's; the paper's gains in
-    points. A dot is a seed, a bar the mean of several, a line the 95% interval of a single one; a hollow dot
-    is the paper's. No file is written without a panel.
+    points. A dot is a seed, with a line for its 95% interval, a bar the mean of several; a hollow dot is the
+    paper's. No file is written without a panel.
     """
     if not panels:
         return
@@ -293,7 +293,9 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
         gains.axvline(0, color=GREY, linewidth=1)
         if None not in before:
             prices.axvline(0 if has_kl else np.mean(before), color=GREY, linewidth=1)
-        gains.set(xlabel=unit, yticks=range(len(methods)), yticklabels=list(methods),
+        left, right = gains.get_xlim()  # and no less than -5 to 5: a gain of nothing looks like one
+        gains.set(xlabel=unit, xlim=(min(left, -5), max(right, 5)),
+                  yticks=range(len(methods)), yticklabels=list(methods),
                   ylim=(len(methods) - 0.5, -0.5))
         gains.set_title(title, fontsize="small", loc="left")
         prices.set(xlabel=label)
@@ -306,15 +308,17 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
 
 
 def draw_seeds(axis, y: int, runs: list[dict], key: str, scale: float) -> None:
-    """A dot for every seed that has this measurement; at the mean of several a bar, through a single one its
-    interval, if it has one."""
+    """A dot for every seed that has this measurement, and a line for its interval, if it has one; a bar at
+    the mean of several."""
     known = [run for run in runs if mean_of(run, key) is not None]
     if not known:
         return
     values = [scale * mean_of(run, key) for run in known]
-    axis.plot(values, [y] * len(values), "o", color=BLUE, alpha=0.4, markersize=6)
+    heights = y + 0.12 * (np.arange(len(known)) - (len(known) - 1) / 2)  # seeds beside each other
+    for run, height in zip(known, heights, strict=True):
+        if isinstance(run[key], dict) and run[key]["low"] is not None:
+            ends = [scale * run[key][end] for end in ("low", "high")]
+            axis.plot(ends, [height, height], color=BLUE, linewidth=1)
+    axis.plot(values, heights, "o", color=BLUE, alpha=0.4, markersize=5)
     if len(values) > 1:
         axis.plot(np.mean(values), y, "|", color=BLACK, markersize=14, markeredgewidth=2)
-    elif isinstance(known[0][key], dict) and known[0][key]["low"] is not None:
-        ends = [scale * known[0][key][end] for end in ("low", "high")]
-        axis.plot(ends, [y, y], color=BLUE, linewidth=1)

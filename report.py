@@ -334,7 +334,8 @@ def systems_of(folder: Path) -> list[Measured]:
             name, settings, seed = row_name(folder, arguments), evaluation | training, arguments["seed"]
             validation = validation_score(folder)
             row |= beside_the_numbers(folder, result["parts"], in_all) | dict(strategy=strategy(arguments))
-        row |= dict(validation=validation, judges=result.get("judges", {}))
+        row |= dict(validation=validation, judges=result.get("judges", {}),
+                    intervals=result.get("intervals"))
         systems.append(Measured(Path(arguments["model"]).name, name, Path(data).stem + part, settings, seed,
                                 row))
     return systems
@@ -405,17 +406,20 @@ def published_gains(published: dict, methods: dict[str, list[dict]], data: str) 
 
 
 def methods_table(title: str, methods: dict[str, list[dict]], baseline: list[dict]) -> list[str]:
-    """A Markdown table of all methods on one data set, with the columns of COMPARED; the baseline is last."""
+    """A Markdown table of all methods on one data set, with the columns of COMPARED; the baseline is last.
+    Rows whose intervals are of an earlier version, over prompts alone, are named below and never clear."""
     key = gain_key(methods)
     table = [[title, "seeds", "clear", *(heading for heading, *_ in COMPARED)]]
     for name, runs in [*methods.items(), ("the baseline", baseline)]:
-        clear = sum((run[key]["low"] or 0) > 0 for run in runs if key in run)
-        counts = [str(len(runs)), f"{clear} of {len(runs)}" if name in methods else ""]
+        clear = [(run[key]["low"] or 0) > 0 for run in runs if key in run and run["intervals"]]
+        counts = [str(len(runs)), f"{sum(clear)} of {len(clear)}" if clear else "-"]
         values = [cell(runs, *column).partition(" (")[0] for _, *column in COMPARED]
         table.append([name, *counts, *values])
     measured = [column for column in zip(*table, strict=True) if set(column[1:]) != {"-"}]
     heading, *rows = map(markdown_row, zip(*measured, strict=True))
-    return ["", heading, "|---" * len(measured) + "|", *rows]
+    earlier = [name for name, runs in methods.items() if not all(run["intervals"] for run in runs)]
+    note = ["", f"Intervals over prompts alone, by an earlier version: {', '.join(earlier)}."]
+    return ["", heading, "|---" * len(measured) + "|", *rows, *(note if earlier else [])]
 
 
 def best_strategy(rows: Rows, data: str) -> str | None:

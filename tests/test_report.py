@@ -178,7 +178,7 @@ def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: 
     critic = dict(strict=base["win_rate"], tie_tolerant=row["win_rate"])
     gain = {"trained - prompted": dict(win_rate=interval(rate - 0.5, 0.1))}
     block = dict(systems=dict(default=base, prompted=base, trained=row), differences=gain)
-    result = dict(parts=dict(all=block),
+    result = dict(parts=dict(all=block), intervals=dict(crossed="contexts"),
                   settings=dict(examples=f"rows of seed {test_seed}"),
                   arguments=dict(model=str(folder), data="multibench:/x", seed=0, limit=0, judge="J"),
                   judges=dict(J=dict(critic=critic)))
@@ -393,7 +393,18 @@ def test_methods_stand_side_by_side(tmp_path):
         "seeds": "2", "clear": "1 of 2", "gain, points": "+5.0, +15.0", "KL, nats": "-", "processor, s": "-",
         "sampled, thousand tokens": "1", "trained on": "1"}
     assert rows["the baseline"] == rows["the baseline"] | {
-        "seeds": "1", "clear": "", "win rate, %": "50.0 [40.0, 60.0]", "gain, points": "-"}
+        "seeds": "1", "clear": "-", "win rate, %": "50.0 [40.0, 60.0]", "gain, points": "-"}
+
+
+def test_intervals_of_an_earlier_version_are_named_and_count_as_no_evidence(tmp_path):
+    """They were over prompts alone."""
+    runs = [write_run(tmp_path / "a", 0, 0.9), write_run(tmp_path / "b", 0, 0.8, "random")]
+    result = read_json(tmp_path / "a" / "eval.json")
+    del result["intervals"]
+    write_json(tmp_path / "a" / "eval.json", result)
+    text = report(runs, tmp_path / "out")
+    assert "Intervals over prompts alone, by an earlier version: missing." in text
+    assert [methods(text)[name]["clear"] for name in ("missing", "random")] == ["-", "1 of 1"]
 
 
 def test_where_nothing_says_what_is_right_methods_are_compared_by_context_gain(tmp_path):
@@ -502,7 +513,7 @@ def test_a_strategy_is_chosen_by_its_trained_model(tmp_path):
 
 
 def test_the_reports_picture_shows_the_tables_numbers(tmp_path, monkeypatch):
-    """The gain of every seed, their mean, of one seed its interval, and the paper's gain over prompting."""
+    """The gain of every seed with its interval, their mean, and the paper's gain over prompting."""
     drawn, plot = [], Axes.plot
 
     def draw(self, x, *rest, **options):
@@ -513,7 +524,7 @@ def test_the_reports_picture_shows_the_tables_numbers(tmp_path, monkeypatch):
     runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.9),
             write_run(tmp_path / "c", 0, 0.7, "random")]
     report(runs, tmp_path / "out")
-    expected = [(30, 40), (35,), (20,), (10, 30), (93.26 - 79.76,), (89.68 - 79.76,)]
+    expected = [(20, 40), (30, 50), (30, 40), (35,), (10, 30), (20,), (93.26 - 79.76,), (89.68 - 79.76,)]
     assert drawn == [pytest.approx(x) for x in expected]
 
 
