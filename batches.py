@@ -11,6 +11,7 @@ Legend: B pairs of a micro-batch, N rejected responses of a pair, K = 1 + N its 
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 
 import torch
@@ -22,7 +23,7 @@ import fast
 from losses import OBJECTIVES, Group, response_logps, split_by_tokens
 from model import Decoder
 from negatives import Pair
-from run import UserError, progress, seed_from, share_of, world
+from run import UserError, progress, rank, seed_from, share_of, world
 from shard import is_sharded
 
 IDLE: Group = ([0], [[0]])  # the dummy pass of a process with no work left: one token, and one predicted
@@ -70,16 +71,16 @@ def groups_of(pair: Pair, args) -> list[Group]:
     return [(prompt, ids) for prompt in prompts]
 
 
-def pair_logps(model: Decoder, pairs: list[Pair], args, passes: int = 1) -> tuple[Tensor, Tensor]:
+def pair_logps(model: Decoder, pairs: list[Pair], args, pass_count: int = 1) -> tuple[Tensor, Tensor]:
     """log pi(y|x,c) of the chosen and the rejected responses, summed over tokens, and their token counts.
 
     (B, 1 + N) each, the chosen response first; (B, 1) where rejected responses are not used; log-probs
     (B, K, K) where every response is scored under every prompt: [:, i, j] = log pi(y_j | x, c_i).
-    passes: how many the busiest process makes (--shard); those that this one lacks are dummies.
+    pass_count: how many the busiest process makes (--shard); those that this one lacks are dummies.
     """
     sets = [groups_of(pair, args) for pair in pairs]
     chunks = passes_of(sets, args)
-    idle = max(0, passes - len(chunks))
+    idle = max(0, pass_count - len(chunks))
     scored = score_passes(model, chunks + [[IDLE]] * idle)
 
     sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])
@@ -90,7 +91,7 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, passes: int = 1) -> tupl
     return logps if OBJECTIVES[args.method].every_prompt else logps[:, 0], lengths
 
 
-def passes_of(sets: list[list[Group]], args) -> list[list[Group]]:
+def passes_of(sets: Iterable[list[Group]], args) -> list[list[Group]]:
     """The groups of some pairs, cut into passes of --pass-tokens tokens."""
     groups = [group for groups in sets for group in groups]
     return list(split_by_tokens(groups, lambda group: [group], args.pass_tokens))
@@ -110,9 +111,9 @@ def score_passes(model: Decoder, chunks: list[list[Group]]) -> list[list[Tensor]
     return scored
 
 
-def idle_passes(model: Decoder, passes: int) -> Tensor:
+def idle_passes(model: Decoder, pass_count: int) -> Tensor:
     """A loss of 0 with a gradient of 0: dummy passes of a process that has no work left."""
-    return 0 * sum(tokens.sum() for [tokens] in score_passes(model, [[IDLE]] * passes))
+    return 0 * sum(tokens.sum() for [tokens] in score_passes(model, [[IDLE]] * pass_count))
 
 
 @torch.no_grad()
@@ -130,11 +131,12 @@ def all_logps(model: Decoder, pairs: list[Pair], args, label: str = "reference")
     table = torch.zeros(len(pairs), responses, dtype=dtype, device=model.device)  # (pairs, 1 + N)
     bar = progress(len(pairs), "pairs", label)
     for batch in epoch_batches(len(pairs), args, epoch=0):
-        for indices, passes in passes_together(model, pairs, batch, args):
-            if indices:
-                table[indices], _ = pair_logps(model, [pairs[i] for i in indices], args, passes)
-            else:
-                idle_passes(model, passes)
+        for indices, pass_count in passes_together(model, pairs, batch, args):
+            if not indices:
+                idle_passes(model, pass_count)
+                continue
+            chunk = [pairs[i] for i in indices]
+            table[indices], _ = pair_logps(model, chunk, args, pass_count)
         bar.update(len(batch))
     bar.close()
     if world() > 1:
@@ -154,11 +156,12 @@ def epoch_batches(count: int, args, epoch: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, count, size)]
 
 
-def micro_batches(pairs: list[Pair], batch: list[int], args, process: int | None = None) -> list[list[int]]:
-    """A process's share of a batch, by default this one's, cut into passes of --pass-tokens tokens (see
-    split_by_tokens)."""
-    mine = share_of(batch, process)
-    return list(split_by_tokens(mine, lambda i: groups_of(pairs[i], args), args.pass_tokens))
+def micro_batches(batch: list, groups: Callable, args, process: int | None = None) -> list[list]:
+    """A process's share of a batch, by default this one's, cut into passes of --pass-tokens tokens.
+
+    groups(item) -> the prompts and responses of an item of the batch (see split_by_tokens).
+    """
+    return list(split_by_tokens(share_of(batch, process), groups, args.pass_tokens))
 
 
 def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -> list[tuple[list[int], int]]:
@@ -169,10 +172,12 @@ def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -
     of as many passes, as the busiest one: micro-batches that it lacks are empty here, and `pair_logps` and
     `idle_passes` make up its missing passes. Each process computes this for all, without communication.
     """
+    def groups(i: int) -> list[Group]:
+        return groups_of(pairs[i], args)
+
     if not is_sharded(model):
-        return [(indices, 1) for indices in micro_batches(pairs, batch, args)]
-    shares = [micro_batches(pairs, batch, args, process) for process in range(world())]
-    counts = [[len(passes_of([groups_of(pairs[i], args) for i in indices], args)) for indices in share]
-              for share in shares]
+        return [(indices, 1) for indices in micro_batches(batch, groups, args)]
+    shares = [micro_batches(batch, groups, args, process) for process in range(world())]
+    counts = [[len(passes_of(map(groups, indices), args)) for indices in share] for share in shares]
     most = [max(column) for column in zip_longest(*counts, fillvalue=0)]
-    return list(zip_longest(micro_batches(pairs, batch, args), most, fillvalue=[]))
+    return list(zip_longest(shares[rank()], most, fillvalue=[]))

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from run import (Stopped, UserError, barrier, broadcast, gather, naming, rank, read_json, sync,
                  write_json)
-from schema import TEXT, checked, record, whole
+from schema import TEXT, checked, record, integer
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 POINTER = dict(checkpoint=TEXT)  # what latest.json holds
-FILE = record(dict(bytes=whole(0, 2**63), sha256=TEXT))  # what manifest.json says of each of the two others
+FILE = record(dict(bytes=integer(0, 2**63), sha256=TEXT))  # what manifest.json says of each of the two others
 
 
 class Checkpoints:
@@ -44,8 +44,7 @@ class Checkpoints:
 
     def after_step(self, every: int, tensors: Callable[[], dict[str, Tensor]], state,
                    now: bool = False) -> None:
-        """Save where `every` steps have passed, where the caller says now, and where a signal has come, which
-        then raises Stopped.
+        """Save every `every` steps, where the caller says `now`, and after a signal; that raises Stopped too.
 
         state: a dataclass with the candidate and the step among its fields. tensors() gives what is to be
         kept, and may bring `state` up to date; all processes call this after every step.

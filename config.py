@@ -9,7 +9,7 @@ quantised weights, sliding windows. What differs from the paper: nothing.
 from dataclasses import dataclass
 
 from run import UserError
-from schema import FLAG, OBJECT, TEXT, checked, listing, optional, real, whole
+from schema import FLAG, OBJECT, TEXT, checked, listing, optional, real, integer
 
 # The limits are far beyond every model of these families, and keep a damaged file from taking all memory.
 SWITCHES = dict(
@@ -22,22 +22,22 @@ SWITCHES = dict(
     use_sliding_window=optional(FLAG),
 )
 SIZES = dict(
-    vocab_size=whole(1, 10**7),
-    hidden_size=whole(1, 10**6),
-    intermediate_size=whole(1, 10**7),
-    num_hidden_layers=whole(1, 1000),
-    num_attention_heads=whole(1, 10**4),
-    num_key_value_heads=optional(whole(1, 10**4)),
-    head_dim=optional(whole(2, 10**4)),
+    vocab_size=integer(1, 10**7),
+    hidden_size=integer(1, 10**6),
+    intermediate_size=integer(1, 10**7),
+    num_hidden_layers=integer(1, 1000),
+    num_attention_heads=integer(1, 10**4),
+    num_key_value_heads=optional(integer(1, 10**4)),
+    head_dim=optional(integer(2, 10**4)),
     rms_norm_eps=real(0, 1),
     rope_theta=optional(real(1, 1e15)),
-    max_position_embeddings=optional(whole(1, 10**9)),
+    max_position_embeddings=optional(integer(1, 10**9)),
 )
 LLAMA3 = dict(
     factor=real(1e-3, 1e6),
     low_freq_factor=real(0, 1e6),
     high_freq_factor=real(0, 1e6),
-    original_max_position_embeddings=whole(1, 10**9),
+    original_max_position_embeddings=integer(1, 10**9),
 )
 
 

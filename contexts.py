@@ -22,7 +22,7 @@ from data import (DATA, DEMO, OWN_FILE, QWEN, Example, load_all_splits, load_exa
 from judge import Judge, JudgeArgs, infer, rewrite
 from run import (UserError, default_dtype, main, option, parse, rank, read_jsonl, seed_from,
                  write_jsonl)
-from sample import Sampling
+from sample import SLOTS, Sampling
 from schema import TEXT, checked, listing
 from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer, template_variables
 
@@ -56,7 +56,7 @@ class DataArgs(JudgeArgs):
     system: str | None = option(None, "system prompt of rows without one of their own (default: none, the "
                                 "template's own)", "sampling")
     template: tuple = option((), TEMPLATE_HELP, "sampling")
-    slots: int = option(128, "responses sampled together", "sampling")
+    slots: int = option(SLOTS, "responses sampled together", "sampling")
     dtype: str = option(default_dtype(), "arithmetic; bfloat16 where its products are fast", "sampling",
                         ("bfloat16", "float32"))
 

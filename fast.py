@@ -1,11 +1,11 @@
 """fast.py - what is there for speed and memory alone. The method can be understood without this file.
 
 The functions down to invert_cumulative have a plain form, given in their docstrings. tests/test_fast.py
-compares the two, values and gradients, in fp64 and bf16; of what only GPUs run tests/test_cuda.py does, in
-fp64, and tests/test_gpu_kernels.py of the kernels. What they save is in bench/README.md.
+compares the two, values and gradients, in fp64 and bf16; tests/test_cuda.py what only GPUs run, in fp64, and
+tests/test_gpu_kernels.py the kernels. What they save is in bench/README.md.
 
     linear_logps     log-softmax-gather of the output layer: no logits are kept
-    attention        products in bf16, scores and softmax in fp32, on CPUs that have bf16 products
+    attention        on a CPU in bf16: scores and softmax in fp32, the other products in bf16
     packed_attention a GPU's attention for all parts of a pack at once, not part by part
     rms_norm         keeps its input in the compute type, not an fp32 copy of it
     swiglu           keeps its two arguments and not a third tensor of their size
@@ -65,8 +65,8 @@ def runs_triton(x: Tensor) -> bool:
 # ------------------------------------------------------------------------- between host and device
 
 def sent(values: list | Tensor, device: torch.device | str) -> Tensor:
-    """Integers, or a tensor in main memory, on a device. A GPU takes them when it comes to that, and the host
-    goes on. Plain form: torch.as_tensor(values, device=device)."""
+    """Integers, or a tensor in main memory, on a device. For a GPU the copy is queued, and the host does not
+    wait. Plain form: torch.as_tensor(values, device=device)."""
     tensor = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.long)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()  # else the host waits for all that the GPU has been given
@@ -74,7 +74,7 @@ def sent(values: list | Tensor, device: torch.device | str) -> Tensor:
 
 
 class Moment:
-    """When a device has done all that it has been given by now."""
+    """The moment at which a device has done all that was queued before."""
 
     def __init__(self, device: torch.device):
         self.event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
@@ -87,7 +87,7 @@ class Moment:
             self.event.synchronize()
 
     def seconds_since(self, earlier: "Moment") -> float:
-        """Both must have come."""
+        """Both moments must have passed."""
         if self.event:
             return earlier.event.elapsed_time(self.event) / 1000
         return self.time - earlier.time
@@ -196,7 +196,8 @@ def slice_backward(logits: Tensor, targets: Tensor, lse: Tensor, grad: Tensor) -
 # ------------------------------------------------------------------------- layers
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention softmax(q k.T / sqrt(D) + mask) v, as matrix products in the type of q.
+    """Grouped-query attention softmax(q k.T / sqrt(D) + mask) v; scores and softmax in fp32, the other
+    products in the type of q.
 
     q (H, m, D), k and v (G, n, D), mask (m, n) fp32, 0 where a query may look and -inf elsewhere
     -> (H, m, D). Plain form:
@@ -207,11 +208,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """With p the attention weights and o the output:
+    """With s the scores, p the attention weights and o the output:
 
-        d v = p.T d o,   d s = p * (d o v.T - rowsum(d o * o)),   d q = d s k,   d k = d s.T q
+        d v = p.T d o,   d s = p * (d o v.T - rowsum(d o * o)),
+        d q = d s k / sqrt(D),   d k = d s.T q / sqrt(D)
 
-    Scores and softmax are fp32: in bf16 a score of 100, as keys with a large constant offset give, is off by
+    Scores are fp32: in bf16 a score of 100, as keys with a large constant offset give, is off by
     up to 1/4. Of the (m, n) tables only p is kept, in the type of q.
     """
 
@@ -241,7 +243,7 @@ class _Attention(torch.autograd.Function):
 
 
 class SeenKeys(NamedTuple):
-    """Which keys each part of a model.Packed sees, as `packed_attention` wants to know it: one for a pass."""
+    """Which keys each part of a model.Packed sees, for `packed_attention`: made once a pass."""
 
     tokens: Tensor  # the numbers of the tokens that each part sees, one part after another
     query_ends: Tensor  # (1 + parts,) int32: 0, and where the queries of each part end
@@ -450,7 +452,7 @@ def graphed(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Te
             return out
         if graph is None:
             captured = torch.cuda.CUDAGraph()
-            # In the mode by default what other threads do, NCCL's say, would end the capture.
+            # In the default mode a call of another thread (NCCL's, say) would end the capture.
             with torch.cuda.graph(captured, stream=stream, capture_error_mode="thread_local"):
                 out = step()
             graph = captured

@@ -39,7 +39,7 @@ from folder import find, load
 from replies import final_answer, read_choice, read_object, read_score
 from run import (UserError, broadcast, default_device, gather, main, naming, option, parse, parse_json,
                  progress, rank, read_appended, read_json, seed_from, share_of)
-from sample import Sample, Sampling, generate
+from sample import SLOTS, Sample, Sampling, generate
 from schema import TEXT, optional, record
 from tokenizer import TEMPLATE_DATE, Tokenizer
 
@@ -75,7 +75,7 @@ class Judge:
     a local model decodes together, and the date in its chat template.
     """
 
-    def __init__(self, args: JudgeArgs, slots: int = 64, date: str = TEMPLATE_DATE):
+    def __init__(self, args: JudgeArgs, slots: int = SLOTS, date: str = TEMPLATE_DATE):
         self.args, self.slots, self.date = args, slots, date
         self.tokenizer, self.model = None, None  # of a local judge; loaded at its first question
         if not args.judge:

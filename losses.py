@@ -122,8 +122,9 @@ def sami(logps: Tensor, temperature: float = 1.0) -> Loss:
 
 
 def set_metrics(loss: Tensor, logps: Tensor) -> dict[str, Tensor]:
-    """Of each set (B,): the loss, how far a response's own context stands out, and I(c; y | x), in nats; mean
-    log-probs of all responses under their own contexts (chosen), and under the others (rejected)."""
+    """Of each set (B,): the loss; by how much a response's own context stands out (margin), and for what
+    share of responses it is the likeliest (accuracy); a lower bound on I(c; y | x); the mean log-prob of
+    responses under their own contexts (chosen), and under the others (rejected)."""
     logps = logps.detach().float()
     count = logps.shape[-1]
     own = logps.diagonal(dim1=-2, dim2=-1)  # (B, K)
@@ -134,7 +135,7 @@ def set_metrics(loss: Tensor, logps: Tensor) -> dict[str, Tensor]:
         loss=loss.detach().float(),
         margin=(own - others).mean(-1),
         accuracy=(own > rivals).float().mean(-1),
-        information=math.log(count) - over_contexts(logps),  # a lower bound on it, at most log K
+        information=math.log(count) - over_contexts(logps),  # at most log K
         logp_chosen=own.mean(-1),
         logp_rejected=others.mean(-1),
     )

@@ -16,6 +16,7 @@ Legend: T tokens, E hidden size, F feed-forward size, H query heads, G key/value
 
 import functools
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = causal_mask(m, n, q.dtype, q.device)
     out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)  # (1, H, m, D)
     return out.squeeze(0)
+
+
+class Layout(Protocol):
+    """The tokens of a pass: where each stands, and which it attends to."""
+
+    positions: Tensor  # (T,)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a layer: q (T, H, D), k and v (T, G, D) -> (T, H, D)."""
 
 
 class Packed:
@@ -219,7 +229,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Packed) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, G, D)
@@ -252,7 +262,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Packed) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, layout)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -287,11 +297,8 @@ class Decoder(nn.Module):
     def device(self) -> torch.device:
         return self.head.device
 
-    def forward(self, ids: Tensor, layout: Packed) -> Tensor:
-        """ids (T,) -> final hidden states (T, E) in the compute type.
-
-        layout: anything with `positions` (T,) and `attend(layer, q, k, v)`.
-        """
+    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
+        """ids (T,) -> final hidden states (T, E) in the compute type."""
         cos, sin = rotary_tables(layout.positions, self.config)  # (T, 1, D) each
         x = self.model.embed_tokens(ids)  # (T, E)
         for block in self.model.layers:

@@ -9,8 +9,8 @@
               y_r ~ pi_ref(.|x, c)      --neg same (our control: only chance tells it from y_c)
 
 Both are then trained under the same right prompt (x, c). What differs from the paper: noise has as many
-tokens as the chosen response (Table 6's caption; the paper's text says the rejected one) and always an end
-token.
+tokens as the chosen response has before its end token (Table 6's caption; the paper's text says the rejected
+one), and always an end token.
 
     python -m pytest tests/test_negatives.py
 """
@@ -71,25 +71,25 @@ class Pair:
 
 # ------------------------------------------------------------------------- where rejected responses come from
 
-def negative_messages(examples: list[Example], neg: str, seed: int, n_neg: int = 1) -> list[list[str]]:
-    """The user messages that each row's rejected responses are drawn from, n_neg of them (section 4.2, (i),
-    (ii)): first those of --n-neg, then, if n_neg is larger, those that pairs.py draws from where a response
-    is useless. No messages for `reshuffle` and `noise`, which sample no rejected responses."""
-    if neg not in SAMPLED or not n_neg:
+def negative_messages(examples: list[Example], neg: str, seed: int, count: int = 1) -> list[list[str]]:
+    """The user messages of `count` draws for each row (section 4.2, (i), (ii)): first those of --n-neg, then
+    those that pairs.py draws from where a response is useless. No messages for `reshuffle` and `noise`, which
+    sample no rejected responses."""
+    if neg not in SAMPLED or not count:
         return [[] for _ in examples]
     require_contexts(examples, neg)
     messages = []
     for i, example in enumerate(examples):
         if neg == "missing":
-            messages.append([example.user_message(None)] * n_neg)  # (i) y_r ~ pi_ref(.|x)
-        elif neg == "random" and example.context:
-            others = other_rows(examples, i, seed, n_neg)
-            messages.append([example.user_message(other.context) for other in others])  # (ii) pi_ref(.|x, c')
+            messages.append([example.user_message(None)] * count)  # (i) y_r ~ pi_ref(.|x)
         elif neg == "random":
-            others = other_rows(examples, i, seed, n_neg)
-            messages.append([other.user_message(None) for other in others])  # pi_ref(.|x')
+            others = other_rows(examples, i, seed, count)
+            if example.context:  # (ii) y_r ~ pi_ref(.|x, c')
+                messages.append([example.user_message(other.context) for other in others])
+            else:  # y_r ~ pi_ref(.|x')
+                messages.append([other.user_message(None) for other in others])
         elif neg == "same":
-            messages.append([example.user_message(example.context)] * n_neg)  # pi_ref(.|x, c) again
+            messages.append([example.user_message(example.context)] * count)  # pi_ref(.|x, c) again
         else:
             raise ValueError(f"negative_messages: nothing says how {neg} is sampled")
     return messages
@@ -105,8 +105,8 @@ def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[E
     others: list[Example] = []
     seen: set[str] = set()
     repeats = 0  # duplicates in a row
-    # Nearly every row will do, so rows are drawn until enough do; where none does, the draws are bounded. A
-    # distinct row may turn up after a duplicate; after REPEATS of these in a row a duplicate will do.
+    # Nearly every row will do, so rows are drawn at random, a bounded number of times. A duplicate is passed
+    # over, unless REPEATS of them have come in a row.
     for _ in range(100 * (count + len(examples))):
         other = rng.choice(examples)
         if not is_other(examples[i], other):

@@ -5,9 +5,9 @@ between two bf16 numbers: 1e-6 beside a weight of 0.02 is 1/122 of that distance
 number, nearly everything that was learned would vanish from the forward pass and from the saved folder.
 Rounded up or down at random, with the nearer number the likelier, it is there in the mean over the weights.
 With --shard (shard.py) masters and moments are divided as the weights are, by rows, and each process updates
-its own. Noise is drawn for the whole tensor, of which a process takes its rows' part (on a GPU it is made
-from a seed and a number's place): the same numbers as in an undivided run. What is kept of a sharded run are
-whole tensors, so a checkpoint fits any number of processes.
+its own. Rounding noise is drawn for the whole tensor, and each process uses its rows' part (a GPU makes each
+number's noise from a seed and its place), so every weight is rounded as in an undivided run. A checkpoint
+holds whole tensors, and fits any number of processes.
 What differs from the paper: it names the rate, batch size, beta and epochs alone (appendix E). AdamW, its
 betas of (0.9, 0.95), no weight decay, warm-up over 3% of the steps, a cosine to 10% and the clip at 1 are
 those of the authors' scripts; masters and rounding are ours.
@@ -86,8 +86,9 @@ class MasterAdamW:
             zeros = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
             self.adamw.state[master] = dict(step=torch.zeros((), device=master.device), **zeros)
         self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
-        # About WATCHED weights, evenly spread, whose bf16 values are compared with those at the start.
-        self.stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
+        # About WATCHED weights, whose bf16 values are compared with those at the start. The stride is odd: if
+        # it shared factors of 2 with the columns of a matrix, it would come to few of them.
+        self.stride = sum(weight.numel() for weight in self.weights) // WATCHED | 1
         self.watched: dict[torch.dtype, list[Tensor]] = {}
         for weight in self.weights:
             first = -span(weight).start % self.stride  # of this process's numbers
@@ -106,7 +107,7 @@ class MasterAdamW:
             master.grad = weight.grad
         self.adamw.param_groups[0]["lr"] = lr
         # AdamW divides gradients by grad_scale as it reads them, and does nothing where found_inf is 1. So
-        # neither needs a pass over the gradients of its own, nor, on a GPU, a host that knows the norm.
+        # clipping and skipping need no pass over the gradients, and on a GPU the host need not know the norm.
         self.adamw.grad_scale = (norm.float() + 1e-6).clamp(min=1)
         self.adamw.found_inf = (~norm.isfinite()).float()
         self.adamw.step()

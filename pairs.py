@@ -37,8 +37,8 @@ from rows import fitting_pairs, fitting_rows, rows_with_contexts
 from run import (UserError, broadcast, default_device, environment, fingerprint, gather, main, naming, option,
                  parse, progress, rank, read_appended, read_json, read_jsonl, seed_from, share_of, write_json,
                  write_jsonl)
-from sample import Sample, Sampling, generate
-from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, whole
+from sample import SLOTS, Sample, Sampling, generate
+from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, integer
 from tokenizer import Tokenizer
 
 # micro: the summed gain over the summed tokens, not a mean of ratios.
@@ -58,7 +58,7 @@ def make_pairs(
     neg: str,
     sampling: Sampling,
     seed: int,
-    slots: int = 128,
+    slots: int = SLOTS,
     n_neg: int = 1,
     folder: Path | None = None,
 ) -> tuple[list[Pair], dict]:
@@ -81,7 +81,8 @@ def make_pairs(
         pairs, earlier = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots, folder)
         if n_neg and neg in SAMPLED:
             redrawn = redraw(model, tokenizer, pairs, messages, n_neg, sampling, seed, slots)
-    # A response that fills several places is counted once. Those that were replaced are gone by now.
+    # A response that fills several places counts once; those that were drawn again and replaced do not count,
+    # though their seconds do.
     responses = {id(response): response for pair in pairs for response in pair.responses}.values()
     seconds_sampling = time.perf_counter() - start
 
@@ -328,7 +329,8 @@ def print_statistics(statistics: dict) -> None:
           f"empty, {dropped['identical']} without a useful rejected response, "
           f"{dropped.get('unusable', 0)} without a context or too long; {statistics.get('redrawn', 0)} "
           f"drawn again), {statistics['unfinished']:.0%} of responses "
-          f"unfinished, {statistics['response_tokens']} tokens in {statistics['seconds_sampling']:.0f} s"
+          f"unfinished, {statistics['response_tokens']} tokens, sampled in "
+          f"{statistics['seconds_sampling']:.0f} s"
           + f" ({before} pairs were sampled before)" * bool(before))
     for side in ("chosen", "rejected"):
         if gain[side] is not None:
@@ -362,11 +364,11 @@ RESPONSE = dict(text=TEXT, ids=TOKEN_IDS, finished=FLAG, prompt_ids=TOKEN_IDS,
 PAIR = dict(id=TEXT, prompt=TEXT, context=optional(TEXT), chosen=record(RESPONSE),
             rejected=listing(record(RESPONSE)),
             style=one_of("plain", "short", "math", "choice"), system=optional(TEXT))
-SAMPLED_WITH = dict(temperature=real(0, 1e6), top_p=real(0, 1), top_k=optional(whole(0, 2**31)),
-                    max_new_tokens=whole(1, 2**31))
+SAMPLED_WITH = dict(temperature=real(0, 1e6), top_p=real(0, 1), top_k=optional(integer(0, 2**31)),
+                    max_new_tokens=integer(1, 2**31))
 SETTINGS = dict(data=optional(TEXT), contexts=optional(TEXT), neg=optional(one_of(*NEGATIVES)),
-                n_neg=optional(whole(0, 2**31)), seed=optional(whole(-(2**31), 2**31)), date=optional(TEXT),
-                split=optional(one_of(*SPLITS)), sampling=optional(record(SAMPLED_WITH)),
+                n_neg=optional(integer(0, 2**31)), seed=optional(integer(-(2**31), 2**31)),
+                date=optional(TEXT), split=optional(one_of(*SPLITS)), sampling=optional(record(SAMPLED_WITH)),
                 template=optional(listing(TEXT)))
 
 
@@ -382,8 +384,6 @@ def read_meta(folder: Path) -> dict:
 def read_pair(row: dict, where: str) -> Pair:
     """The pair of a line of pairs.jsonl; UserError where it is none."""
     try:
-        if "chosen_ids" in row:
-            row = of_this_version(row)
         chosen, rejected = Response(**row["chosen"]), [Response(**fields) for fields in row["rejected"]]
         pair = Pair(**row | dict(chosen=chosen, rejected=rejected))
     except (TypeError, KeyError, ValueError) as e:
@@ -396,24 +396,9 @@ def read_pair(row: dict, where: str) -> Pair:
     return pair
 
 
-def of_this_version(row: dict) -> dict:
-    """A line of an earlier version's pairs.jsonl, which holds parallel lists in the place of responses."""
-    gains = [row["gain_chosen"], *(row["gain_rejected"] or [None] * len(row["rejected"]))]
-    columns = dict(
-        text=[row["chosen"], *row["rejected"]],
-        ids=[row["chosen_ids"], *row["rejected_ids"]],
-        finished=row["finished"],
-        prompt_ids=[row["prompt_ids"], *row["source_ids"]],
-        gain=gains,
-    )
-    responses = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    kept = {key: row[key] for key in ("id", "prompt", "context", "style") if key in row}
-    return kept | dict(chosen=responses[0], rejected=responses[1:])
-
-
 def load_pairs(folder: Path) -> list[Pair]:
-    """Read pairs.jsonl back, of this version or an earlier one: as many pairs as pairs.json says, each once,
-    all with as many rejected responses."""
+    """Read pairs.jsonl back: as many pairs as pairs.json says, each once, all with as many rejected
+    responses."""
     statistics, file = read_meta(folder).get("statistics"), folder / "pairs.jsonl"
     if statistics is None:
         raise UserError(f"{file} is incomplete: run the command that samples it again")
@@ -434,9 +419,8 @@ def pair_settings(args: "PairArgs", examples: list[Example], split: str) -> dict
     rows = [example.row() for example in examples]
     sampling = dataclasses.asdict(sampling_for(args))
     names = ("data", "model", "neg", "n_neg", "seed", "date", "dtype")
-    template = list(args.template) or None  # None: as in earlier versions
     return {name: getattr(args, name) for name in names} | dict(
-        system=args.system, template=template,
+        system=args.system, template=list(args.template) or None,
         split=split, contexts=contexts_of(args), examples=len(examples), data_fingerprint=fingerprint(rows),
         sampling=sampling)
 

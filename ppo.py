@@ -25,7 +25,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from batches import epoch_order, idle_passes
+from batches import epoch_order, idle_passes, micro_batches
 from checkpoint import Checkpoints, StopSignal
 from contexts import contexts_of, examples_for, sampling_for
 from data import Example
@@ -45,7 +45,7 @@ from sample import Sampler, Sampling
 from selection import save_model
 from shard import gathered, is_sharded, refresh, shard_weights
 from tokenizer import Tokenizer
-from training_log import Metrics
+from training_log import Metrics, count_step, require_hope
 
 MAX_NEW_TOKENS = 256  # of a rollout; fewer where the data set's own responses are shorter
 
@@ -65,14 +65,20 @@ class PPOArgs:
     """The arguments of PPO. --lr is the actor's, and --epochs counts passes over the prompts."""
 
     rollout_batch: int | None = option(None, "prompts whose responses are sampled, and then trained on, "
-                                       "together, by all processes (default: 8; tiny: 32)", "PPO")
+                                       "together, by all processes (default: "
+                                       f"{DEFAULTS['rollout_batch']}; tiny: "
+                                       f"{TINY_DEFAULTS['rollout_batch']})", "PPO")
     rollouts: int = option(1, "responses to every prompt", "PPO")
-    train_batch: int | None = option(None, "responses per update (default: 4; tiny: 16)", "PPO")
-    ppo_epochs: int = option(2, "passes over every batch of responses", "PPO")
-    critic_lr: float | None = option(None, "peak learning rate of the critic (default: 9e-6; tiny: 1e-3)",
+    train_batch: int | None = option(None, "responses per update (default: "
+                                     f"{DEFAULTS['train_batch']}; tiny: {TINY_DEFAULTS['train_batch']})",
                                      "PPO")
-    mi_weight: float | None = option(None, "weight of mutual information in the reward (default: ppo-mi 1, "
-                                     "tiny 0.5; rlaif-mi 0.1)", "PPO")
+    ppo_epochs: int = option(2, "passes over every batch of responses", "PPO")
+    critic_lr: float | None = option(None, "peak learning rate of the critic (default: "
+                                     f"{DEFAULTS['critic_lr']:g}; tiny: {TINY_DEFAULTS['critic_lr']:g})",
+                                     "PPO")
+    mi_weight: float | None = option(None, "weight of mutual information in the reward (default: ppo-mi "
+                                     f"{MI_WEIGHTS['ppo-mi']:g}, tiny {TINY_MI_WEIGHT:g}; rlaif-mi "
+                                     f"{MI_WEIGHTS['rlaif-mi']:g})", "PPO")
     reward_clip: float = option(10.0, "rewards are clipped to [-this, this]", "PPO")
     kl_weight: float = option(0.001, "weight of the KL penalty on every token", "PPO")
     gamma: float = option(1.0, "discount per token", "PPO")
@@ -160,8 +166,8 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tup
 def whiten(advantages: list[Tensor]) -> list[Tensor]:
     """Advantages, (R,) of each response, with mean 0 and variance 1 over all tokens of all responses."""
     tokens = torch.cat(advantages)  # (tokens of the batch,)
-    scale = tokens.var(correction=0).clamp(min=1e-8).rsqrt()  # equal advantages become 0
-    return [(own - tokens.mean()) * scale for own in advantages]
+    mean, scale = tokens.mean(), tokens.var(correction=0).clamp(min=1e-8).rsqrt()  # equal ones become 0
+    return [(own - mean) * scale for own in advantages]
 
 
 def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> Tensor:
@@ -172,8 +178,8 @@ def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: floa
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """The larger of the clipped and the unclipped half squared errors of each value, (R,)."""
-    near = old_values + (values - old_values).clamp(-clip, clip)  # (R,)
-    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+    clipped = old_values + (values - old_values).clamp(-clip, clip)  # (R,)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
@@ -276,7 +282,7 @@ class State:
     updates: int = 0
     tokens: int = 0  # sampled
     seconds: float = 0.0
-    skipped: int = 0  # how many updates were skipped
+    skipped: int = 0  # how many updates the actor or the critic skipped
     skipped_in_a_row: int = 0
     unreadable: int = 0  # verdicts
     rows: int = 0  # lines of metrics.jsonl
@@ -369,12 +375,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             critic_norm = update(critic, state.updates, critic_lr)
             norms.append(dict(grad_norm=norm, critic_grad_norm=critic_norm))
             state.updates += 1
-            is_finite = math.isfinite(norm + critic_norm)
-            state.skipped_in_a_row = 0 if is_finite else state.skipped_in_a_row + 1
-            state.skipped += not is_finite
-            if state.skipped_in_a_row == 5:
-                raise UserError("five updates in a row were not finite: lower --lr and --critic-lr, or use "
-                                "--dtype float32")
+            count_step(state, math.isfinite(norm + critic_norm))
 
         tokens, seconds = sum(len(rollout.ids) for rollout in rollouts), time.perf_counter() - started
         state.step += 1
@@ -396,6 +397,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             weights_changed=actor.share_changed().item(),
         )
         metrics.log(**line)
+        require_hope(state)
         bar.set_postfix_str(f"reward {line['reward']:.3f}, KL {line['kl']:.2f}, {line['length']:.0f} tokens")
         bar.update(len(rollouts))
 
@@ -407,7 +409,8 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
     if state.unreadable:
         print(f"{state.unreadable} verdicts could not be read; each earned its batch's mean")
     if state.skipped:
-        print(f"{state.skipped} of {update_count} updates skipped: they were not finite")
+        print(f"{state.skipped} of {update_count} updates were not finite: the actor, the critic or both "
+              "skipped them")
 
 
 def tensors_of(**optimizers: MasterAdamW) -> dict[str, Tensor]:
@@ -433,39 +436,34 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
 
     Each loss is one mean over the whole batch, however it is cut into passes and processes.
     """
-    passes = micro_batches(batch, prompts, args)
+    def groups_of(rollout: Rollout) -> list[Group]:
+        return [(prompts[rollout.row], [rollout.ids])]
+
+    passes = micro_batches(batch, groups_of, args)
     measured = []
-    for old in passes:
-        part = [(prompts[rollout.row], [rollout.ids]) for rollout in old]
-        logps = policy_logps(actor, part)  # (R,) each
+    for chunk in passes:
+        groups = [group for rollout in chunk for group in groups_of(rollout)]
+        logps = policy_logps(actor, groups)  # (R,) each
         policy_losses = [policy_loss(new, rollout.logps, rollout.advantages, args.clip).mean()
-                         for new, rollout in zip(logps, old, strict=True)]
+                         for new, rollout in zip(logps, chunk, strict=True)]
         (sum(policy_losses) / len(batch)).backward()
-        values = response_values(critic, part)  # (R,) each
+        values = response_values(critic, groups)  # (R,) each
         value_losses = [value_loss(new, rollout.values, rollout.returns, args.value_clip).mean()
-                        for new, rollout in zip(values, old, strict=True)]
+                        for new, rollout in zip(values, chunk, strict=True)]
         (sum(value_losses) / len(batch)).backward()
-        for i, rollout in enumerate(old):
+        for i, rollout in enumerate(chunk):
             ratio = (logps[i].detach() - rollout.logps).exp()  # (R,)
             measured.append(dict(
                 loss=policy_losses[i].item(),
                 value_loss=value_losses[i].item(),
                 ratio_clipped=((ratio - 1).abs() > args.clip).float().mean().item(),
             ))
-    if is_sharded(actor):  # every pass is one of all processes: make up what others have more
-        most = max(len(micro_batches(batch, prompts, args, process)) for process in range(world()))
+    if is_sharded(actor):  # all processes run every pass together: run dummies for those this one lacks
+        most = max(len(micro_batches(batch, groups_of, args, process)) for process in range(world()))
         for _ in range(most - len(passes)):
             idle_passes(actor, 1).backward()
             idle_passes(critic, 1).backward()
     return measured
-
-
-def micro_batches(batch: list[Rollout], prompts: list[list[int]], args,
-              process: int | None = None) -> list[list[Rollout]]:
-    """A process's share of a batch, this one's if none is named, in passes of --pass-tokens tokens."""
-    mine = share_of(batch, process)
-    return list(split_by_tokens(mine, lambda rollout: [(prompts[rollout.row], [rollout.ids])],
-                                args.pass_tokens))
 
 
 def update(optimizer: MasterAdamW, number: int, lr: float) -> float:

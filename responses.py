@@ -29,8 +29,8 @@ from measures import SYSTEMS, Answer, Answers, or_nan
 from model import Decoder
 from run import (UserError, broadcast, gather, naming, progress, rank, read_appended, read_jsonl, share_of,
                  write_jsonl)
-from sample import Sample, Sampling, generate
-from schema import FLAG, TEXT, TOKEN_IDS, checked, whole
+from sample import SLOTS, Sample, Sampling, generate
+from schema import FLAG, TEXT, TOKEN_IDS, checked, integer
 from tokenizer import Tokenizer
 
 # Columns of responses.jsonl beside the text: of all data, of multiple-choice questions, of judged data.
@@ -55,7 +55,7 @@ def next_prompts(prompts: Iterable[str]) -> dict[str, str]:
 
 
 def respond(base: Decoder, trained: Decoder | None, tokenizer: Tokenizer, examples: list[Example],
-            sampling: Sampling, seed: int, slots: int = 64, cached: Answers | None = None,
+            sampling: Sampling, seed: int, slots: int = SLOTS, cached: Answers | None = None,
             file: Path | None = None) -> Answers:
     """Every system's answer to every example, measured by the base model.
 
@@ -232,7 +232,7 @@ def samples_files(file: Path, system: str) -> list[Path]:
     return sorted(file.parent.glob(f"{file.name}.{system}*"))
 
 
-SAMPLED = dict(row=whole(0, 2**63), ids=TOKEN_IDS, finished=FLAG)  # a line of such a file
+SAMPLED = dict(row=integer(0, 2**63), ids=TOKEN_IDS, finished=FLAG)  # a line of such a file
 
 
 def read_samples(file: Path, system: str) -> dict[int, Sample]:

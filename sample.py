@@ -36,6 +36,7 @@ from model import Decoder, Packed
 from run import UserError, default_device, default_dtype, main, option, parse, seed_from
 from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer
 
+SLOTS = 128  # how many responses are decoded together, unless the caller says so
 PREFILL_TOKENS = 8192  # prompts are prefilled in passes of about this many tokens
 WINDOW = 128  # prompts are sorted by length only within this many rows, so that early rows finish early
 
@@ -62,7 +63,7 @@ class Sampling:
 @dataclass
 class Sample:
     """One response: ids, with the end token if the model emitted it, and the log-probs of these ids under the
-    model itself, without temperature and filters. Training computes its own; these are to compare with."""
+    model itself, without temperature and filters. Training computes its own; these are for comparison."""
 
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
@@ -123,8 +124,8 @@ class Cache:
 
     `lengths` (S,) says how many tokens each slot holds after the shared ones; whoever feeds a slot increments
     it. A slot is reused by writing over it: stale entries beyond its length are masked. All L entries are
-    read: of a slice, a product would make a copy. The slots' keys are fp32, as the scores are. Values are
-    stored transposed, so that each product reads along the dimension it sums over.
+    read, used or not: a product would first copy a slice. Keys are fp32, as the scores are. Values are stored
+    transposed, so that each product reads along the dimension it sums over.
     Where a GPU has a kernel for it (`has_kernel`), keys are in the model's type, keys and values are laid out
     alike, and a step reads only what each slot holds.
     """
@@ -267,7 +268,7 @@ def generate(
     stop_ids: frozenset[int],
     seed: int,
     keys: list[tuple[int, int]] | None = None,
-    slots: int = 64,
+    slots: int = SLOTS,
     bar: tqdm | None = None,
     on_finished: Callable[[int, Sample], None] = lambda i, sample: None,
 ) -> list[Sample]:
@@ -293,7 +294,7 @@ class Sampler:
 
     @torch.inference_mode()
     def __init__(self, model: Decoder, prompts: list[list[int]], sampling: Sampling,
-                 stop_ids: frozenset[int], slots: int = 64):
+                 stop_ids: frozenset[int], slots: int = SLOTS):
         """prompts: all that will ever be sampled; they set the cache's size, and what they all begin with is
         computed once per call. The rest is as in `generate`."""
         positions = model.config.max_position_embeddings
@@ -313,10 +314,11 @@ class Sampler:
         self.cache = Cache(model.config, slots, room, shared_length, model.compute, model.device)
 
         self.stops = self.tensor(sorted(stop_ids))
-        self.ids = self.tensor([[0] * max_tokens] * slots)  # (S, max_new_tokens)
+        self.ids = torch.zeros(slots, max_tokens, dtype=torch.long,
+                               device=model.device)  # (S, max_new_tokens)
         self.logps = torch.zeros_like(self.ids, dtype=self.cache.score_dtype)  # (S, max_new_tokens)
         self.uniform = torch.zeros_like(self.logps)  # (S, max_new_tokens)
-        self.drawn = self.tensor([0] * slots)  # (S,) tokens drawn so far
+        self.drawn = torch.zeros_like(self.ids[:, 0])  # (S,) tokens drawn so far
         self.decoders: dict[int, Callable[[], Tensor]] = {}  # width -> one decoding step
 
     @torch.inference_mode()
@@ -437,7 +439,8 @@ class Sampler:
         for gap, slot in zip(gaps, last, strict=True):
             owner[gap] = owner[slot]
             owner[slot] = None
-        # Idle slots still run: let them begin again, so that they end no later than busy ones.
+        # Idle slots still run: they begin again at 0, so that none comes to the end of its room before a busy
+        # slot ends and this is done again.
         self.cache.lengths[self.busy :] = 0
         self.drawn[self.busy :] = 0
         # On a CPU widths are multiples of 8, to reuse compiled kernels; on a GPU there is one, for one graph.

@@ -33,7 +33,7 @@ Schema = dict[str, Kind]
 def checked(value, schema: Schema, where: str) -> dict:
     """The value, an object whose fields are as the schema has them; else a UserError that says which is not.
 
-    >>> checked({"layers": "12"}, {"layers": whole(1, 1000)}, "config.json")
+    >>> checked({"layers": "12"}, {"layers": integer(1, 1000)}, "config.json")
     Traceback (most recent call last):
     run.UserError: config.json: 'layers' is '12', not a whole number from 1 to 1000
     """
@@ -52,7 +52,7 @@ def checked(value, schema: Schema, where: str) -> dict:
 
 # ------------------------------------------------------------------------- kinds
 
-def whole(low: int, high: int) -> Kind:
+def integer(low: int, high: int) -> Kind:
     """Whole numbers; true and false are none."""
     return Kind(f"a whole number from {low} to {high}", lambda x: type(x) is int and low <= x <= high)
 

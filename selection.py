@@ -7,6 +7,7 @@ stopping points are chosen on the validation part alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -55,9 +56,9 @@ class Selection:
     """Scores models on the validation part and keeps the best of them in the run folder's model/.
 
     The score is the share of sampled responses that honour their context or solve their task, where the data
-    can check that (win_rate), else the share of validation pairs whose chosen response has a greater reward
-    than every rejected one (margin_accuracy).
-    Ties keep the earlier model.
+    can check that (win_rate), else the share of validation rows whose chosen response has a greater reward
+    than the rejected one, with --softmax than every rejected one (margin_accuracy). Ties keep the earlier
+    model.
     """
 
     def __init__(self, args, folder: Path, source: Path, best: dict | None = None):
@@ -117,13 +118,14 @@ class Selection:
 
 
 def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, source: Path,
-               validation: list[Pair] = ()) -> dict:
+               validation: Sequence[Pair] = ()) -> dict:
     """Write the run folder's model/ in the type of --save-dtype, and say what the rounding costs.
 
     Adapters are merged into it, and written to adapter/ beside it, in fp32 and in PEFT's format.
 
     Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
-    the folder, and the share of it that the folder keeps; {} for methods without pairs or rejected responses.
+    the folder, and the share of it that the folder keeps; {} for methods without pairs or rejected responses,
+    and where no GPU holds all weights in fp32.
     Where there are validation pairs, "validation" holds the same of these. Saved in fp32: the share alone, 1.
     """
     dtype = getattr(torch, args.save_dtype)

@@ -1,9 +1,9 @@
 """shard.py - one model divided among processes: weights, gradients and moments, by rows (FSDP2).
 
-Every process holds 1/W of each tensor, W processes. A pass gathers one block's weights at a time, computes,
-and lets go of them again; its gradients are added up over all processes, of which each keeps its own rows
-(Rajbhandari et al., 2020, arXiv 1910.02054, stage 3; Zhao et al., 2023, arXiv 2304.11277). So every pass is
-one of all processes, and all make equally many: batches.py pads.
+Each of W processes holds 1/W of every tensor. A pass gathers one block's weights at a time, computes, and
+frees them; gradients are summed over all processes, and each keeps those of its own rows (Rajbhandari et al.,
+2020, arXiv 1910.02054, stage 3; Zhao et al., 2023, arXiv 2304.11277). So all processes run every pass
+together, and all make equally many: batches.py pads.
 
 Sampling, context gain, mutual information and validation need different numbers of passes, and run on a copy
 of the whole model in each process, `gathered`. What is saved is gathered too, a tensor at a time, and on
@@ -64,8 +64,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shards(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's parameters by name, and divided where it is sharded: a forward pass without a backward one
-    leaves the ends of the model whole."""
+    """The model's parameters by name. A sharded model is divided again first: a forward pass without a
+    backward one leaves its ends whole."""
     if is_sharded(model):
         model.reshard()
     return model.named_parameters()

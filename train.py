@@ -18,15 +18,16 @@ Pairs are sampled from the model itself, unless the run folder or --pairs holds 
 weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradient norm clipped at 1. Several
 processes (torchrun --nproc_per_node) share the sampling and every batch: results are those of one process, up
 to rounding. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
-What differs from the paper: settings are chosen on validation prompts, never on test ones. The default rate
-is the paper's largest, 1e-6, for 1B parameters and more; a run with no larger one below 500M is told so.
+What differs from the paper: settings are chosen on validation prompts, never on test ones. The default rate,
+1e-6, is the paper's largest, for 1B parameters and more; a model below 500M that is trained with no larger
+one prints a note.
 
     torchrun train.py --data demo --neg missing --model DIR          or plain python train.py ...
 
 The run folder then holds args.json, the pairs that were sampled (pairs.jsonl), metrics.jsonl, summary.json,
 learning_curve.png and model/; eval.py reads it. --dry-run shows an example and says what a run will take.
 
-Legend: B pairs of a micro-batch, N rejected responses of a pair.
+Legend: B pairs of a micro-batch, N rejected responses of a pair, K = 1 + N its responses.
 """
 
 import dataclasses
@@ -93,8 +94,9 @@ class Args(ppo.PPOArgs, PairArgs):
     batch: int = option(4, "training rows per step, of all processes together", "training")
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood per token", "training")
-    temperature_loss: float | None = option(None, "log-probs are divided by this (default: infonce 100, "
-                                            "sami 1)", "training")
+    temperature_loss: float | None = option(None, "log-probs are divided by this (default: infonce "
+                                            f"{TEMPERATURES['infonce']:g}, sami {TEMPERATURES['sami']:g})",
+                                            "training")
     reduce: str = option("sum", "sum or average log-probs over tokens (infonce, sami)", "training",
                          ("sum", "mean"))
     pass_tokens: int | None = option(None, "most tokens in one forward and backward pass, shared beginnings "
@@ -240,7 +242,7 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
     bar.update(sum(map(len, batches[: state.batch])))
     log = TrainingLog(metrics, state, bar)
 
-    def kept() -> dict[str, Tensor]:
+    def checkpoint_tensors() -> dict[str, Tensor]:
         """What a checkpoint keeps. `state`, kept beside it, then counts all steps."""
         log.flush()
         state.rows = metrics.rows
@@ -259,13 +261,13 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         if objective.mean_over == "tokens":
             divisor = sum(len(pairs[i].chosen.ids) for i in batch)  # of all processes
         measured: dict[str, list[Tensor]] = {}  # the metrics of this process's pairs, (B,) each
-        for indices, passes in passes_together(model, pairs, batch, args):
+        for indices, pass_count in passes_together(model, pairs, batch, args):
             if not indices:  # but other processes have pairs left, and need this one's shards for them
-                idle_passes(model, passes).backward()
+                idle_passes(model, pass_count).backward()
                 continue
             chunk = [pairs[i] for i in indices]
             # (B, 1 + N) each, of InfoNCE and SAMI (B, K, K) and (B, K): log pi(y|x,c), tokens of y
-            logps, lengths = pair_logps(model, chunk, args, passes)
+            logps, lengths = pair_logps(model, chunk, args, pass_count)
             start_logps = reference[fast.sent(indices, model.device)]  # (B, 1 + N)
             loss, values = objective.loss(logps, start_logps, lengths, args)  # (B,)
             (loss.sum() / divisor).backward()
@@ -273,8 +275,8 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
                 measured.setdefault(name, []).append(value.float())
         all_reduce_gradients(model)
 
-        # The schedule begins again with every round of self-training.
         norm = gradient_norm(optimizer.weights)
+        # The schedule begins again with every round of self-training.
         lr = learning_rate(number, len(batches), args.lr)
         optimizer.step(state.step, lr, norm)
         optimizer.zero_grad()
@@ -307,7 +309,8 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
 
         # A better model is in model/ already: a run that is killed now must remember which it is.
         if checkpoints:
-            checkpoints.after_step(args.save_every, kept, state, now=state.best is not best_before)
+            checkpoints.after_step(args.save_every, checkpoint_tensors, state,
+                                   now=state.best is not best_before)
     log.flush()
     bar.close()
 

@@ -1,9 +1,9 @@
 """training_log.py - metrics.jsonl: what a training step has shown, read when the next one is under way.
 
-A GPU works through what the host has given it, thousands of operations a step, while the host prepares more.
-A number that the host reads makes it wait for all of them, and then the GPU for the host. So a step's numbers
-are sent to main memory as they come, and read when the next step has been given; validations and checkpoints
-have them read before. On a CPU nothing is ever under way, and the numbers are there at once.
+A GPU works through a queue of operations, thousands a step, while the host prepares more. To read a number
+the host must wait until the queue is empty, and then the GPU waits for the host. So a step's numbers are
+copied to main memory as they come, and read once the next step is queued; before validations and checkpoints
+they are read at once. On a CPU there is no queue, and the numbers are there at once.
 
     python -m pytest tests/test_training_log.py
 """
@@ -61,9 +61,24 @@ class State:
     pairs: str = ""  # fingerprint of this round's training rows
 
 
+def count_step(state, is_finite: bool) -> bool:
+    """Count a step in the `skipped` and `skipped_in_a_row` of a State, this one or ppo.py's; a step that is
+    not finite was skipped. Returns is_finite."""
+    state.skipped += not is_finite
+    state.skipped_in_a_row = 0 if is_finite else state.skipped_in_a_row + 1
+    return is_finite
+
+
+def require_hope(state) -> None:
+    """UserError where the last five steps were all skipped: the run is lost."""
+    if state.skipped_in_a_row >= 5:
+        raise UserError("five steps in a row were not finite: lower --lr (and PPO's --critic-lr), or use "
+                        "--dtype float32")
+
+
 @dataclass(frozen=True)
 class Step:
-    """A step that the device has been given."""
+    """A step that has been queued."""
 
     number: int  # from 1, of this candidate's steps
     epoch: int
@@ -82,26 +97,28 @@ class TrainingLog:
 
     def __init__(self, metrics: Metrics, state: State, bar: tqdm):
         self.metrics, self.state, self.bar = metrics, state, bar
-        self.given: Step | None = None
+        self.queued: Step | None = None
 
     def add(self, step: Step) -> None:
-        """Read the step before this one."""
+        """Take a step that was just queued, and read the one before it."""
         self.flush()
-        self.given = step
+        self.queued = step
 
     def flush(self) -> None:
-        """Read the step that was given last. UserError where it is the fifth in a row that was not finite."""
-        if self.given is None:
+        """Read the step that was queued last. UserError where it is the fifth in a row that was skipped."""
+        if self.queued is None:
             return
-        step, self.given = self.given, None
+        step, self.queued = self.queued, None
         norm, weights_changed, *values = step.numbers.read()
         rows = [dict(zip(step.names, values[i :: step.count], strict=True)) for i in range(step.count)]
         rows = gather(rows)  # of all processes
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
         means["loss"] *= len(rows) / step.divisor  # SFT's loss is a mean over tokens, all else over pairs
-        self.count_skipped(step, norm, means["loss"])
 
         state, bar = self.state, self.bar
+        if not count_step(state, math.isfinite(norm)):
+            print(f"step {step.number} skipped: loss {means['loss']}, gradient norm {norm} (pairs "
+                  f"{', '.join(step.ids)})")
         seconds = step.numbers.arrival.seconds_since(step.start)
         state.seconds += seconds
         state.tokens += step.tokens
@@ -122,15 +139,4 @@ class TrainingLog:
         margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
         bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {state.tokens / state.seconds:.0f} tokens/s")
         bar.update(len(rows))
-
-    def count_skipped(self, step: Step, norm: float, loss: float) -> None:
-        """A step whose gradients are not finite was skipped; many in a row mean that the run is lost."""
-        state = self.state
-        if math.isfinite(norm):
-            state.skipped_in_a_row = 0
-            return
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        print(f"step {step.number} skipped: loss {loss}, gradient norm {norm} (pairs {', '.join(step.ids)})")
-        if state.skipped_in_a_row == 5:
-            raise UserError("five steps in a row were not finite: lower --lr, or use --dtype float32")
+        require_hope(state)

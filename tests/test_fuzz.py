@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from run import UserError, read_json
-from schema import FLAG, TEXT, TOKEN_IDS, checked, either, listing, one_of, optional, real, record, whole
+from schema import FLAG, TEXT, TOKEN_IDS, checked, either, listing, one_of, optional, real, record, integer
 
 sys.path.insert(0, str(ROOT / "results"))
 
@@ -54,7 +54,7 @@ def test_the_large_run_is_on_record():
 # ------------------------------------------------------------------------- schemas
 
 KINDS = {  # name -> a kind, values of it, values not of it
-    "whole": (whole(1, 9), [1, 9], [0, 10, True, 1.0, "1", None, [1], 10**30]),
+    "whole": (integer(1, 9), [1, 9], [0, 10, True, 1.0, "1", None, [1], 10**30]),
     "real": (real(0, 1), [0, 1, 0.5, -0.0], [-0.1, 2, float("nan"), float("inf"), True, "0.5", None]),
     "text": (TEXT, ["", "a"], [1, None, ["a"], {}]),
     "flag": (FLAG, [True, False], [0, 1, "false", None]),
@@ -83,6 +83,6 @@ def test_a_kind_holds_its_own_values_alone(name):
 def test_what_is_refused_is_named_and_cut_short(value, words):
     """File, field, value, and what it should have been, in one line of a sane length."""
     with pytest.raises(UserError) as e:
-        checked(value, dict(n=whole(1, 9), m=optional(TEXT)), "here")
+        checked(value, dict(n=integer(1, 9), m=optional(TEXT)), "here")
     assert words in str(e.value) and len(str(e.value)) < 200
-    assert checked({"n": 3, "m": None, "other": [1]}, dict(n=whole(1, 9), m=optional(TEXT)), "here")
+    assert checked({"n": 3, "m": None, "other": [1]}, dict(n=integer(1, 9), m=optional(TEXT)), "here")

@@ -131,9 +131,7 @@ def step_gradient(pairs, pass_tokens: int, dtype=torch.float64, **more) -> tuple
     model = random_model(scale=0.2).to(dtype)
     args = arguments(pass_tokens=pass_tokens, **more)
     total, kept = 0.0, 0
-    for indices in micro_batches(pairs, list(range(len(pairs))), args):
-        chunk = [pairs[i] for i in indices]
-
+    for chunk in micro_batches(pairs, lambda pair: groups_of(pair, args), args):
         def loss_of(chunk=chunk) -> Tensor:
             logps, lengths = pair_logps(model, chunk, args)
             return OBJECTIVES[args.method].loss(logps, None, lengths, args)[0].sum() / len(pairs)

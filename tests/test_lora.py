@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lora
-from batches import micro_batches, pair_logps
+from batches import groups_of, micro_batches, pair_logps
 from folder import load, save_adapter
 from lora import LoRALinear, adapted_layers, adapters_off, add_adapters
 from losses import dpo, sequence_logps
@@ -58,7 +58,7 @@ def base_weights(model: Decoder) -> dict[str, Tensor]:
 def backward(model: Decoder, pairs: list[Pair] = PAIRS, reference: Tensor | None = None) -> Tensor:
     """The mean DPO loss of the pairs at beta 0.1, back-propagated; reference: the model itself by default."""
     losses = []
-    for indices in micro_batches(pairs, list(range(len(pairs))), ARGS):
+    for indices in micro_batches(range(len(pairs)), lambda i: groups_of(pairs[i], ARGS), ARGS):
         logps, _ = pair_logps(model, [pairs[i] for i in indices], ARGS)
         start = logps.detach() if reference is None else reference[indices]
         loss, _ = dpo(logps, start, 0.1)

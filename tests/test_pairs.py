@@ -21,7 +21,7 @@ from data import Example
 from folder import load
 from model import Decoder
 from negatives import Pair, Response, negative_messages
-from pairs import (check_negatives, load_pairs, make_pairs, of_this_version, pairs_for, print_statistics,
+from pairs import (check_negatives, load_pairs, make_pairs, pairs_for, print_statistics,
                    save_pairs)
 from run import UserError, read_json, write_json, write_jsonl
 from sample import Sample, Sampling, generate
@@ -47,7 +47,7 @@ def test_missing_is_the_bare_prompt():
 def test_where_hardly_any_other_row_will_do_it_stands_in_for_more():
     """59 rows of one context and one of another: all draws of the 59 are of that one, ten times over."""
     rows = [training_example(i, "A" if i else "B") for i in range(60)]
-    messages = negative_messages(rows, "random", 0, n_neg=10)
+    messages = negative_messages(rows, "random", 0, count=10)
     assert all(row == [rows[i].user_message("B")] * 10 for i, row in enumerate(messages) if i)
     assert messages[0] == [rows[0].user_message("A")] * 10
 
@@ -356,63 +356,25 @@ def test_pairs_are_read_back_as_they_were_written(sampled, tmp_path):
     assert read_json(tmp_path / "new" / "folder" / "pairs.json") == WHOLE
 
 
-OLD_ROW = dict(
-    id="r1", prompt="Why?", context="I am old.", chosen="Because.", rejected=["No.", "So"], prompt_ids=[5, 6],
-    chosen_ids=[7, 8, 1], rejected_ids=[[9, 1], [10]], source_ids=[[5], [4, 6]],
-    finished=[True, True, False], gain_chosen=1.5, gain_rejected=[-0.5, 0.25], style="short",
+ROW = dict(
+    id="r1", prompt="Why?", context="I am old.", style="short",
+    chosen=dict(text="Because.", ids=[7, 8, 1], finished=True, prompt_ids=[5, 6], gain=1.5),
+    rejected=[dict(text="No.", ids=[9, 1], finished=True, prompt_ids=[5], gain=-0.5)],
 )  # fmt: skip
 
 
-def test_pairs_of_earlier_versions_are_read(tmp_path):
-    """Rows of parallel lists: each response gets the ids, prompt, end and gain at its own place in them."""
-    no_gains = OLD_ROW | dict(id="r2", gain_chosen=None, gain_rejected=None)
-    no_style = {key: value for key, value in OLD_ROW.items() if key != "style"} | dict(id="r3")
-    only_chosen = OLD_ROW | dict(id="r4", rejected=[], rejected_ids=[], source_ids=[], finished=[True],
-                                 gain_rejected=[])
-    folder = write_pairs(tmp_path / "old", [OLD_ROW, no_gains, no_style])
-    chosen = Response("Because.", [7, 8, 1], True, [5, 6], 1.5)
-    rejected = [Response("No.", [9, 1], True, [5], -0.5), Response("So", [10], False, [4, 6], 0.25)]
-    first, second, third = load_pairs(folder)
-    [fourth] = load_pairs(write_pairs(tmp_path / "chosen", [only_chosen]))
-    assert first == Pair("r1", "Why?", "I am old.", chosen, rejected, "short")
-    assert first.prompt_ids == [5, 6]
-    bare = [dataclasses.replace(response, gain=None) for response in first.responses]
-    assert second.responses == bare
-    assert third == dataclasses.replace(first, id="r3", style="plain")
-    assert fourth == dataclasses.replace(first, id="r4", rejected=[])
-
-
-def test_an_earlier_version_and_this_one_say_the_same(sampled, tmp_path):
-    """Pairs that were sampled, written as parallel lists by hand: read, they are equal."""
-    _, _, made, _ = sampled
-    rows = []
-    for pair in made:
-        rows.append(dict(
-            id=pair.id, prompt=pair.prompt, context=pair.context, chosen=pair.chosen.text,
-            rejected=[response.text for response in pair.rejected], prompt_ids=pair.prompt_ids,
-            chosen_ids=pair.chosen.ids, rejected_ids=[response.ids for response in pair.rejected],
-            source_ids=[response.prompt_ids for response in pair.rejected],
-            finished=[response.finished for response in pair.responses], gain_chosen=pair.chosen.gain,
-            gain_rejected=[response.gain for response in pair.rejected], style=pair.style))
-    assert load_pairs(write_pairs(tmp_path, rows)) == made
-
-
-NEW_ROW = of_this_version(OLD_ROW)
-
-
 @pytest.mark.parametrize("row", [
-    dict(id="r"), NEW_ROW | dict(extra=1), NEW_ROW | dict(rejected=["no"]), NEW_ROW | dict(chosen="yes"),
-    OLD_ROW | dict(finished=[True]), OLD_ROW | dict(source_ids=[[5]]), OLD_ROW | dict(gain_rejected=[1.0]),
-], ids=["little", "much", "texts", "text", "finished", "sources", "gains"])  # fmt: skip
+    dict(id="r"), ROW | dict(extra=1), ROW | dict(rejected=["no"]), ROW | dict(chosen="yes"),
+    ROW | dict(chosen=dict(text="Because."))], ids=["little", "much", "texts", "text", "part"])  # fmt: skip
 def test_a_row_that_is_no_pair_is_named(row, tmp_path):
-    """By file and line, lists of different lengths too."""
+    """By file and line."""
     with pytest.raises(UserError, match=r"pairs\.jsonl:2: not a pair"):
-        load_pairs(write_pairs(tmp_path, [NEW_ROW, row]))
+        load_pairs(write_pairs(tmp_path, [ROW, row]))
 
 
 def test_pairs_that_are_not_whole_are_refused(tmp_path):
     """pairs.json has no statistics until all is sampled."""
-    folder = write_pairs(tmp_path, [NEW_ROW], dict(settings={}, statistics=None))
+    folder = write_pairs(tmp_path, [ROW], dict(settings={}, statistics=None))
     with pytest.raises(UserError, match="is incomplete"):
         load_pairs(folder)
 

@@ -486,9 +486,11 @@ def test_an_update_that_is_not_finite_is_skipped(tiny, tmp_path, monkeypatch, ca
     before = flat(load(tiny, torch.float64).parameters())
     result = experiment(tiny, tmp_path, "rlvr", count=3)
     assert result["metrics"][-1]["skipped"] == 4 and torch.equal(result["weights"], before)
-    assert "4 of 4 updates skipped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="five updates in a row were not finite"):
+    assert "4 of 4 updates were not finite" in capsys.readouterr().out
+    with pytest.raises(UserError, match="five steps in a row were not finite"):
         experiment(tiny, tmp_path, "rlvr")
+    lines = [line for _, line in read_jsonl(tmp_path / "metrics-rlvr-1.0-1.jsonl")]
+    assert [line["skipped"] for line in lines] == [4, 8]
 
 
 # ------------------------------------------------------------------------- several processes

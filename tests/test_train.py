@@ -27,7 +27,7 @@ from losses import OBJECTIVES, Objective
 from model import Decoder
 from optimizer import MasterAdamW, learning_rate
 from negatives import Pair, Response
-from run import UserError
+from run import UserError, read_jsonl
 from train import Args
 
 Gradients = dict[str, Tensor]
@@ -362,13 +362,15 @@ def test_training_goes_on_after_a_skipped_step(fit, break_steps):
     assert margins[1] == margins[2] == margins[3] < margins[4] < margins[5]
 
 
-def test_five_in_a_row_stop_the_run(fit, break_steps):
-    """Four do not, twice over; the fifth is a UserError."""
+def test_five_in_a_row_stop_the_run(fit, break_steps, tmp_path):
+    """Four do not, twice over; the fifth is a UserError, once its line is written."""
     break_steps({1, 2, 3, 4, 6, 7, 8, 9}, math.nan)
     assert fit(random_pairs(2), batch=2, epochs=10)[1].skipped == 8
     break_steps({2, 3, 4, 5, 6}, math.nan)
     with pytest.raises(UserError, match="five"):
         fit(random_pairs(2), batch=2, epochs=10)
+    lines = [line for _, line in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_gradient_that_is_not_finite_is_not_taken_though_the_loss_is(fit, tiny, monkeypatch):
