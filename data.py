@@ -309,10 +309,15 @@ def load_paper_data(name: str, folder: str) -> Loaded:
     if folder and not all(Path(part).is_dir() for part in folder.split(",")):
         raise UserError(f"--data {name}:{folder}: there is no such folder")
     source = folder or str(download(data_set.hub, data_set.files, "dataset"))
+    loader = LOADERS[name]
     try:
-        examples, remark = LOADERS[name](source)
+        examples, remark = loader(source)
     except (LookupError, ValueError, TypeError, AttributeError, csv.Error) as e:  # other columns, other types
         raise UserError(f"{source} is not laid out as {data_set.hub} is: {type(e).__name__} {e}") from None
+    ids, splits = {e.id for e in examples}, {e.split for e in examples}
+    if len(ids) < len(examples) or not splits <= set(SPLITS):
+        raise UserError(f"{source}: its {len(examples)} examples have {len(ids)} different ids, and splits "
+                        f"called {', '.join(sorted(splits))}")
     counts = split_counts(examples)
     lines = [remark, f"{counts}; {data_set.note}. {data_set.terms}"]
     return examples, "\n".join(f"{name}: {line}" for line in lines if line)

@@ -156,6 +156,7 @@ class Objective:
     uses_reference: bool  # whether the start model's log-probs are needed
     mean_over: str  # a step's loss is the mean over its "pairs" or over their chosen "tokens"
     every_prompt: bool = False  # whether responses are scored under each other's prompts too
+    temperature: float | None = None  # log-probs are divided by --temperature-loss, by default by this
 
 
 def dpo_loss(logps: Tensor, reference: Tensor, lengths: Tensor, args) -> Loss:
@@ -191,11 +192,24 @@ OBJECTIVES = {
     "dpo": Objective(dpo_loss, uses_rejected=True, uses_reference=True, mean_over="pairs"),
     "sft": Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="tokens"),
     "sft-revise": Objective(sft_loss, uses_rejected=False, uses_reference=False, mean_over="tokens"),
+    # The temperatures are the authors', for log-probs summed over tokens.
     "infonce": Objective(infonce_loss, uses_rejected=True, uses_reference=False, mean_over="pairs",
-                         every_prompt=True),
+                         every_prompt=True, temperature=100.0),
     "sami": Objective(sami_loss, uses_rejected=True, uses_reference=False, mean_over="pairs",
-                      every_prompt=True),
+                      every_prompt=True, temperature=1.0),
 }
+
+
+def require_one_each(count: int, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+    """ValueError where a loss or a metric is not one value for each of `count` pairs, or the metric "loss" is
+    missing. A mean would pass unseen otherwise, and be divided by the batch's size once more."""
+    shapes = {name: tuple(value.shape) for name, value in {"the loss itself": loss, **metrics}.items()}
+    wrong = [f"{name} is {shape}" for name, shape in shapes.items() if shape != (count,)]
+    if "loss" not in metrics:
+        wrong.append("the metric loss is missing")
+    if wrong:
+        raise ValueError(f"an objective's loss and metrics are ({count},), a value a pair; here "
+                         f"{', '.join(wrong)}")
 
 
 # ------------------------------------------------------------------------- log-probs

@@ -98,6 +98,8 @@ def make_pairs(
         add_noise(pairs, tokenizer, seed, n_neg)
     elif fill_in_later:
         raise ValueError(f"make_pairs: nothing says how {neg} is made")
+    if fill_in_later and any(len(pair.rejected) != n_neg for pair in pairs):
+        raise ValueError(f"make_pairs: {neg} has not given every pair {n_neg} rejected responses")
     pairs = fitting_pairs(pairs, examples, positions)
     unusable = given - len(pairs) - sum(dropped.values())
     if unusable:

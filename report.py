@@ -171,7 +171,8 @@ NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "base", "slo
 
 NUMBERS = "eval.json", "eval-validation.json"  # what the report reads of a run
 VALIDATION = " (validation)"  # of a column whose runs were not evaluated on the test part
-EARLY = dict(method="dpo", n_neg=1, softmax=False)  # of runs from before there was anything else
+# What runs did that were made before there was such an option: its value then, not its default.
+EARLY = dict(method="dpo", n_neg=1, softmax=False)
 
 
 def report(folders: list[str], out: Path) -> str:
@@ -206,7 +207,6 @@ def report(folders: list[str], out: Path) -> str:
 
 def strategy(arguments: dict) -> str:
     """A run's row in the paper's tables: its method and, of DPO, where rejected responses come from."""
-    arguments = EARLY | arguments
     if arguments["method"] != "dpo":
         return arguments["method"] + " shuffled" * arguments.get("shuffle_rewards", False)
     count = f" N={arguments['n_neg']}" if arguments["n_neg"] > 1 else ""
@@ -311,8 +311,8 @@ def without_number(path: str, seed: int) -> str:
 def systems_of(folder: Path) -> list[Measured]:
     """The systems of one run. Those of the base model depend on the evaluation alone, not on training."""
     result, written = read_numbers(folder), read_json(folder / "args.json")
+    arguments = EARLY | written["arguments"]
     part = "" if (folder / "eval.json").exists() else VALIDATION
-    arguments = written["arguments"]
     evaluated = result["arguments"] | result.get("settings", {}).get("sampling", {})  # as it really was
     data = arguments["data"].partition(":")[0]  # wherever a copy of a known data set is
     evaluation = {f"test {key}": value for key, value in evaluated.items() if key not in NO_SETTINGS}

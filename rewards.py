@@ -15,6 +15,7 @@ Legend: B responses, R tokens of one response.
     python train.py --method rlvr
 """
 
+import math
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -95,6 +96,8 @@ def rewards_of(examples: list[Example], texts: list[str], information: list[floa
         unreadable = len(scores) - len(readable)
     if reward.information:  # Eq. 15; with a judge's score Eq. 16
         rewards = [own + args.mi_weight * nats for own, nats in zip(rewards, information, strict=True)]
+    if len(rewards) != len(texts) or not all(map(math.isfinite, rewards)):  # clipped, a NaN would be the best
+        raise ValueError(f"rewards_of: {len(texts)} responses earn {rewards}, not a finite number each")
     return rewards, unreadable
 
 

@@ -25,7 +25,7 @@ def rows_with_contexts(examples: list[Example], neg: str, tell: bool = False) ->
         return examples
     dropped = names_without(examples, with_context)
     if tell:
-        tell_dropped(dropped, len(examples), "no context, which --neg random needs where others have one")
+        tell_dropped(dropped, len(examples), f"no context, which --neg {neg} needs where others have one")
     return with_context
 
 
@@ -33,10 +33,10 @@ def require_contexts(examples: list[Example], neg: str) -> None:
     """UserError where contexts are to be left out, or exchanged, that some rows do not have."""
     without = [example.name for example in examples if not example.context]
     if neg == "missing" and without:
-        raise UserError(f"--neg missing needs a context in every row; {len(without)} have none "
+        raise UserError(f"--neg {neg} needs a context in every row; {len(without)} have none "
                         f"({first_of(without)}). random, reshuffle and noise do not")
     if neg == "random" and 0 < len(without) < len(examples):
-        raise UserError(f"--neg random needs a context in every row or in none; {len(without)} of "
+        raise UserError(f"--neg {neg} needs a context in every row or in none; {len(without)} of "
                         f"{len(examples)} have none ({first_of(without)})")
 
 

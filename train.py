@@ -52,7 +52,7 @@ from eval import evaluation
 from figures import learning_curve
 from folder import check_weights, find, load, read_config
 from lora import add_adapters
-from losses import OBJECTIVES, token_count
+from losses import OBJECTIVES, require_one_each, token_count
 from memory import Sizes, require_copy, require_fit
 from model import Decoder
 from negatives import Pair
@@ -71,7 +71,6 @@ from training_log import Metrics, State, Step, TrainingLog
 
 LR, TINY_LR = 1e-6, 2e-4  # the paper's, for 1B parameters and more; the embedded model's
 SMALL = 5e8  # parameters, below which LR is said to be too low: on 135M it gains nothing in 30 steps
-TEMPERATURES = dict(infonce=100.0, sami=1.0)  # the authors', on log-probs summed over tokens
 TEST_ROWS = 640  # test rows, drawn by seed, that --test evaluates where --limit is not given; eval.py: all
 
 
@@ -95,8 +94,8 @@ class Args(ppo.PPOArgs, PairArgs):
     label_smoothing: float = option(0.0, "share of pairs taken to be the wrong way round", "training")
     nll: float = option(0.0, "weight of the chosen response's negative log-likelihood per token", "training")
     temperature_loss: float | None = option(None, "log-probs are divided by this (default: infonce "
-                                            f"{TEMPERATURES['infonce']:g}, sami {TEMPERATURES['sami']:g})",
-                                            "training")
+                                            f"{OBJECTIVES['infonce'].temperature:g}, sami "
+                                            f"{OBJECTIVES['sami'].temperature:g})", "training")
     reduce: str = option("sum", "sum or average log-probs over tokens (infonce, sami)", "training",
                          ("sum", "mean"))
     pass_tokens: int | None = option(None, "most tokens in one forward and backward pass, shared beginnings "
@@ -135,8 +134,8 @@ def resolve(args: Args) -> Args:
     if lr is None:
         lr = TINY_LR if is_tiny else LR
     temperature = args.temperature_loss
-    if temperature is None:
-        temperature = TEMPERATURES.get(args.method)
+    if temperature is None and args.method in OBJECTIVES:
+        temperature = OBJECTIVES[args.method].temperature
     # What was left at its default fits the method: the model revises its response beside one to a random
     # context (section 5.1), and SFT samples no rejected ones.
     if args.method == "sft-revise" and not args.pairs:
@@ -210,13 +209,14 @@ def check_method(args: Args) -> None:
     if not objective.uses_rejected and args.n_neg > 1 and not args.pairs:
         used = "one rejected response" if args.method == "sft-revise" else "no rejected responses"
         raise UserError(f"--n-neg {args.n_neg}: --method {args.method} uses {used}")
-    if args.method not in TEMPERATURES:
-        if args.temperature_loss is not None or args.reduce != "sum":
-            raise UserError(f"--temperature-loss and --reduce go with {' and '.join(TEMPERATURES)}, not with "
-                            f"--method {args.method}")
-        return
-    if args.temperature_loss <= 0:
+    if objective.temperature is None and (args.temperature_loss is not None or args.reduce != "sum"):
+        with_one = " and ".join(name for name, other in OBJECTIVES.items() if other.temperature)
+        raise UserError(f"--temperature-loss and --reduce go with {with_one}, not with --method "
+                        f"{args.method}")
+    if args.temperature_loss is not None and args.temperature_loss <= 0:
         raise UserError("--temperature-loss must be positive")
+    if not objective.every_prompt:
+        return
     if args.neg not in ("missing", "random"):
         raise UserError(f"--method {args.method} scores every response under each other's prompts, which "
                         f"--neg {args.neg} does not have: use --neg random or missing")
@@ -270,6 +270,7 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
             logps, lengths = pair_logps(model, chunk, args, pass_count)
             start_logps = reference[fast.sent(indices, model.device)]  # (B, 1 + N)
             loss, values = objective.loss(logps, start_logps, lengths, args)  # (B,)
+            require_one_each(len(chunk), loss, values)
             (loss.sum() / divisor).backward()
             for name, value in values.items():
                 measured.setdefault(name, []).append(value.float())

@@ -440,6 +440,16 @@ def test_the_nearest_name_is_offered_for_a_misspelt_one(wrong, right):
         load_examples(wrong, "train")
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(id="one"), "examples have 1 different ids"), (dict(split="val"), "splits called val")])
+def test_what_a_loader_gives_has_ids_and_splits(change, message, tmp_path, monkeypatch):
+    """Rows of one id would become one pair, and rows of an unknown split nothing."""
+    examples = [dataclasses.replace(data.Example(f"r{i}", "Why?", "train"), **change) for i in range(3)]
+    monkeypatch.setitem(data.LOADERS, "prism", lambda folder: (examples, ""))
+    with pytest.raises(UserError, match=message):
+        load_examples(f"prism:{tmp_path}", "train")
+
+
 def test_every_data_set_has_a_loader():
     """The table of data sets and the table of loaders have the same names."""
     assert data.LOADERS.keys() == data.DATA.keys() == SETS.keys()

@@ -15,6 +15,8 @@ import tokenizers
 from conftest import END, chat_ids, oracle_logp, record_samples, stopping_model, training_example
 from transformers import AutoModelForCausalLM
 
+import negatives
+import pairs
 from folder import load
 from model import Decoder
 from negatives import Pair, Response, add_noise, add_reshuffled, negative_messages
@@ -270,3 +272,19 @@ def test_chosen_responses_do_not_depend_on_the_negatives(model_and_tokenizer, ti
         for pair in made:
             chosen.setdefault(pair.id, set()).add(tuple(pair.chosen.ids))
     assert len(chosen) > 4 and {len(ids) for ids in chosen.values()} == {1}
+
+
+# ------------------------------------------------------------------------- a negative that is not finished
+
+def test_too_few_messages_are_refused(monkeypatch):
+    """As a new kind of negative may give."""
+    monkeypatch.setattr(negatives, "other_rows", lambda examples, *_: examples[:1])
+    with pytest.raises(ValueError, match="random gives no list of 2 messages for row 0"):
+        negative_messages(ROWS, "random", 0, 2)
+
+
+def test_pairs_without_rejected_responses_are_refused(model_and_tokenizer, monkeypatch):
+    """Where the function that should make them has not."""
+    monkeypatch.setattr(pairs, "add_noise", lambda *_: None)
+    with pytest.raises(ValueError, match="noise has not given every pair 1 rejected responses"):
+        make_pairs(*model_and_tokenizer, ROWS, "noise", SETTINGS, 5)

@@ -302,6 +302,12 @@ def test_the_verifiers_reward_is_one_or_zero():
     assert rewards_of([TEA] * 2, ["quiet", "Loud"], [0.0] * 2, None, arguments()) == ([1.0, 0.0], 0)
 
 
+def test_a_reward_is_a_finite_number():
+    """Clipped, a NaN would become the best reward."""
+    with pytest.raises(ValueError, match=r"2 responses earn \[nan, 1\.0\], not a finite number each"):
+        rewards_of([TEA] * 2, ["a", "b"], [math.nan, 1.0], None, arguments(method="ppo-mi", mi_weight=1.0))
+
+
 # ------------------------------------------------------------------------- batches
 
 def test_every_prompt_is_sampled_once_a_pass():

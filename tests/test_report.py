@@ -440,6 +440,15 @@ def test_runs_tested_on_other_rows_are_not_seeds_of_one(tmp_path):
     assert rates["missing (test limit default)"] == "80.0 [70.0, 90.0] (93.26)"
 
 
+def test_a_run_from_before_an_option_is_a_seed_of_those_that_had_its_value(tmp_path):
+    """EARLY says which value that was."""
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 1, 0.6)]
+    written = read_json(tmp_path / "a" / "args.json")
+    del written["arguments"]["n_neg"]
+    write_json(tmp_path / "a" / "args.json", written)
+    assert win_rates(report(runs, tmp_path / "out"))["missing"] == "80.0, 60.0 (2 seeds) (93.26)"
+
+
 def test_values_that_validation_chose_do_not_split_an_experiment(tmp_path):
     """Two seeds of one sweep are seeds of it, whichever learning rate either chose."""
     runs = [write_run(tmp_path / "a", 0, 0.8, lr=1e-6), write_run(tmp_path / "b", 1, 0.6, lr=5e-7)]

@@ -23,7 +23,7 @@ import losses
 import train
 from batches import epoch_batches, epoch_order, training_rows
 from folder import load
-from losses import OBJECTIVES, Objective
+from losses import OBJECTIVES, Objective, require_one_each
 from model import Decoder
 from optimizer import MasterAdamW, learning_rate
 from negatives import Pair, Response
@@ -278,6 +278,28 @@ def test_a_new_objective_is_a_row_of_the_table(record, monkeypatch):
     assert row["loss"] == pytest.approx(expected["loss"] * tokens / 3 / 2, rel=1e-6)
     scales = [min(1, 1 / each["grad_norm"]) for each in (row, expected)]
     assert_same_gradients(ours.gradients[0], sft.gradients[0], tokens / 6 * scales[0] / scales[1])
+
+
+def test_a_new_objective_that_takes_the_mean_is_refused(fit, monkeypatch):
+    """It would be divided by the batch's size twice, and no logged number would tell."""
+    def mean(logps: Tensor, reference: Tensor, lengths: Tensor, args: Args):
+        loss = -logps[:, 0]  # (B,)
+        return loss.mean(), dict(loss=loss.detach())
+
+    objective = Objective(mean, uses_rejected=False, uses_reference=False, mean_over="pairs")
+    monkeypatch.setitem(OBJECTIVES, "mean", objective)
+    with pytest.raises(ValueError, match=r"are \(2,\), a value a pair; here the loss itself is \(\)$"):
+        fit(random_pairs(2), method="mean", batch=2)
+
+
+@pytest.mark.parametrize(("metrics", "message"), [
+    (dict(loss=torch.zeros(3), margin=torch.zeros(3, 2)), r"here margin is \(3, 2\)$"),
+    (dict(margin=torch.zeros(3)), "here the metric loss is missing$")], ids=["shape", "no loss"])  # fmt: skip
+def test_metrics_have_a_value_a_pair(metrics, message):
+    """The loss is among them."""
+    require_one_each(3, torch.zeros(3), dict(loss=torch.zeros(3), margin=torch.zeros(3)))
+    with pytest.raises(ValueError, match=message):
+        require_one_each(3, torch.zeros(3), metrics)
 
 
 # ------------------------------------------------------------------------- metrics
