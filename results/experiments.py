@@ -6,7 +6,8 @@
     python eval.py --report results/methods-tiny --out results/methods-tiny       the tables and a picture
 
 A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied to
-results/TABLE/ROW/seedS, from which the report is made again. Rows with a scripted judge need
+results/TABLE/ROW/seedS, from which the report is made again. Runs of no table were made by the commands in
+LOG.md. Rows with a scripted judge need
 scripted_judge.py to run beside them, and OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file,
 persistbench-methods-smollm2 that of persistbench.py.
 """

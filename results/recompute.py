@@ -30,6 +30,7 @@ FIRST_TINY = "demo-tiny-2026-11-21/seed{}/eval.json"
 RATES = "rates-smollm2/lr-{}/seed0/eval-validation.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 METHODS = "methods-smollm2-gpu/{}/seed{}/eval.json"
+SETTINGS = "settings-tiny/{}/seed0/eval-validation.json"
 CPU_METHODS = "methods-smollm2-cpu/{}/seed0/eval.json"
 TASKS = {"SVAMP": "tasks-smollm2/svamp/eval.json", "GSM8K": "tasks-smollm2/gsm8k/eval.json"}
 PERSIST, JUDGED = "persistbench-smollm2/eval.json", "tasks-smollm2/persist/eval.json"
@@ -97,13 +98,18 @@ def replies() -> list[str]:
     return [str(asked), str(asked - sum(unread.values()))]
 
 
-def apologies() -> list[str]:
-    """Of the headline: the share of prompting's and of the trained responses that apologise; the two win
-    rates in rows where prompting does, and in all others, there with their difference."""
+def headline_rows() -> tuple[dict[str, dict[str, str]], dict]:
+    """The headline's responses, id -> system -> text, and its examples by id."""
     answers: dict[str, dict[str, str]] = {}
     for _, row in read_jsonl(RESULTS / HEADLINE.replace("eval.json", "responses.jsonl")):
         answers.setdefault(row["id"], {})[row["system"]] = row["response"]
-    examples = {example.id: example for example in load_demo(0)}
+    return answers, {example.id: example for example in load_demo(0)}
+
+
+def apologies() -> list[str]:
+    """Of the headline: the share of prompting's and of the trained responses that apologise; the two win
+    rates in rows where prompting does, and in all others, there with their difference."""
+    answers, examples = headline_rows()
     systems = "prompted", "trained"
     sorry = {system: {i for i, texts in answers.items() if texts[system].lstrip().startswith("I'm sorry")}
              for system in systems}
@@ -115,6 +121,50 @@ def apologies() -> list[str]:
     difference = interval(trained - prompted, [examples[i].prompt for i in rows],
                           [examples[i].context for i in rows], DIFFERENCE)
     return found + numbers(with_interval(difference, "+.1f", 100))
+
+
+# "As a teacher, I'm ...": an answer that speaks as the user.
+AS_THE_USER = re.compile(r"\s*As an? [\w ]{2,30}, (I|my)\b")
+
+
+def as_the_user() -> tuple[str, list[str]]:
+    """Of the headline: the share of trained responses that take the user's role for the model's own, in
+    percent; the gain on seen contexts if none of these counted as honoured."""
+    rows, examples = headline_rows()
+    speaks = {system: {i for i, texts in rows.items() if AS_THE_USER.match(texts[system])}
+              for system in ("prompted", "trained")}
+    seen = [i for i in rows if examples[i].group == "seen"]
+    prompted, trained = (np.array([verify(examples[i], rows[i][system]) and i not in speaks[system]
+                                   for i in seen], float) for system in speaks)
+    difference = interval(trained - prompted, [examples[i].prompt for i in seen],
+                          [examples[i].context for i in seen], DIFFERENCE)
+    return f"{100 * len(speaks['trained']) / len(rows):.0f}", numbers(with_interval(difference, "+.1f", 100))
+
+
+def above(file: str, other: str) -> list[str]:
+    """By how many points one trained model's win rate is above another's on the same rows, with the interval
+    over contexts, from each context's rates."""
+    ours, theirs = (read_json(RESULTS / name)["contexts"] for name in (file, other))
+    if [(c["context_id"], c["n"]) for c in ours] != [(c["context_id"], c["n"]) for c in theirs]:
+        raise ValueError(f"{file} and {other} are not of the same rows")
+    counts = [c["n"] for c in ours]
+    differences = [a["trained"] - b["trained"] for a, b in zip(ours, theirs, strict=True)]
+    measured = interval(np.repeat(differences, counts), np.repeat(np.arange(len(counts)), counts).tolist())
+    return numbers(with_interval(measured, "+.1f", 100))
+
+
+def hours() -> list[str]:
+    """What the stored runs took, training and evaluation: of SmolLM2 and of the embedded model on CPUs, and
+    of a GPU."""
+    took = dict.fromkeys(("SmolLM2", "tiny", "GPU"), 0.0)
+    for file in RESULTS.rglob("args.json"):
+        written = read_json(file)
+        model = "tiny" if Path(written["arguments"]["model"]).name == "tiny" else "SmolLM2"
+        place = "GPU" if "NVIDIA" in written.get("environment", {}).get("device", "") else model
+        for name in ("summary.json", "eval.json", "eval-validation.json"):
+            if file.with_name(name).exists():
+                took[place] += read_json(file.with_name(name))["seconds"] / 3600
+    return [f"{took['SmolLM2']:.0f}", f"{took['tiny']:.0f}", f"{took['GPU']:.1f}"]
 
 
 def own_task(row: str) -> list[str]:
@@ -168,8 +218,6 @@ def expected(heading: str, file: str, name: str, system: str) -> list[str]:
     row = block["systems"][system]
     if heading == "n":
         return [str(row["win_rate"]["n"])]
-    if heading == "seconds":
-        return [seconds(file)] if system == "trained" else []
     if heading == "over prompting":
         return points(file, name) if system == "trained" else []
     key, scale, form = COLUMNS[heading]
@@ -239,6 +287,8 @@ def claims() -> list[tuple[str, list[str] | None]]:
         ("distinct_2", ".2f", 1), ("self_bleu_4", ".2f", 1), ("prompt_gain", ".0f", 1),
     ) for text in pair(PERSIST, key, form, scale, ("prompted", "trained"))]
     return [
+        ("Stored runs took about {} hours of one or two CPU cores on SmolLM2, {} on the embedded model, and "
+         "{} of a GPU", hours()),
         ("{} points [{}, {}] on contexts seen in training ({}% to {}%)",
          points(HEADLINE, "seen") + rates(HEADLINE, "seen")),
         ("{} [{}, {}] on unseen ones ({}% to {}%)",
@@ -253,16 +303,30 @@ def claims() -> list[tuple[str, list[str] | None]]:
         ("Context gain rises by {} nats [{}, {}] a response; its mean per token, by {} [{}, {}]",
          numbers(with_interval(gain(HEADLINE, key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(HEADLINE, key="context_gain_per_token_macro"), "+.2f"))),
-        ("falls across prompts from {} [{}, {}] to {} [{}, {}], by {} [{}, {}]",
-         [text for system in ("prompted", "trained")
-          for text in numbers(with_interval(part(HEADLINE)["systems"][system]["self_bleu_4"], ".3f"))]
-         + fall("self_bleu_4")),
+        ("falls by {} [{}, {}], from {} [{}, {}] to {} [{}, {}].",
+         fall("self_bleu_4") + [
+             text for system in ("prompted", "trained")
+             for text in numbers(with_interval(part(HEADLINE)["systems"][system]["self_bleu_4"], ".3f"))]),
+        ("{}% take the user's job for the model's own (\"As a teacher, I'm ...\"), which the program counts "
+         "as honoured. Without these the gain on seen contexts is {} [{}, {}].",
+         [as_the_user()[0], *as_the_user()[1]]),
+        ("PPO, one seed, wins {} points less [{}, {}]",
+         above(METHODS.format("mipo-random", 0), METHODS.format("ppo-mi", 0))),
+        ("with random contexts {} [{}, {}] points above PPO on mutual information",
+         above(METHODS.format("mipo-random", 0), METHODS.format("ppo-mi", 0))),
+        ("Paired over contexts: the larger half {} [{}, {}] above 300 pairs at random, 5e-4 {} [{}, {}], a "
+         "second pass {} [{}, {}] and a second round {} [{}, {}] above the default, 300 pairs {} [{}, {}].",
+         [text for row, other in (("larger-half", "pairs-300"), ("lr-5e-4", "defaults"),
+                                  ("two-epochs", "defaults"), ("two-rounds", "defaults"),
+                                  ("pairs-300", "defaults"))
+          for text in above(SETTINGS.format(row), SETTINGS.format(other))]),
         ("Among a prompt's contexts self-BLEU-4 falls by {} [{}, {}]", fall("self_bleu_4_within")),
         ("{}% are cut off at 96 tokens (prompting {}%)",
          pair(HEADLINE, "unfinished", ".0f", 100, ("trained", "prompted"))),
-        ("1e-6 gains nothing on validation prompts ({} points [{}, {}]), 3e-6 {}, 1e-5 {} [{}, {}] and 3e-5 "
-         "{} [{}, {}]", [*points(RATES.format("1e-6")), points(RATES.format("3e-6"))[0],
-                         *points(RATES.format("1e-5")), *points(RATES.format("3e-5"))]),
+        ("1e-6 gains nothing on validation prompts ({} points [{}, {}]), 3e-6 little ({} [{}, {}]), 1e-5 {} "
+         "[{}, {}] and 3e-5 "
+         "{} [{}, {}]", [text for rate in ("1e-6", "3e-6", "1e-5", "3e-5")
+                         for text in points(RATES.format(rate))]),
         ("the rise on seen contexts is {} points [{}, {}]",
          points(HEADLINE, "seen", "win_rate_length_matched")),
         ("MIPO with random contexts gains {} [{}, {}] and {} [{}, {}] points (the headline, on all 1,280 "
@@ -293,9 +357,13 @@ def claims() -> list[tuple[str, list[str] | None]]:
         ("certain: {}% to {}%, {} points [{}, {}], where RLVR, which is told what is right, gains {} [{}, "
          "{}]",
          own_task("mipo-random") + own_task("rlvr")[2:]),
-        ("gains {} [{}, {}] by longer answers, {}% of which are cut off",
+        ("gains {} [{}, {}] (160 rows); {}% of its answers are cut off, prompting's {}%",
          points(CPU_METHODS.format("sami"))
-         + pair(CPU_METHODS.format("sami"), "unfinished", ".0f", 100, ("trained",))),
+         + pair(CPU_METHODS.format("sami"), "unfinished", ".0f", 100, ("trained", "prompted"))),
+        ("where both answers are about equally long it is {} [{}, {}]",
+         points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
+        ("and {} [{}, {}] where both answers are about equally long",
+         points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
         ("the context gain rises by {} [{}, {}] nats a response, {} [{}, {}] a token",
          numbers(with_interval(gain(JUDGED, key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))),

@@ -2,8 +2,6 @@
 
     python results/table.py results/methods-smollm2/*/seed0/eval.json     one row a run, prompting last
     python results/table.py results/demo-smollm2/eval.json                every part and system of one run
-
-Seconds are those of the run's summary.json beside the file.
 """
 
 import sys
@@ -21,7 +19,7 @@ COLUMNS = {  # heading -> key of eval.json, format
 }
 
 
-def system_row(name: str, part: dict, system: str, seconds: str = "-") -> str:
+def system_row(name: str, part: dict, system: str) -> str:
     """One system's row of one part of an eval.json."""
     row = part["systems"][system]
     over_prompting = part["differences"].get(f"{system} - prompted", {}).get("win_rate")
@@ -29,17 +27,11 @@ def system_row(name: str, part: dict, system: str, seconds: str = "-") -> str:
     quality = ["-" if mean is None else format(mean, form) for mean, form in means]
     return markdown_row([name, str(row["win_rate"]["n"]), with_interval(row["win_rate"], ".1f", 100),
                          with_interval(over_prompting, "+.1f", 100),
-                         with_interval(row["context_gain"], ".1f"), *quality, seconds])
-
-
-def seconds_of(file: Path) -> str:
-    """How long the run beside an eval.json took; - where its summary is not there."""
-    summary = file.with_name("summary.json")
-    return f"{read_json(summary)['seconds']:.0f}" if summary.exists() else "-"
+                         with_interval(row["context_gain"], ".1f"), *quality])
 
 
 def print_table(files: list[Path]) -> None:
-    headings = ["", "n", "win rate %", "over prompting", "context gain, nats", *COLUMNS, "seconds"]
+    headings = ["", "n", "win rate %", "over prompting", "context gain, nats", *COLUMNS]
     print(markdown_row(headings), "|" + "---|" * len(headings), sep="\n")
     runs = {file: read_json(file)["parts"] for file in files}
     if len(runs) == 1:
@@ -49,7 +41,7 @@ def print_table(files: list[Path]) -> None:
         return
     for file, parts in runs.items():
         name = file.stem if file.stem != "eval" else "/".join(file.parts[-3:-1])
-        print(system_row(name, parts["all"], "trained", seconds_of(file)))
+        print(system_row(name, parts["all"], "trained"))
     last = runs[files[-1]]["all"]
     print(system_row("prompting", last, "prompted" if "prompted" in last["systems"] else "default"))
 
