@@ -38,21 +38,27 @@ def training_rows(pairs: list[Pair], args) -> list[Pair]:
         return distinct_sets(pairs, args)
     if args.softmax or not objective.uses_rejected:
         return pairs
-    return [dataclasses.replace(pair, rejected=[response]) for pair in pairs for response in pair.rejected]
+    rows = []
+    for pair in pairs:
+        rows += [dataclasses.replace(pair, rejected=[response]) for response in pair.rejected]
+    return rows
 
 
 def distinct_sets(pairs: list[Pair], args) -> list[Pair]:
     """The pairs whose K responses come from K different prompts; how many others are left out is printed."""
+    size, sets = 1 + args.n_neg, []
     for pair in pairs:
-        if pair.context is None or not all(response.prompt_ids for response in pair.responses):
+        prompts = [response.prompt_ids for response in pair.responses]
+        if pair.context is None or not all(prompts):
             raise UserError(f"--method {args.method} needs responses to one prompt with different contexts, "
                             f"each with the prompt it was sampled from: example {pair.id!r} lacks one")
-    sets = [pair for pair in pairs if len({tuple(r.prompt_ids) for r in pair.responses}) == 1 + args.n_neg]
+        if len(set(map(tuple, prompts))) == size:
+            sets.append(pair)
     if len(sets) < len(pairs):
         print(f"{len(pairs) - len(sets)} of {len(pairs)} sets repeat a context and are left out")
     if not sets:
-        raise UserError(f"--method {args.method}: no set has {1 + args.n_neg} different contexts: give a "
-                        "smaller --n-neg")
+        raise UserError(f"--method {args.method}: no set has {size} different contexts: give a smaller "
+                        "--n-neg")
     return sets
 
 
@@ -85,10 +91,14 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, pass_count: int = 1) -> 
 
     sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])
     sums = sums[: len(sums) - idle]  # (B * prompts * K,); the gradient of the rest is 0
-    lengths = [[len(ids) for ids in groups[0][1]] for groups in sets]
+    lengths = []
+    for (_, responses), *_ in sets:
+        lengths.append([len(ids) for ids in responses])
     lengths = fast.sent(lengths, model.device)  # (B, K)
     logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, K)
-    return logps if OBJECTIVES[args.method].every_prompt else logps[:, 0], lengths
+    if not OBJECTIVES[args.method].every_prompt:
+        logps = logps[:, 0]  # (B, K)
+    return logps, lengths
 
 
 def passes_of(sets: Iterable[list[Group]], args) -> list[list[Group]]:
@@ -178,6 +188,8 @@ def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -
     if not is_sharded(model):
         return [(indices, 1) for indices in micro_batches(batch, groups, args)]
     shares = [micro_batches(batch, groups, args, process) for process in range(world())]
-    counts = [[len(passes_of(map(groups, indices), args)) for indices in share] for share in shares]
+    counts = []
+    for share in shares:
+        counts.append([len(passes_of(map(groups, indices), args)) for indices in share])
     most = [max(column) for column in zip_longest(*counts, fillvalue=0)]
     return list(zip_longest(shares[rank()], most, fillvalue=[]))

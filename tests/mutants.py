@@ -56,6 +56,8 @@ LAYERS = ("test_fast.py::test_the_gradient_of_attention_is_that_of_finite_differ
 # Of each file: (what stands in it once, what is put there, the tests that must notice).
 MUTATIONS = {
     "losses.py": [
+        ("if shape != (count,)]", "if shape is None]",
+         "test_train.py::test_a_new_objective_that_takes_the_mean_is_refused"),
         ("accuracy=(own > rivals)", "accuracy=(own >= rivals)",
          "test_infonce.py::test_metrics_say_how_far_the_own_context_stands_out"),
         ("rewards = beta * (logps - reference)", "rewards = beta * (logps + reference)", "test_dpo.py"),
@@ -83,6 +85,7 @@ MUTATIONS = {
         ("root * (len(prefixes) + len(groups))", "root * len(groups)", "test_losses.py"),
     ],
     "negatives.py": [
+        ("len(messages[-1]) != count", "False", "test_negatives.py::test_too_few_messages_are_refused"),
         ("[example.user_message(None)] * count", "[example.user_message(example.context)] * count",
          "test_pairs.py::test_missing_is_the_bare_prompt"),
         ("[example.user_message(other.context) for", "[other.user_message(other.context) for",
@@ -100,6 +103,8 @@ MUTATIONS = {
          "test_pairs.py::test_a_random_context_is_of_another_user"),
     ],
     "pairs.py": [
+        ("len(pair.rejected) != n_neg for", "False for",
+         "test_negatives.py::test_pairs_without_rejected_responses_are_refused"),
         ("right = examples[i].user_message(examples[i].context)", "right = examples[i].user_message(None)",
          "test_pairs.py"),
         ("keys = [(i, k + 1) for i in share_of(short)]", "keys = [(i, k) for i in share_of(short)]",
@@ -121,7 +126,7 @@ MUTATIONS = {
     "batches.py": [
         ("prompts = [pair.prompt_ids]  # (x, c)", "prompts = [pair.rejected[0].prompt_ids]  # (x, c)",
          "test_train.py::test_the_first_gradient_is_a_naive_dpo_gradient"),
-        ("rejected=[response]) for pair", "rejected=pair.rejected) for pair",
+        ("rejected=[response]) for response", "rejected=pair.rejected) for response",
          "test_train.py::test_a_training_row_keeps_its_own_rejected_response_whole"),
         ("if objective.uses_rejected else [pair.chosen]", "if True else [pair.chosen]", "test_sft.py"),
         ("[response.prompt_ids for response in responses]", "[pair.prompt_ids for response in responses]",
@@ -136,6 +141,8 @@ MUTATIONS = {
         ("dist.all_reduce(table)  #", "pass  #", PROCESSES),
     ],
     "train.py": [
+        ("require_one_each(len(chunk), loss, values)", "pass",
+         "test_train.py::test_a_new_objective_that_takes_the_mean_is_refused"),
         ("if args.rounds > 1 and examples[0].chosen is not None:", "if False:",
          "test_rounds.py::test_rounds_of_the_datas_own_responses_are_refused"),
         ("(loss.sum() / divisor).backward()", "loss.mean().backward()",
@@ -227,6 +234,7 @@ MUTATIONS = {
          "test_cuda.py::test_a_whole_training_step_reads_nothing"),
     ],
     "training_log.py": [
+        ("        require_hope(state)", "        pass", "test_train.py::test_five_in_a_row_stop_the_run"),
         ("self.queued = step", "self.queued = step; self.flush()",
          "test_training_log.py::test_a_run_is_one_step_behind"),
         ("values[i :: step.count]", "values[i :: len(step.names)]",
@@ -241,6 +249,8 @@ MUTATIONS = {
          "test_train.py::test_a_gradient_that_is_not_finite_is_not_taken_though_the_loss_is"),
     ],
     "ppo.py": [
+        ("        require_hope(state)", "        pass",
+         "test_ppo.py::test_an_update_that_is_not_finite_is_skipped"),
         ("return logps - reference", "return reference - logps", EQUATIONS),
         ("rewards[-1] += reward", "rewards[0] += reward", EQUATIONS),
         ("delta + gamma * gae_lambda * advantage", "delta + gae_lambda * advantage", EQUATIONS),
@@ -251,7 +261,7 @@ MUTATIONS = {
         ("logits(states_before(critic, groups))", "logits(states_before(critic, groups).roll(1, 0))",
          "test_ppo.py::test_values_are_of_the_states_before_the_tokens"),
         ("min(args.reward_clip, reward))", "reward)", "test_ppo.py::test_rewards_are_clipped_and_counted"),
-        ("(sum(policy_losses) / len(batch))", "(sum(policy_losses) / len(part))",
+        ("(sum(policy_losses) / len(batch))", "(sum(policy_losses) / len(chunk))",
          "test_ppo.py::test_passes_and_slots_change_nothing"),
         ("critic_lr = learning_rate(state.updates, update_count, args.critic_lr)", "critic_lr = lr",
          "test_ppo.py::test_actor_and_critic_have_learning_rates_of_their_own"),
@@ -274,7 +284,11 @@ MUTATIONS = {
         ("asked = [examples[rollout.row] for rollout in rollouts]", "asked = examples[: len(rollouts)]",
          UPDATE),
     ],
+    "data.py": [
+        ("len(ids) < len(examples) or", "", "test_datasets.py::test_what_a_loader_gives_has_ids_and_splits"),
+    ],
     "rewards.py": [
+        ("not all(map(math.isfinite, rewards))", "False", "test_ppo.py::test_a_reward_is_a_finite_number"),
         ("return (logps - bare_logps).sum()", "return (logps - bare_logps).mean()",
          "test_ppo.py::test_mutual_information_is_transformers"),
         ("usual = fmean(readable) if readable else 0.0", "usual = 0.0",
@@ -363,6 +377,8 @@ MUTATIONS = {
          "test_shard.py::test_a_copy_must_fit_beside_the_shares"),
     ],
     "report.py": [
+        ("EARLY | written", "written",
+         "test_report.py::test_a_run_from_before_an_option_is_a_seed_of_those_that_had_its_value"),
         ('return systems["trained"]["win_rate"]["mean"]', 'return systems["prompted"]["win_rate"]["mean"]',
          "test_report.py::test_a_strategy_is_chosen_by_its_trained_model"),
         ("key=means.get, reverse=True)}", "key=means.get)}",

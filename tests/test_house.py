@@ -16,7 +16,7 @@ ORDER = ("train", "dry_run", "ppo", "rewards", "run_folder", "revise", "selectio
          "negatives", "contexts", "rows", "data", "formats", "judge", "endpoint", "checks", "sample",
          "tokenizer", "chat_template", "replies", "memory", "losses", "folder", "model", "optimizer", "lora",
          "shard", "config", "checkpoint", "schema", "run", "console", "fast", "gpu_kernels")
-METHOD = ("losses", "negatives", "pairs", "train", "model", "sample")  # from a prompt to a model
+METHOD = ("losses", "negatives", "pairs", "batches", "train", "model", "sample")  # from a prompt to a model
 FILES = sorted(ROOT.glob("*.py"))
 FOLDERS = ("assets", "bench", "results", "tests")
 ALL_FILES = FILES + [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
