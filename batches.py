@@ -91,10 +91,10 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, pass_count: int = 1) -> 
 
     sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])
     sums = sums[: len(sums) - idle]  # (B * prompts * K,); the gradient of the rest is 0
-    lengths = []
+    counts = []  # of tokens, of each response of each pair
     for (_, responses), *_ in sets:
-        lengths.append([len(ids) for ids in responses])
-    lengths = fast.sent(lengths, model.device)  # (B, K)
+        counts.append([len(ids) for ids in responses])
+    lengths = fast.sent(counts, model.device)  # (B, K)
     logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, K)
     if not OBJECTIVES[args.method].every_prompt:
         logps = logps[:, 0]  # (B, K)

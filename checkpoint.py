@@ -28,7 +28,7 @@ from torch import Tensor
 
 from run import (Stopped, UserError, barrier, broadcast, gather, naming, rank, read_json, sync,
                  write_json)
-from schema import TEXT, checked, record, integer
+from schema import TEXT, checked, integer, record
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 POINTER = dict(checkpoint=TEXT)  # what latest.json holds

@@ -9,7 +9,7 @@ quantised weights, sliding windows. What differs from the paper: nothing.
 from dataclasses import dataclass
 
 from run import UserError
-from schema import FLAG, OBJECT, TEXT, checked, listing, optional, real, integer
+from schema import FLAG, OBJECT, TEXT, checked, integer, listing, optional, real
 
 # The limits are far beyond every model of these families, and keep a damaged file from taking all memory.
 SWITCHES = dict(

@@ -92,7 +92,7 @@ def negative_messages(examples: list[Example], neg: str, seed: int, count: int =
             messages.append([example.user_message(example.context)] * count)  # pi_ref(.|x, c) again
         else:
             raise ValueError(f"negative_messages: nothing says how {neg} is sampled")
-        if not isinstance(messages[-1], list) or len(messages) != i + 1 or len(messages[-1]) != count:
+        if len(messages) != i + 1 or not isinstance(messages[i], list) or len(messages[i]) != count:
             raise ValueError(f"negative_messages: {neg} gives no list of {count} messages for row {i}")
     return messages
 

@@ -38,7 +38,7 @@ from run import (UserError, broadcast, default_device, environment, fingerprint,
                  parse, progress, rank, read_appended, read_json, read_jsonl, seed_from, share_of, write_json,
                  write_jsonl)
 from sample import SLOTS, Sample, Sampling, generate
-from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, integer
+from schema import FLAG, OBJECT, TEXT, TOKEN_IDS, checked, integer, listing, one_of, optional, real, record
 from tokenizer import Tokenizer
 
 # micro: the summed gain over the summed tokens, not a mean of ratios.

@@ -85,7 +85,7 @@ MUTATIONS = {
         ("root * (len(prefixes) + len(groups))", "root * len(groups)", "test_losses.py"),
     ],
     "negatives.py": [
-        ("len(messages[-1]) != count", "False", "test_negatives.py::test_too_few_messages_are_refused"),
+        ("len(messages[i]) != count", "False", "test_negatives.py::test_too_few_messages_are_refused"),
         ("[example.user_message(None)] * count", "[example.user_message(example.context)] * count",
          "test_pairs.py::test_missing_is_the_bare_prompt"),
         ("[example.user_message(other.context) for", "[other.user_message(other.context) for",
