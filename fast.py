@@ -213,8 +213,8 @@ class _Attention(torch.autograd.Function):
         d v = p.T d o,   d s = p * (d o v.T - rowsum(d o * o)),
         d q = d s k / sqrt(D),   d k = d s.T q / sqrt(D)
 
-    Scores are fp32: in bf16 a score of 100, as keys with a large constant offset give, is off by up to 1/4. Of
-    the (m, n) tables only p is kept, in the type of q.
+    Scores are fp32: in bf16 a score of 100, as keys with a large constant offset give, is off by up to 1/4.
+    Of the (m, n) tables only p is kept, in the type of q.
     """
 
     @staticmethod
