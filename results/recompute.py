@@ -367,12 +367,14 @@ def claims() -> list[tuple[str, list[str] | None]]:
         ("the context gain rises by {} [{}, {}] nats a response, {} [{}, {}] a token",
          numbers(with_interval(gain(JUDGED, key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))),
-        ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {};",
+        ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {}): a",
          [*rates(svamp, systems=("default", "trained")), "100", f"{gain(svamp, key='mcnemar_p'):.2f}",
           *rates(gsm8k, systems=("default", "trained")), "60"]),
         ("only {} of its {} replies contained a number", replies()[::-1]),
         ("Over contexts (t intervals of the contexts' rates): all {} [{}, {}], seen {} [{}, {}], unseen {} "
          "[{}, {}].", contexts),
+        ("(prompt gain {} to {} nats, {} to {}), and are as wrong.",
+         pair(svamp, "prompt_gain", ".0f") + pair(gsm8k, "prompt_gain", ".0f")),
         ("(differences SVAMP {} [{}, {}], McNemar p {}, GSM8K {}, p {})",
          [*points(svamp), f"{gain(svamp, key='mcnemar_p'):.2f}", f"{100 * gain(gsm8k)['mean']:.1f}",
           f"{gain(gsm8k, key='mcnemar_p'):.0f}"]),
