@@ -224,11 +224,11 @@ def extract(style: str, text: str, choices: int = 0, flexible: bool = False) -> 
     return choice_answer(text, choices or len(LETTERS), flexible or style == "letter")
 
 
-def verify(example, text: str, flexible: bool = False) -> bool | None:
+def verify(example, text: str) -> bool | None:
     """Whether a response is right, by the example's check or its answer; None if the example has neither.
 
     example: any object with the attributes check, answer, style and choices, such as data.Example (which
-    this file cannot import, because data.py imports this one). flexible: see `extract`.
+    this file cannot import, because data.py imports this one).
     """
     if example.check:
         return honours(example.check, text)
@@ -240,7 +240,7 @@ def verify(example, text: str, flexible: bool = False) -> bool | None:
     answer = example.answer
     if style in ("number", "letter"):
         answer = number(answer) if style == "number" else answer.strip().upper()
-    return extract(style, text, len(example.choices or ()), flexible) == answer
+    return extract(style, text, len(example.choices or ())) == answer
 
 
 # The demo's checks: each tells whether a response does what one context asks for. Contexts name them

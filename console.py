@@ -78,6 +78,11 @@ def shown(value) -> str:
     return SHORT.repr(value)
 
 
+def first_of(places: list) -> str:
+    """The first three of some rows, for a message."""
+    return "first: " + ", ".join(map(str, places[:3])) + (", ..." if len(places) > 3 else "")
+
+
 def one_line(text: str) -> str:
     """A message as one line of a sane length: what files and servers say in it may hold anything, and moves
     no cursor.

@@ -1,8 +1,9 @@
 """contexts.py - which examples a program works on, and where their contexts come from.
 
-Every program that samples has the arguments of `DataArgs`: the data set, the model, how responses are drawn.
-`examples_for` gives it the examples of a split, with the contexts of the data set itself, those that a judge
-has inferred from people's choices (PRISM, Community Alignment: appendix D.2), or those of a file.
+Every program that samples for a data set has the arguments of `DataArgs`: the data set, the model, how
+responses are drawn. `examples_for` gives it the examples of a split, with the contexts of the data set
+itself, those that a judge has inferred from people's choices (PRISM, Community Alignment: appendix D.2), or
+those of a file.
 What differs from the paper: its contexts were inferred by GPT-4o, ours by any judge; PRISM's are by default
 the users' own words.
 

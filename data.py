@@ -57,7 +57,7 @@ class Example:
     context: str | None = None
     user: str | None = None
     reference: str | None = None  # a response to compare with: the one a person chose, or a strong model's
-    answer: str | None = None  # the right number or letter
+    answer: str | None = None  # the right answer: a number, a letter or, in own files, a few words
     context_id: str | None = None
     group: str | None = None  # demo: whether the context is "seen" or "unseen" in training
     check: list | None = None  # demo: [name of a check in checks.CHECKS, its arguments...]

@@ -42,7 +42,7 @@ def self_bleu(texts: list[list[str]]) -> float:
 def bleu_against_others(texts: list[list[str]]) -> np.ndarray:
     """BLEU-4 of each text against all others: (texts, texts).
 
-    Row i, column j: of text i, where text j is no reference either. On the diagonal all others are.
+    Entry (i, j): text i against all texts but i and j; on the diagonal against all but i.
     """
     closest = closest_lengths([len(text) for text in texts])  # (texts, texts)
     lengths = np.array([[max(1, len(text))] for text in texts])  # (texts, 1)
@@ -54,7 +54,7 @@ def bleu_against_others(texts: list[list[str]]) -> np.ndarray:
 
 
 def closest_lengths(lengths: list[int]) -> np.ndarray:
-    """The length of the reference closest to each text's, the shorter of two: (texts, texts), as above."""
+    """For entry (i, j) as above: the length closest to text i's; of two equally close ones the shorter."""
     closest = np.empty((len(lengths), len(lengths)))
     for i, own in enumerate(lengths):
         others = [j for j in range(len(lengths)) if j != i]
@@ -66,7 +66,7 @@ def closest_lengths(lengths: list[int]) -> np.ndarray:
 
 
 def clipped_precisions(texts: list[list[str]], n: int) -> np.ndarray:
-    """BLEU's n-gram precision of each text against all others: (texts, texts), as above.
+    """BLEU's n-gram precision of each text, for entry (i, j) as above.
 
     An n-gram counts at most as often as the reference that has it most often holds it. That is neither the
     text itself nor the one left out, so the three texts with the highest counts are kept for every n-gram.

@@ -47,6 +47,7 @@ def dry_run(grid: list, folder: Path, source: Path, pairs: list[Pair] | None, lo
     seconds = {}
     if pairs is None and pairs_file.exists() and read_meta(folder)["statistics"] is not None:
         pairs = pairs_for(args, "train", folder)
+        tell_memory(training_rows(pairs, args), source, args, samples=False)
     if pairs is None:
         pairs, count, seconds = estimate_sampling(args, model, tokenizer)
         tell_memory(training_rows(pairs, args), source, args, samples=True)
@@ -95,7 +96,8 @@ def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:
     args = dataclasses.replace(args, max_new_tokens=sampling_for(args).max_new_tokens)
     steps = []
     for batch in epoch_batches(len(rows), args, epoch=0):
-        sets = [[groups_of(rows[i], args) for i in chunk] for chunk in micro_batches(rows, batch, args)]
+        chunks = micro_batches(batch, lambda i: groups_of(rows[i], args), args)
+        sets = [[groups_of(rows[i], args) for i in chunk] for chunk in chunks]
         steps.append([Pass.of([group for groups in chunk for group in groups]) for chunk in sets])
     passes = max(steps, key=lambda step: max(each.tokens() for each in step))
     prompt = max(len(row.prompt_ids) for row in rows) if samples else 0

@@ -49,9 +49,9 @@ from contexts import DataArgs, examples_for, note_of, sampling_for, warn_of_temp
 from contexts import check as check_data
 from data import OWN_FILES, SPLITS, Example
 from figures import entropy_figure, gain_figure, judges_figure
-from folder import find, load, read_config
-from formats import first_of
-from judge import Judge, JudgeArgs, weight_times
+from console import first_of
+from folder import find, load, read_config, weight_times
+from judge import Judge, JudgeArgs
 from measures import RATE, Answers, clusters_of, evaluate, interval, wins
 from pairs import is_useful, ready_pairs
 from report import report, table
@@ -141,12 +141,12 @@ class Plan:
         """What the progress file holds. Models are known by the times at which their weights were written."""
         models = [self.base, *([str(self.trained)] if self.trained else [])]
         return dict(settings=self.settings, arguments=dataclasses.asdict(self.args),
-                    weights={model: weight_times(model) for model in models})
+                    weights=[weight_times(model) for model in models])
 
     @property
     def deciding_judge(self) -> str:
-        """The judge whose scores decide a win: the first one, where data have neither checks nor answers."""
-        checkable = any(verify(example, "") is not None for example in self.examples)
+        """The judge whose scores decide a win: the first one, unless every row has a check or an answer."""
+        checkable = all(verify(example, "") is not None for example in self.examples)
         return self.judges[0].args.judge if self.judges and not checkable else ""
 
 
@@ -188,8 +188,9 @@ def models_of(args: Args, run: Path) -> tuple[str, str, Path | None, dict]:
     """What --model names, a run or a bare model: the base model's name, where it is, the trained model's
     folder, and the arguments it was trained with."""
     if (run / "args.json").exists():
-        if not (run / "model").is_dir():
-            raise UserError(f"{run} is a run without a trained model: it has not finished")
+        is_training = (run / "metrics.jsonl").exists() and not (run / "summary.json").exists()
+        if is_training or not (run / "model").is_dir():
+            raise UserError(f"{run} is a run that has not finished: go on with train.py --resume")
         named = record(dict(model=TEXT, data=TEXT))
         saved = checked(read_json(run / "args.json"), dict(arguments=named, base=optional(TEXT)),
                         str(run / "args.json"))
@@ -267,12 +268,13 @@ def refuse_to_replace(plan: Plan) -> None:
             print(f"{file} is of fewer rows, --limit {earlier['arguments']['limit']}: it is replaced")
         asked = [judge.args.judge for judge in plan.judges]
         lost = [name for name in earlier.get("judges", {}) if name not in asked]
-        if lost and not plan.reuses_itself:
+        keeps = plan.reuses_itself and plan.judges and plan.out.resolve() == plan.run.resolve()
+        if lost and not keeps:
             raise UserError(f"{file} holds the verdicts of {', '.join(lost)}: name it in --judge too, add "
                             f"others with --reuse {plan.run}, or name another folder with --out")
 
 
-# Of such a file; runs from before there were settings have none.
+# What is read of eval.json and unfinished.json; evaluations from before there were settings have none.
 EVALUATION = dict(arguments=OBJECT, settings=optional(OBJECT), judges=optional(OBJECT))
 
 
@@ -341,16 +343,17 @@ def pairs_of_data(plan: Plan) -> dict | None:
     if plan.trained is None or any(e.chosen is None or e.rejected is None for e in plan.examples):
         return None
     args, ratios = plan.args, []
-    for folder in (plan.base, plan.trained):
-        model = load(folder, getattr(torch, args.dtype), device=default_device())
-        pairs = ready_pairs(Tokenizer(plan.base, args.date, args.template), plan.examples)
-        pairs = fitting_pairs(pairs, plan.examples, model.config.max_position_embeddings)
-        pairs = [pair for pair in pairs if is_useful(pair.rejected[0], pair)]
-        groups = [(pair.prompt_ids, [response.ids for response in pair.responses]) for pair in pairs]
-        chosen, rejected = np.array(group_logps(model, groups, "pairs of the data")).reshape(-1, 2).T
-        ratios.append(chosen - rejected)  # (pairs,)
+    positions = read_config(find(plan.base)).max_position_embeddings
+    pairs = ready_pairs(Tokenizer(plan.base, args.date, args.template), plan.examples)
+    pairs = [pair for pair in fitting_pairs(pairs, plan.examples, positions, needed=False)
+             if is_useful(pair.rejected[0], pair)]
     if not pairs:
         return None
+    groups = [(pair.prompt_ids, [response.ids for response in pair.responses]) for pair in pairs]
+    for folder in (plan.base, plan.trained):
+        model = load(folder, getattr(torch, args.dtype), device=default_device())
+        chosen, rejected = np.array(group_logps(model, groups, "pairs of the data")).T  # (pairs,) each
+        ratios.append(chosen - rejected)
     kept = {pair.id for pair in pairs}
     clusters = clusters_of([e for e in plan.examples if e.id in kept])
     positive = (ratios[1] > ratios[0]).astype(float)  # (pairs,)

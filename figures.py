@@ -264,7 +264,7 @@ def gain_key(methods: Methods) -> str:
 
 def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]]], file: Path) -> None:
     """What every method gains, by `gain_key`, and, beside it, at what price: KL from the start model or,
-    unless all have it, how likely the responses are under that model; the grey line is the baseline's.
+    where a run lacks it, how likely the responses are under that model; the grey line is the baseline's.
 
     panels: title -> the systems of each method, one for each seed; the baseline's; the paper's gains in
     points. A dot is a seed, with a line for its 95% interval, a bar the mean of several; a hollow dot is the

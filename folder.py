@@ -31,7 +31,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "chat_template.jinja", "vocab.json", "merges.txt")
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
                "model.safetensors.index.json", *TOKENIZER_FILES)
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors")  # which we read none of, by these names
+# Weights in files that are not read: other formats, other names.
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors")
 POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that stands for a large one
 
 
@@ -54,6 +55,11 @@ def find(name: str | Path) -> Path:
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~") or path.exists():
         raise UserError(f"model {str(name)!r} is neither a folder nor a hub id (owner/name)")
     return download(str(name), MODEL_FILES)
+
+
+def weight_times(model: str) -> list[str]:
+    """When a model's weights were written: another model may come to stand in the same folder."""
+    return [str(file.stat().st_mtime_ns) for file in sorted(find(model).glob("*.safetensors"))]
 
 
 def download(name: str, patterns: tuple[str, ...], kind: str = "model") -> Path:

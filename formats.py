@@ -23,7 +23,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from console import one_line, shown
+from console import first_of, one_line, shown
 from run import UserError, parse_json, read_bytes, read_jsonl
 
 COLUMNS = dict(prompt=str, context=(str, list), reference=str, answer=str, user=str, id=str, split=str,
@@ -56,11 +56,6 @@ class OwnFile:
         if self.unused:
             lines.append(f"{path}: columns not used: {', '.join(sorted(self.unused))}")
         return [one_line(line) for line in lines]
-
-
-def first_of(places: list) -> str:
-    """The first three of some rows, for a message."""
-    return "first: " + ", ".join(map(str, places[:3])) + (", ..." if len(places) > 3 else "")
 
 
 def read_own_file(path: Path) -> OwnFile:

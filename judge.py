@@ -10,9 +10,9 @@
 The judge is a local model, decoded greedily, or any OpenAI-compatible endpoint (--judge-url, endpoint.py).
 Every reply is appended to a cache file as it arrives, under a hash of what was asked, so no question is asked
 twice and a crash loses nothing. No text inside a question can pretend to be another part of the question
-(`quote`). A verdict is read from what the judge says after its thoughts (`final_answer`), and only where that
-is a verdict and nothing else: a lone number, `Score: 4`, `4/5`, JSON. Every other reply gives None, which is
-counted with its reason (`read_replies`); it never becomes a score.
+(`quote`; in `rewrite` JSON keeps lines apart). A verdict is read from what the judge says after its thoughts
+(`final_answer`), and only where that is a verdict and nothing else: a lone number, `Score: 4`, `4/5`, JSON.
+Every other reply gives None, which is counted with its reason (`read_replies`); it never becomes a score.
 
 What differs from the paper: the prompts are appendix D.2's, word for word; how their fields are laid out and
 replies are read, which it leaves open, is ours.
@@ -35,7 +35,7 @@ from typing import TypeVar
 import torch
 
 from endpoint import SECRET, Completion, Endpoint, NoReply, Question
-from folder import find, load
+from folder import load, weight_times
 from replies import final_answer, read_choice, read_object, read_score
 from run import (UserError, broadcast, default_device, gather, main, naming, option, parse, parse_json,
                  progress, rank, read_appended, read_json, seed_from, share_of)
@@ -208,11 +208,6 @@ def request_options(text: str) -> dict:
     return options
 
 
-def weight_times(model: str) -> list[str]:
-    """When a model's weights were written: another model may come to stand in the same folder."""
-    return [str(file.stat().st_mtime_ns) for file in sorted(find(model).glob("*.safetensors"))]
-
-
 def reply_of(answer: Completion | NoReply, must_be_whole: bool = False) -> Reply:
     """What is kept of an answer. must_be_whole: of a text that was cut off nothing is read."""
     if isinstance(answer, NoReply):
@@ -376,8 +371,7 @@ def require_readable(judge: Judge, prompts: list[str], contexts: list[str], resp
                         "read as a score: take another judge (one that thinks needs --judge-tokens)")
 
 
-def compare(judge: Judge, rows: list[tuple[str, str, str]],
-            label: str = "comparisons") -> list[tuple[float | None, bool]]:
+def compare(judge: Judge, rows: list[tuple[str, str, str]]) -> list[tuple[float | None, bool]]:
     """(verdict, flipped) for each (criteria, a, b), asked in both orders.
 
     verdict: 1 if a wins both times, 0 if b does, 1/2 if the judge prefers the same place both times (the
@@ -388,7 +382,7 @@ def compare(judge: Judge, rows: list[tuple[str, str, str]],
         for first, second in ((a, b), (b, a)):
             fields = f"{quote(criteria)}\nResponse_a: {quote(first)}\nResponse_b: {quote(second)}"
             questions.append((COMPARE, fields))
-    choices = read_replies(judge, questions, "verdict", label, read_choice)
+    choices = read_replies(judge, questions, "verdict", "comparisons", read_choice)
     verdicts = []
     for in_order, swapped in zip(choices[::2], choices[1::2], strict=True):
         if in_order is None or swapped is None:
@@ -443,7 +437,7 @@ def rewrite(judge: Judge, preferences: list[dict]) -> list[str | None]:
     return read_replies(judge, questions, "text", "statements", read)
 
 
-def scores_of(rubric: dict) -> dict | None:
+def score_descriptions(rubric: dict) -> dict | None:
     """What each score from 1 to 5 means by a rubric; None where it does not say."""
     scores = rubric.get("score_descriptions") or rubric.get("score-descriptions")
     return scores if isinstance(scores, dict) else None
@@ -452,7 +446,7 @@ def scores_of(rubric: dict) -> dict | None:
 def rubric_text(rubric: dict) -> str:
     """A rubric as the judge that compares reads it: its criteria, then what each score from 1 to 5 means.
     KeyError where it lacks either."""
-    scores = scores_of(rubric)
+    scores = score_descriptions(rubric)
     if scores is None:
         raise KeyError("score_descriptions")
     return (f"{rubric['criteria']} Use the following scoring rubric: "
@@ -468,7 +462,7 @@ def rubrics(judge: Judge, preferences: list[str]) -> list[str | None]:
         rubric = read_object(reply) or {}
         criteria = rubric.get("criteria")
         is_own = isinstance(criteria, str) and criteria not in shown
-        return rubric_text(rubric) if is_own and scores_of(rubric) else None
+        return rubric_text(rubric) if is_own and score_descriptions(rubric) else None
 
     texts = [json.dumps(example) for example in examples]
     questions = [(CREATIVE, RUBRIC.format(*texts, preference=quote(preference)))

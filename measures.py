@@ -61,8 +61,8 @@ def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
     clusters: the user or prompt of each row. Rows of one cluster are not independent, so the variance is that
     of the mean when whole clusters are left out, `jackknife`. crossed: a second grouping, where the claim is
     about more contexts than these; V(clusters) + V(crossed) - V(both) (Cameron, Gelbach and Miller, 2011),
-    but never less than either of the first two. bounds: RATE or DIFFERENCE, for values that are 0 or 1 and
-    their differences, where `bounded` serves better; None for all others.
+    but never less than either of the first two. bounds: RATE for values from 0 to 1, or DIFFERENCE for
+    differences of such, where `bounded` serves better than Student's t; None for all others.
 
     The quantile is Student's t with (effective clusters - 1) degrees of freedom, using the smaller of the two
     groupings. One cluster tells nothing: the ends are then the bounds, or None.
@@ -118,9 +118,9 @@ def jackknife(values: np.ndarray, group: np.ndarray) -> tuple[float, float]:
 def effective_rows(values: np.ndarray, variance: float, units: float) -> float:
     """The effective number of independent rows (Korn and Graubard, 1998).
 
-    The number of rows n over the design effect d, the variance over that of independent rows, at least 1. Few
-    events (rows unlike the commonest value) make d unreliable. Our own rule: a mean in which d counts
-    once for every event, and n / units, the largest it can be, twice.
+    The number of rows n over the design effect d: the variance over that of independent rows, at least 1.
+    Where few rows differ from the commonest value (events), d is unreliable. Our own rule is then a weighted
+    mean: d weighs as much as there are events, and n / units, the largest that d can be, weighs 2.
     """
     n = len(values)
     independent = float(values.var()) / max(1, n - 1)
@@ -166,7 +166,8 @@ def t_quantile(freedom: int) -> float:
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
     """Exact two-sided p of McNemar's test of two 0/1 vectors over the same rows.
 
-    The hypothesis: where the two differ, each of them is as likely to be the right one.
+    The hypothesis: where the two differ, each of them is as likely to be the right one. Rows must be
+    independent.
     """
     only_a = int(((a == 1) & (b == 0)).sum())
     only_b = int(((a == 0) & (b == 1)).sum())
@@ -243,15 +244,11 @@ def or_nan(value):
     return math.nan if value is None else value
 
 
-def cluster_of(e: Example) -> str:
-    """The key of rows that depend on each other: the user, or the prompt if users are unknown."""
-    return e.user or e.prompt
-
-
 def clusters_of(examples: list[Example]) -> dict:
-    """`interval`'s clusters and, in the demo, where all prompts meet the same contexts, what crosses them."""
+    """`interval`'s clusters, the users or, if these are unknown, the prompts; and, in the demo, where all
+    prompts meet the same contexts, what crosses them."""
     contexts = [e.context_id for e in examples]
-    return dict(clusters=[cluster_of(e) for e in examples], crossed=contexts if all(contexts) else None)
+    return dict(clusters=[e.user or e.prompt for e in examples], crossed=contexts if all(contexts) else None)
 
 
 def have_final_answers(examples: list[Example]) -> bool:
@@ -382,6 +379,7 @@ def paired_differences(examples: list[Example], answers: list[Answer], baseline:
     macro: a mean of each response's gain over its own length; micro, in pairs.py, is a ratio of sums.
     """
     clusters = clusters_of(examples)
+    independent = len(set(clusters["clusters"])) == len(examples)
     mine, theirs = wins(examples, answers, judge), wins(examples, baseline, judge)
     won = mine - theirs
     tokens, baseline_tokens = (np.array([len(a.ids) for a in system]) for system in (answers, baseline))
@@ -395,7 +393,7 @@ def paired_differences(examples: list[Example], answers: list[Answer], baseline:
         win_rate_length_matched=interval(nan_where(unmatched, won), **clusters, bounds=DIFFERENCE),
         context_gain=interval(gain - baseline_gain, **clusters),
         context_gain_per_token_macro=interval(gain / tokens - baseline_gain / baseline_tokens, **clusters),
-        mcnemar_p=mcnemar(mine, theirs) if have_final_answers(examples) else None,
+        mcnemar_p=mcnemar(mine, theirs) if have_final_answers(examples) and independent else None,
         score=interval(scores, **clusters),
         **self_bleus(texts, [e.prompt for e in examples], baseline_texts),
     )

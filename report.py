@@ -71,8 +71,8 @@ def table(result: dict) -> str:
         lines += gaps(block["systems"] | block["differences"])
     if result.get("pairs"):
         rate = with_interval(result["pairs"], ".1f", 100)
-        lines += ["", f"pairs of the data: of {rate}% (n = {result['pairs']['n']}) training has made the "
-                  "chosen response likelier, against the rejected one"]
+        lines += ["", f"pairs of the data: in {rate}% (n = {result['pairs']['n']}) training has raised the "
+                  "chosen response's log-prob relative to the rejected one's"]
     for name, verdicts in result.get("judges", {}).items():
         lines += ["", *judge_lines(name, verdicts)]
     if result["contexts"]:
@@ -112,14 +112,17 @@ def difference_line(name: str, d: dict) -> str:
 
 
 def judge_lines(name: str, verdicts: dict) -> list[str]:
-    """What one judge could not be read on, how far it agrees with people, whom it prefers."""
+    """What one judge left unread, its scores, how far it agrees with people, which system it prefers."""
     unread = ", ".join(f"{n} of {texts}" for texts, n in verdicts["unread"].items() if n) or "none"
     if verdicts.get("unread_reasons"):
         unread += f" ({'; '.join(f'{n} {why}' for why, n in verdicts['unread_reasons'].items())})"
-    lines = [f"judge {name}: replies it could not be read from: {unread}"]
+    lines = [f"judge {name}: unread replies: {unread}"]
     if "items" in verdicts:
         lines[0] += "; systems are compared on the {shared} of {asked} items read for all".format(
             **verdicts["items"])
+    for system, row in verdicts.get("systems", {}).items():
+        rate, score = with_interval(row["win_rate"], ".1f", 100), with_interval(row["score"], ".2f")
+        lines.append(f"  {system}: score {score}, at least the reference's in {rate}%")
     if "critic" in verdicts:
         strict, tolerant = (with_interval(verdicts["critic"][key], ".1f", 100)
                             for key in ("strict", "tie_tolerant"))
@@ -146,7 +149,7 @@ COMPARED = (  # heading, key of a system's row, scale, format
     ("base NLL", "nll_per_token", 1, ".2f"), ("distinct-2", "distinct_2", 1, ".2f"),
     ("self-BLEU-4", "self_bleu_4", 1, ".2f"), ("prompt gain", "prompt_gain", 1, ".0f"),
     ("sampled, thousand tokens", "sampled_tokens", 1e-3, ".0f"),
-    ("trained on", "trained_tokens", 1e-3, ".0f"),
+    ("trained on, thousand tokens", "trained_tokens", 1e-3, ".0f"),
     ("processor, s", "processor_seconds", 1, ".0f"),
 )
 LEGEND = (
@@ -159,7 +162,7 @@ LEGEND = (
     "model, nats a response, by results/divergence.py. Base NLL: nats a token under the start model. Prompt "
     "gain: nats that a response owes to its question. Tokens that were sampled are those of a run's own "
     "pairs, tokens trained on those of all responses in the loss with their prompts (PPO: without), "
-    "processor seconds train.py's, sampling included.")
+    "processor seconds train.py's, sampling included, and of a resumed run those since its last start.")
 
 Rows = dict[str, dict[str, list[dict]]]  # a system's or strategy's name -> data set -> a row for each seed
 
@@ -216,6 +219,7 @@ def strategy(arguments: dict) -> str:
 def row_name(folder: Path, arguments: dict) -> str:
     """What a run's row is called: by the folder that its seeds share (.../larger-half/seed0), as in
     results/experiments.py, else by its strategy."""
+    folder = folder.resolve()
     is_seed, name = re.fullmatch(r"seed[-_]?\d+", folder.name), folder.parent.name
     return name if is_seed and name not in SYSTEMS else strategy(arguments)
 
@@ -314,9 +318,11 @@ def systems_of(folder: Path) -> list[Measured]:
     arguments = EARLY | written["arguments"]
     part = "" if (folder / "eval.json").exists() else VALIDATION
     evaluated = result["arguments"] | result.get("settings", {}).get("sampling", {})  # as it really was
-    data = arguments["data"].partition(":")[0]  # wherever a copy of a known data set is
+    # Wherever a copy of a known data set is; and a run may be evaluated on other data than it was trained on.
+    data = arguments["data"].partition(":")[0]
+    tested = (evaluated.get("data") or data).partition(":")[0]
     evaluation = {f"test {key}": value for key, value in evaluated.items() if key not in NO_SETTINGS}
-    evaluation |= {"test model": arguments["model"], "test data": data,
+    evaluation |= {"test model": arguments["model"], "test data": tested,
                    "test judge": evaluated.get("judge", "").split(",")[0]}  # it decides what wins
     training = {key: value for key, value in arguments.items() if key not in NO_SETTINGS} | dict(data=data)
     training["pairs"] = without_number(training["pairs"], arguments["seed"])
@@ -336,7 +342,7 @@ def systems_of(folder: Path) -> list[Measured]:
             row |= beside_the_numbers(folder, result["parts"], in_all) | dict(strategy=strategy(arguments))
         row |= dict(validation=validation, judges=result.get("judges", {}),
                     intervals=result.get("intervals"))
-        systems.append(Measured(Path(arguments["model"]).name, name, Path(data).stem + part, settings, seed,
+        systems.append(Measured(Path(arguments["model"]).name, name, Path(tested).stem + part, settings, seed,
                                 row))
     return systems
 

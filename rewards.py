@@ -24,7 +24,7 @@ from torch import Tensor
 import judge as judging
 from checks import verify
 from data import Example
-from formats import first_of
+from console import first_of
 from judge import Judge
 from run import UserError
 

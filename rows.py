@@ -10,7 +10,7 @@ negatives: another context, and in data without contexts another prompt). The pa
 from collections.abc import Callable
 
 from data import Example, load_all_splits
-from formats import first_of
+from console import first_of
 from run import UserError
 
 
@@ -58,10 +58,10 @@ def fitting_rows(examples: list[Example], messages: Callable[[Example], list[str
     return fitting
 
 
-def fitting_pairs(pairs: list, examples: list[Example], positions: int) -> list:
+def fitting_pairs(pairs: list, examples: list[Example], positions: int, needed: bool = True) -> list:
     """The pairs (pairs.Pair) whose prompt and every response fit into the model's positions.
 
-    examples: what the pairs were made of, for their names; may be empty.
+    examples: what the pairs were made of, for their names; may be empty. needed: whether there must be some.
     """
     def longest(pair) -> int:
         return len(pair.prompt_ids) + max(len(response.ids) for response in pair.responses)
@@ -74,7 +74,7 @@ def fitting_pairs(pairs: list, examples: list[Example], positions: int) -> list:
         else:
             long.append(names.get(pair.id, repr(pair.id)))
     tell_dropped(long, len(pairs), f"prompt and response take more than the model's {positions} positions")
-    if not fitting and long:
+    if needed and not fitting and long:
         raise UserError(f"no pair fits into the model's {positions} positions: shorten them")
     return fitting
 

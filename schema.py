@@ -86,11 +86,6 @@ def record(schema: Schema) -> Kind:
     return Kind(f"an object ({fields})", holds)
 
 
-def either(*kinds: Kind) -> Kind:
-    """What is of any of these kinds."""
-    return Kind(" or ".join(kind.name for kind in kinds), lambda x: any(kind.holds(x) for kind in kinds))
-
-
 def optional(kind: Kind) -> Kind:
     """The same, or nothing: the field may be missing or null."""
     return Kind(kind.name, kind.holds, may_lack=True)

@@ -19,7 +19,8 @@ import numpy as np
 import judge as judging
 from data import Example
 from judge import Judge
-from measures import RATE, Answers, clusters_of, interval, length_controlled, nan_where, or_nan
+from measures import (RATE, Answers, clusters_of, interval, length_controlled, nan_where, or_nan, scores_of,
+                      wins)
 from tokenizer import without_thoughts
 
 
@@ -44,7 +45,11 @@ def judge_all(judge: Judge, examples: list[Example], answers: Answers,
                                 reference_scores=answer.reference_scores | {name: reference})
             for answer, score, reference in zip(rows, means[system], means["reference"], strict=True)]
     asked = sum(len(e.items or [e.context]) for e in examples)
-    verdicts: dict = dict(items=dict(asked=asked, shared=shared))
+    verdicts: dict = dict(items=dict(asked=asked, shared=shared), systems={})
+    for system, rows in scored.items():  # also where checks, or another judge, decide what wins
+        verdicts["systems"][system] = dict(
+            score=interval(scores_of(rows, name)[0], **clusters_of(examples)),
+            win_rate=interval(wins(examples, rows, name), **clusters_of(examples), bounds=RATE))
 
     if any(e.human_rejected for e in examples):
         rejected = [answer_in(e.human_rejected) for e in examples]
@@ -110,10 +115,11 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
     The criterion is the example's rubric, else with write_rubrics one that the judge writes for the context,
     else whether the response respects the context.
     """
-    contexts = [e.context for e in examples]
-    written = judging.rubrics(judge, contexts) if write_rubrics else [None] * len(examples)
-    criteria = [e.rubric or rubric or f"Does the response respect this preference of the user: {e.context}"
-                for e, rubric in zip(examples, written, strict=True)]
+    without = [i for i, e in enumerate(examples) if write_rubrics and not e.rubric]
+    rubrics = judging.rubrics(judge, [examples[i].context for i in without]) if without else []
+    written = dict(zip(without, rubrics, strict=True))
+    criteria = [e.rubric or written.get(i) or "Does the response respect this preference of the user: "
+                f"{e.context}" for i, e in enumerate(examples)]
     trained = [answer.text for answer in answers["trained"]]
     prompted = [answer.text for answer in answers["prompted"]]
     verdicts = judging.compare(judge, list(zip(criteria, trained, prompted, strict=True)))
@@ -132,5 +138,5 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
         flip_rate=float(np.nansum(flips)) / max(1, read),
         flip_interval=interval(flips, **clusters, bounds=RATE),
         length_controlled=length_controlled(outcomes, np.array(longer)),
-        rubrics_unread=written.count(None) if write_rubrics else None,
+        rubrics_unread=rubrics.count(None) if write_rubrics else None,
     )

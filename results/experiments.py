@@ -6,10 +6,11 @@
     python eval.py --report results/methods-tiny --out results/methods-tiny       the tables and a picture
 
 A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied to
-results/TABLE/ROW/seedS, from which the report is made again. Runs of no table were made by the commands in
-LOG.md. Rows with a scripted judge need
-scripted_judge.py to run beside them, and OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file,
-persistbench-methods-smollm2 that of persistbench.py.
+results/TABLE/ROW/seedS, from which the report is made again; a row whose files are there counts as done.
+Where another row needs its pairs or its base model's responses and runs/ does not have them, remove its
+folder in results/ first. Rows with a scripted judge need scripted_judge.py to run beside them, and
+OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file, persistbench-methods-smollm2 that of
+persistbench.py. Runs of no table were made by the commands in LOG.md.
 """
 
 import argparse
@@ -33,9 +34,9 @@ PYTHON = sys.executable
 class Row:
     """One setting.
 
-    flags: of train.py; pairs_of: the row whose pairs it trains on, seed by seed; variant: what variants.py
-    makes of those first (and of `other` row's, or of the same row's with `more_seeds`); seeds: if not the
-    table's.
+    flags: of train.py. pairs_of: the row on whose pairs it trains, seed by seed. variant: what variants.py
+    first makes of these pairs; with `other` also of that row's, with `more_seeds` also of those seeds'.
+    seeds: where they are not the table's.
     """
 
     flags: str
@@ -77,8 +78,8 @@ class Table:
         return ("args.json", "summary.json", self.numbers, *["divergence.json"] * self.divergence)
 
 
-# The defaults of --model tiny, spelled out, as its own name would also evaluate every run from the beginning;
-# in fp32 on every machine, as the runs that are stored.
+# The defaults of --model tiny, spelled out: under that name train.py would evaluate every run itself, without
+# --reuse. In fp32 on every machine, like the stored runs.
 TINY = "--model assets/tiny --lr 2e-4 --dtype float32"
 SMOLLM2 = "--model SmolLM2-135M-Instruct"
 TINY_PPO = "--critic-lr 1e-3 --rollout-batch 32 --train-batch 16"

@@ -22,7 +22,8 @@ COLUMNS = {  # heading -> key of eval.json, format
 def system_row(name: str, part: dict, system: str) -> str:
     """One system's row of one part of an eval.json."""
     row = part["systems"][system]
-    over_prompting = part["differences"].get(f"{system} - prompted", {}).get("win_rate")
+    over_prompting = next((d["win_rate"] for name, d in part["differences"].items()
+                           if name in (f"{system} - prompted", f"{system} - default")), None)
     means = [(mean_of(row, key), form) for key, form in COLUMNS.values()]
     quality = ["-" if mean is None else format(mean, form) for mean, form in means]
     return markdown_row([name, str(row["win_rate"]["n"]), with_interval(row["win_rate"], ".1f", 100),
@@ -43,7 +44,10 @@ def print_table(files: list[Path]) -> None:
         name = file.stem if file.stem != "eval" else "/".join(file.parts[-3:-1])
         print(system_row(name, parts["all"], "trained"))
     last = runs[files[-1]]["all"]
-    print(system_row("prompting", last, "prompted" if "prompted" in last["systems"] else "default"))
+    if "prompted" in last["systems"]:
+        print(system_row("prompting", last, "prompted"))
+    else:
+        print(system_row("no context", last, "default"))
 
 
 if __name__ == "__main__":

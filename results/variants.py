@@ -40,7 +40,8 @@ def swapped(rows: list[dict]) -> list[dict]:
     result = []
     for row in rows:
         if draw.random() >= 0.5:
-            # Both are trained under the chosen response's prompt; where they came from goes unsaid.
+            # A pair is trained under its chosen response's prompt. The new chosen response takes that one
+            # over, so its own is no longer known.
             right = row["chosen"]["prompt_ids"]
             row = row | dict(chosen=row["rejected"][0] | dict(prompt_ids=right), rejected=[row["chosen"]])
         result.append(row)
@@ -55,7 +56,7 @@ def context_gains(rows: list[dict]) -> list[float]:
 def prompt_gains(folder: Path) -> list[float]:
     """Of every chosen response, in nats, under the model it was sampled from; x' is the next prompt."""
     settings, pairs = read_meta(folder)["settings"], load_pairs(folder)
-    tokenizer = Tokenizer(settings["model"])
+    tokenizer = Tokenizer(settings["model"], settings["date"], settings.get("template") or ())
     model = load(settings["model"]).to(default_device())
     following = next_prompts(pair.prompt for pair in pairs)
     own = [Message(user_message(p.prompt, p.context, p.style), p.system) for p in pairs]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import pytest
 from conftest import run_processes, write_data
@@ -37,6 +38,16 @@ def test_a_dry_run_on_given_pairs_samples_none(call_train, dpo_run, work, monkey
     out = capsys.readouterr().out
     assert "estimate" in out and "sampling" not in out.split("estimate")[1]
     assert os.listdir(work) == []
+
+
+def test_a_dry_run_on_its_own_pairs_predicts_memory(call_train, dpo_run, work, capsys):
+    """As on pairs that are given, or sampled for it."""
+    (work / "o").mkdir()
+    for name in ("pairs.json", "pairs.jsonl"):
+        shutil.copy(dpo_run / name, work / "o" / name)
+    call_train("--dry-run", "--n-neg", "3")
+    out = capsys.readouterr().out
+    assert "memory of a process" in out and "sampling" not in out.split("estimate")[1]
 
 
 def test_candidates_are_counted_and_validation_is_not(call_train, dpo_run, capsys):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from data import Example, choice_example, load_examples
 from eval import side_by_side
 from folder import load
 from measures import RATE, SYSTEMS, evaluate, interval, paired_differences, system_row
-from report import table
+from report import judge_lines, table
 from responses import respond
 from run import UserError, parse, read_json, read_jsonl, write_json
 from sample import Sample, Sampling, generate
@@ -269,6 +270,13 @@ def test_a_tasks_difference_has_mcnemars_p_and_other_data_have_none():
     assert paired_differences(free, right, wrong)["mcnemar_p"] is None
 
 
+def test_rows_that_depend_on_each_other_have_no_p():
+    """McNemar's test takes rows for independent: four of one user are not."""
+    right, wrong = [answer("#### 8")] * 4, [answer("#### 9")] * 4
+    of_one_user = [dataclasses.replace(example, user="u") for example in MATH]
+    assert paired_differences(of_one_user, right, wrong)["mcnemar_p"] is None
+
+
 def test_data_without_contexts_compare_trained_with_default(tiny):
     """Two systems, one difference, in the numbers and in the printed table."""
     base, trained = (random_model(seed, max_position_embeddings=8192) for seed in (0, 1))
@@ -352,6 +360,31 @@ def test_a_score_wins_ties_or_goes_unread(judged):
     assert system_row(TALK, answers["default"], "scripted")["win_rate"]["mean"] == 0.0
     differences = paired_differences(TALK, answers["trained"], answers["prompted"], "scripted")
     assert differences["score"]["mean"] == pytest.approx(4 / 3)
+
+
+def test_every_judge_has_its_scores_in_the_table(judged):
+    """Also where checks or another judge decide what wins."""
+    verdicts = judged[1]["systems"]
+    assert [verdicts[system]["score"]["mean"] for system in SYSTEMS] == [1, 3, pytest.approx(13 / 3)]
+    assert [verdicts[system]["win_rate"]["mean"] for system in SYSTEMS] == [0, 1, 1]
+    lines = judge_lines("scripted", judged[1])
+    assert any(re.match(r"  prompted: score 3\.00 \[.*, at least the reference's in 100\.0 \[", line)
+               for line in lines)
+
+
+def test_a_rubric_is_written_where_the_data_have_none(monkeypatch):
+    """And only there; those that cannot be read are counted."""
+    asked, criteria = [], []
+    monkeypatch.setattr(judging, "rubrics", lambda judge, contexts: (
+        asked.extend(contexts), ["written", None])[1])
+    monkeypatch.setattr(judging, "compare", lambda judge, rows: (
+        criteria.extend(row[0] for row in rows), [(1.0, False)] * len(rows))[1])
+    rows = [dataclasses.replace(example, rubric=rubric)
+            for example, rubric in zip(TALK, ("own", None, "own", None), strict=True)]
+    answers = {system: [answer("GOOD")] * 4 for system in SYSTEMS}
+    _, verdicts = judge_all(Scripted(GOOD="3", REF="3", REJECTED="1"), rows, answers, write_rubrics=True)
+    assert asked == ["c1", "c3"] and verdicts["pairwise"]["rubrics_unread"] == 1
+    assert criteria[:3] == ["own", "written", "own"] and criteria[3].endswith("preference of the user: c3")
 
 
 def test_one_answer_beside_several_contexts_is_scored_for_each():

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from run import UserError, read_json
-from schema import FLAG, TEXT, TOKEN_IDS, checked, either, listing, one_of, optional, real, record, integer
+from schema import FLAG, TEXT, TOKEN_IDS, checked, listing, one_of, optional, real, record, integer
 
 sys.path.insert(0, str(ROOT / "results"))
 
@@ -63,7 +63,6 @@ KINDS = {  # name -> a kind, values of it, values not of it
     "ids": (TOKEN_IDS, [[], [0, 2**31 - 1]], [[-1], [2**31], [True], [1.0], ["1"], None, "", (1,)]),
     "record": (record(dict(a=TEXT, b=optional(FLAG))), [{"a": "x"}, {"a": "x", "b": None}, {"a": "", "c": 1}],
                [{}, {"a": None}, {"a": "x", "b": "true"}, [], "a"]),
-    "either": (either(TEXT, FLAG), ["a", True], [1, None, []]),
 }
 
 

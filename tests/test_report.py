@@ -137,7 +137,7 @@ def test_the_paired_difference_leads_and_every_system_has_its_n():
     assert lines[2].startswith("trained - prompted: win rate +30.0 [+25.0, +35.0] (n = 9)")
     assert "within a prompt +0.300 [+0.250, +0.350]" in lines[3]
     assert [line.split()[:3] for line in lines[7:10]] == [[name, "7", "50.0"] for name in block["systems"]]
-    assert lines[-1] == ("judge J: replies it could not be read from: 3 of trained (2 filtered; 1 too long); "
+    assert lines[-1] == ("judge J: unread replies: 3 of trained (2 filtered; 1 too long); "
                          "systems are compared on the 17 of 20 items read for all")
 
 
@@ -152,7 +152,7 @@ def test_a_dash_in_the_table_has_its_reason():
                    "no context gain of default, trained, trained - default: ",
                    "no self bleu 4 of trained - default: ", "no self bleu 4 within of trained - default: "):
         assert reason in text
-    assert "pairs of the data: of 60.0 [55.0, 65.0]% (n = 9)" in text
+    assert "pairs of the data: in 60.0 [55.0, 65.0]% (n = 9)" in text
 
 
 def test_math_shows_both_readings():
@@ -180,7 +180,7 @@ def write_run(folder, seed: int, rate: float, neg: str = "missing", validation: 
     block = dict(systems=dict(default=base, prompted=base, trained=row), differences=gain)
     result = dict(parts=dict(all=block), intervals=dict(crossed="contexts"),
                   settings=dict(examples=f"rows of seed {test_seed}"),
-                  arguments=dict(model=str(folder), data="multibench:/x", seed=0, limit=0, judge="J"),
+                  arguments=dict(model=str(folder), data=arguments["data"], seed=0, limit=0, judge="J"),
                   judges=dict(J=dict(critic=critic)))
     (folder / "args.json").write_text(json.dumps(dict(arguments=arguments)))
     (folder / "eval.json").write_text(json.dumps(result))
@@ -388,10 +388,10 @@ def test_methods_stand_side_by_side(tmp_path):
     assert list(rows) == ["random", "missing", "the baseline"]
     assert rows["random"] == rows["random"] | {
         "seeds": "1", "clear": "1 of 1", "gain, points": "+40.0 [+30.0, +50.0]", "KL, nats": "3.0 [2.5, 3.5]",
-        "sampled, thousand tokens": "1", "trained on": "3", "processor, s": "7"}
+        "sampled, thousand tokens": "1", "trained on, thousand tokens": "3", "processor, s": "7"}
     assert rows["missing"] == rows["missing"] | {
         "seeds": "2", "clear": "1 of 2", "gain, points": "+5.0, +15.0", "KL, nats": "-", "processor, s": "-",
-        "sampled, thousand tokens": "1", "trained on": "1"}
+        "sampled, thousand tokens": "1", "trained on, thousand tokens": "1"}
     assert rows["the baseline"] == rows["the baseline"] | {
         "seeds": "1", "clear": "-", "win rate, %": "50.0 [40.0, 60.0]", "gain, points": "-"}
 
@@ -438,6 +438,26 @@ def test_runs_tested_on_other_rows_are_not_seeds_of_one(tmp_path):
     rates = win_rates(report(runs, tmp_path / "out"))
     assert rates["missing (test limit 64)"] == "60.0 [50.0, 70.0] (93.26)"
     assert rates["missing (test limit default)"] == "80.0 [70.0, 90.0] (93.26)"
+
+
+def test_a_run_that_was_evaluated_on_other_data_stands_there(tmp_path):
+    """Not in the column of the data it was trained on, nor as another seed of the base model there."""
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 0, 0.6)]
+    result = read_json(tmp_path / "b" / "eval.json")
+    result["arguments"]["data"] = "prism:/y"
+    write_json(tmp_path / "b" / "eval.json", result)
+    text = report(runs, tmp_path / "out")
+    assert "| multibench | prism |" in text
+    rates = next(block for block in text.split("\n\n") if "win rate or accuracy" in block)
+    assert "| prompted | 50.0 [40.0, 60.0] (79.76) | 50.0 [40.0, 60.0] (72.17) |" in rates
+
+
+def test_a_row_is_named_by_its_folder_from_inside_that_folder(tmp_path, monkeypatch):
+    """eval.py --report seed0 seed1."""
+    (tmp_path / "larger-half").mkdir()
+    runs = [write_run(tmp_path / "larger-half" / f"seed{seed}", seed, 0.8) for seed in range(2)]
+    monkeypatch.chdir(tmp_path / "larger-half")
+    assert "larger-half" in win_rates(report([Path(run).name for run in runs], tmp_path / "out"))
 
 
 def test_a_run_from_before_an_option_is_a_seed_of_those_that_had_its_value(tmp_path):

@@ -105,6 +105,23 @@ def test_what_another_evaluation_writes_in_the_meantime_is_not_replaced(work, wh
     assert results(work / "run") == whole
 
 
+def test_a_run_that_is_still_training_is_refused(work):
+    """Its model/ may be the best so far of a run with validation, its arguments not yet the chosen ones."""
+    (work / "run" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=r"run is a run that has not finished: go on with train\.py --resume"):
+        evaluate(work)
+
+
+def test_a_run_that_is_named_otherwise_goes_on(work, whole, monkeypatch, capsys):
+    """By its whole path: its models are the same."""
+    stop_after(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(work)
+    evaluate(work, "--model", str(work / "run"))
+    assert "written again" not in capsys.readouterr().out
+    assert results(work / "run")[0] == whole[0]
+
+
 def test_a_run_without_a_learning_curve_is_evaluated_to_its_end(work, whole):
     """A copy that lacks metrics.jsonl: no picture of the gain, and nothing is left unfinished."""
     write_json(work / "run" / "summary.json", {})
@@ -256,4 +273,9 @@ def test_verdicts_are_not_lost(work):
     evaluate(work, "--judge", "trained")
     with pytest.raises(UserError, match="holds the verdicts of trained"):
         evaluate(work)
+    with pytest.raises(UserError, match="holds the verdicts of trained"):
+        evaluate(work, "--reuse", "run")
+    evaluate(work, "--judge", "trained", "--out", "elsewhere")
+    with pytest.raises(UserError, match="holds the verdicts of trained"):
+        evaluate(work, "--reuse", "run", "--judge", "stopping", "--out", "elsewhere")
     evaluate(work, "--judge", "trained")
