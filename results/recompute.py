@@ -30,6 +30,8 @@ FIRST_TINY = "demo-tiny-2026-11-21/seed{}/eval.json"
 RATES = "rates-smollm2/lr-{}/seed0/eval-validation.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 METHODS = "methods-smollm2-gpu/{}/seed{}/eval.json"
+THIRD = "methods-smollm2-cpu/{}/seed2/eval.json"
+NEGATIVES = "negatives-tiny/random-{}/seed{}/eval.json"
 SETTINGS = "settings-tiny/{}/seed0/eval-validation.json"
 CPU_METHODS = "methods-smollm2-cpu/{}/seed0/eval.json"
 TASKS = {"SVAMP": "tasks-smollm2/svamp/eval.json", "GSM8K": "tasks-smollm2/gsm8k/eval.json"}
@@ -329,12 +331,9 @@ def claims() -> list[tuple[str, list[str]]]:
                          for text in points(RATES.format(rate))]),
         ("the rise on seen contexts is {} points [{}, {}]",
          points(HEADLINE, "seen", "win_rate_length_matched")),
-        ("MIPO with random contexts gains {} [{}, {}] and {} [{}, {}] points (the headline, on all 1,280 "
-         "rows, {})",
-         [*points(METHODS.format("mipo-random", 0)), *points(METHODS.format("mipo-random", 1)),
-          points(HEADLINE)[0]]),
-        ("InfoNCE {} and {}: these win", [points(METHODS.format("infonce", seed))[0] for seed in (0, 1)]),
-        ("(base NLL {} and {}; MIPO {} and {}, prompting {} and {})",
+        ("MIPO with random contexts gains {} [{}, {}] and {} [{}, {}] points",
+         [*points(METHODS.format("mipo-random", 0)), *points(METHODS.format("mipo-random", 1))]),
+        ("(base NLL {} and {}; MIPO {} and {}, prompting {} and {};",
          [text for row in ("infonce", "mipo-random", "the baseline")
           for text in numbers(methods[row]["base NLL"])]),
         ("(prompt gain {} and {} nats with its two seeds, prompting's {} and {})",
@@ -346,10 +345,34 @@ def claims() -> list[tuple[str, list[str]]]:
          "responses, in as many steps, {} [{}, {}] (160 rows, fp32); sides swapped at random {} [{}, {}]",
          points(METHODS.format("same", 0)) + points(CPU_METHODS.format("sft")) + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
-        ("seed 0: {}, {}, {} and {} points with 1, 3, 5 and 10, in as many times the steps; in one softmax "
-         "{}, {} and {} with 3, 5 and 10",
-         [points(f"negatives-tiny/random-{count}/seed0/eval.json")[0]
-          for count in ("1", "3", "5", "10", "3-softmax", "5-softmax", "10-softmax")]),
+        ("1, 3, 5 and 10 gain {} ± {}, {} ± {}, {} ± {} and {} ± {} points, in as many times the steps; in "
+         "one softmax, in the steps of one, 3, 5 and 10 gain {} ± {}, {} ± {} and {} ± {}",
+         [text for count in ("1", "3", "5", "10", "3-softmax", "5-softmax", "10-softmax")
+          for text in numbers(rows_of("negatives-tiny")[f"random-{count}"]["gain, points"])]),
+        ("seed by seed: three rows {} [{}, {}], {} [{}, {}], {} [{}, {}]; ten in one softmax {} [{}, {}], {} "
+         "[{}, {}], {} [{}, {}]",
+         [text for row in ("3", "10-softmax") for seed in range(3)
+          for text in above(NEGATIVES.format(row, seed), NEGATIVES.format("1", seed))]),
+        ("with a third seed on a CPU, {} [{}, {}]; InfoNCE, on the same pairs, {}, {} and {}: win",
+         points(THIRD.format("mipo-random")) + [points(METHODS.format("infonce", seed))[0] for seed in (0, 1)]
+         + points(THIRD.format("infonce"))[:1]),
+        ("MIPO {} points [{}, {}] above InfoNCE, paired over contexts",
+         above(THIRD.format("mipo-random"), THIRD.format("infonce"))),
+        ("1,200 pairs gain {} [{}, {}] points at base NLL {}, 2,400 gain **{} [{}, {}]** at {},",
+         [text for row in ("pairs-1200", "pairs-2400") for text in (
+             *points(SETTINGS.format(row)),
+             *pair(SETTINGS.format(row), "nll_per_token", ".2f", 1, ("trained",)))]),
+        ("contexts 1,200 are {} [{}, {}] and 2,400 {} [{}, {}] above 600.",
+         [text for row in ("pairs-1200", "pairs-2400")
+          for text in above(SETTINGS.format(row), SETTINGS.format("defaults"))]),
+        ("1,200 pairs are {} [{}, {}] above them",
+         above(SETTINGS.format("pairs-1200"), SETTINGS.format("two-epochs"))),
+        ("1,200 and 2,400 give {}, {}, {}, {}, {} and {} points, at base NLL",
+         [points(SETTINGS.format(row))[0] for row in ("pairs-75", "pairs-150", "pairs-300", "defaults",
+                                                      "pairs-1200", "pairs-2400")]),
+        ("MIPO **{} [{}, {}]** points, seen {} [{}, {}], unseen {} [{}, {}];",
+         [text for name in ("all", "seen", "unseen") for text in points(THIRD.format("mipo-random"), name)]),
+        ("InfoNCE on the same pairs **{} [{}, {}]**", points(THIRD.format("infonce"))),
         ("validation; prompting {} nats): random contexts {}, missing contexts {}, half of each {}, missing "
          "contexts with only the half of the pairs that answers best {}.",
          [numbers(rows_of("missing-smollm2")[row]["prompt gain"])[0]

@@ -26,7 +26,7 @@ from folder import load
 from pairs import load_pairs, read_meta
 from responses import Message, logps_after, next_prompts
 from run import default_device, write_json
-from tokenizer import Tokenizer
+from tokenizer import TEMPLATE_DATE, Tokenizer
 
 
 def read_rows(folder: Path) -> list[dict]:
@@ -56,7 +56,8 @@ def context_gains(rows: list[dict]) -> list[float]:
 def prompt_gains(folder: Path) -> list[float]:
     """Of every chosen response, in nats, under the model it was sampled from; x' is the next prompt."""
     settings, pairs = read_meta(folder)["settings"], load_pairs(folder)
-    tokenizer = Tokenizer(settings["model"], settings["date"], settings.get("template") or ())
+    tokenizer = Tokenizer(settings["model"], settings.get("date") or TEMPLATE_DATE,
+                          settings.get("template") or ())
     model = load(settings["model"]).to(default_device())
     following = next_prompts(pair.prompt for pair in pairs)
     own = [Message(user_message(p.prompt, p.context, p.style), p.system) for p in pairs]
