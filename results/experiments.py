@@ -190,6 +190,7 @@ TABLES = {
             "random": Row("--neg random"),
             "missing": Row("--neg missing"),
             "missing-lower-lr": Row("--lr 1e-5", "missing"),
+            "missing-temperature-0.5": Row("--neg missing --temperature 0.5"),
             "answering-half": Row("--epochs 2", "missing", "answering-half"),
             "mixed": Row("", "missing", "mixed", "random"),
         }),
