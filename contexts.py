@@ -46,8 +46,9 @@ class DataArgs(JudgeArgs):
                            "ones (default: given, community: infer)", "data")
     model: str = option("", "Hugging Face folder or hub id; tiny is the embedded model (default: tiny for "
                         f"demo, else {QWEN})", "data")
-    limit: int = option(0, "use at most this many examples, or of --pairs this many pairs, 0 for all", "data")
-    seed: int = option(0, "decides negatives, every draw, the training order, own files' splits", "data")
+    limit: int = option(0, "use at most this many examples (train.py with --pairs: pairs), 0 for all", "data")
+    seed: int = option(0, "decides every draw and own files' splits, and in training negatives and order",
+                       "data")
     temperature: float | None = option(None, "default: the data set's, PPO 1", "sampling")
     top_p: float | None = option(None, "default: the data set's, PPO 1", "sampling")
     top_k: int = option(0, "0 for all", "sampling")

@@ -310,7 +310,8 @@ def claims() -> list[tuple[str, list[str]]]:
              text for system in ("prompted", "trained")
              for text in numbers(with_interval(part(HEADLINE)["systems"][system]["self_bleu_4"], ".3f"))]),
         ("{}% take the user's job for the model's own (\"As a teacher, I'm ...\"), which the program counts "
-         "as honoured. Without these the gain on seen contexts is {} [{}, {}].",
+         "as honoured. If such answers, of both systems, count as failures, the gain on seen contexts is {} "
+         "[{}, {}].",
          [as_the_user()[0], *as_the_user()[1]]),
         ("PPO, one seed, wins {} points less [{}, {}]",
          above(METHODS.format("mipo-random", 0), METHODS.format("ppo-mi", 0))),
@@ -357,7 +358,7 @@ def claims() -> list[tuple[str, list[str]]]:
         ("on the same pairs, gains {}, {} and {}: win",
          [points(file)[0] for file in (METHODS.format("infonce", 0), METHODS.format("infonce", 1),
                                        THIRD.format("infonce"))]),
-        ("MIPO {} points [{}, {}] above InfoNCE, paired over contexts",
+        ("MIPO less InfoNCE {} points [{}, {}], paired over contexts",
          above(THIRD.format("mipo-random"), THIRD.format("infonce"))),
         ("1,200 pairs gain {} [{}, {}] points at base NLL {}, 2,400 gain **{} [{}, {}]** at {},",
          [text for row in ("pairs-1200", "pairs-2400") for text in (
