@@ -376,9 +376,10 @@ def claims() -> list[tuple[str, list[str]]]:
          [text for name in ("all", "seen", "unseen") for text in points(THIRD.format("mipo-random"), name)]),
         ("InfoNCE on the same pairs **{} [{}, {}]**", points(THIRD.format("infonce"))),
         ("validation; prompting {} nats): random contexts {}, missing contexts {}, half of each {}, missing "
-         "contexts with only the half of the pairs that answers best {}.",
+         "contexts with only the half of the pairs that answers best {}, and sampled at temperature 0.5, {}.",
          [numbers(rows_of("missing-smollm2")[row]["prompt gain"])[0]
-          for row in ("the baseline", "random", "missing", "mixed", "answering-half")]),
+          for row in ("the baseline", "random", "missing", "mixed", "answering-half",
+                      "missing-temperature-0.5")]),
         ("certain: {}% to {}%, {} points [{}, {}], where RLVR, which is told what is right, gains {} [{}, "
          "{}]",
          own_task("mipo-random") + own_task("rlvr")[2:]),
