@@ -30,6 +30,7 @@ FIRST_TINY = "demo-tiny-2026-11-21/seed{}/eval.json"
 RATES = "rates-smollm2/lr-{}/seed0/eval-validation.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 METHODS = "methods-smollm2-gpu/{}/seed{}/eval.json"
+MEMORIES, A_TOKEN = "persistbench-methods-smollm2/{}/seed0/eval.json", "context_gain_per_token_macro"
 THIRD = "methods-smollm2-cpu/{}/seed2/eval.json"
 NEGATIVES = "negatives-tiny/random-{}/seed{}/eval.json"
 SETTINGS = "settings-tiny/{}/seed0/eval-validation.json"
@@ -390,9 +391,19 @@ def claims() -> list[tuple[str, list[str]]]:
          points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
         ("and {} [{}, {}] where both answers are about equally long",
          points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
-        ("the context gain rises by {} [{}, {}] nats a response, {} [{}, {}] a token",
-         numbers(with_interval(gain(JUDGED, key="context_gain"), "+.1f"))
-         + numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))),
+        ("the context gain by {} [{}, {}] nats a response, {} [{}, {}] a token, InfoNCE by {} [{}, {}], SFT by "
+         "{} [{}, {}]",
+         numbers(with_interval(gain(MEMORIES.format("mipo-random"), key="context_gain"), "+.1f"))
+         + numbers(with_interval(gain(MEMORIES.format("mipo-random"), key=A_TOKEN), "+.2f"))
+         + [text for row in ("infonce", "sft")
+            for text in numbers(with_interval(gain(MEMORIES.format(row), key="context_gain"), "+.1f"))]),
+        ("MIPO **{} [{}, {}]** nats a response and {} [{}, {}] a token (an earlier run {} [{}, {}]), InfoNCE "
+         "**{} [{}, {}]** and {} [{}, {}], SFT {} [{}, {}] and {} [{}, {}].",
+         [text for row in ("mipo-random", "infonce", "sft") for text in (
+             *numbers(with_interval(gain(MEMORIES.format(row), key="context_gain"), "+.1f")),
+             *numbers(with_interval(gain(MEMORIES.format(row), key=A_TOKEN), "+.2f")),
+             *(numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))
+               if row == "mipo-random" else []))]),
         ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {}): a",
          [*rates(svamp, systems=("default", "trained")), str(gain(svamp)["n"]),
           f"{gain(svamp, key='mcnemar_p'):.2f}", *rates(gsm8k, systems=("default", "trained")),
