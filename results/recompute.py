@@ -391,8 +391,8 @@ def claims() -> list[tuple[str, list[str]]]:
          points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
         ("and {} [{}, {}] where both answers are about equally long",
          points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
-        ("the context gain by {} [{}, {}] nats a response, {} [{}, {}] a token, InfoNCE by {} [{}, {}], SFT by "
-         "{} [{}, {}]",
+        ("the context gain by {} [{}, {}] nats a response, {} [{}, {}] a token, InfoNCE by {} [{}, {}], SFT "
+         "by {} [{}, {}]",
          numbers(with_interval(gain(MEMORIES.format("mipo-random"), key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(MEMORIES.format("mipo-random"), key=A_TOKEN), "+.2f"))
          + [text for row in ("infonce", "sft")
