@@ -384,6 +384,7 @@ def program() -> None:
     if was_finished and (folder / "eval.json").exists():
         print(f"{folder} is evaluated too: its numbers are in {folder / 'eval.json'}")
     elif args.test and not missing:
+        barrier()  # process 0 has written summary.json
         evaluation(EvalArgs(model=str(folder), limit=args.limit or TEST_ROWS, slots=args.slots))
         print(f"pictures: gain.png and learning_curve.png in {folder}")
     else:

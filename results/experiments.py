@@ -182,7 +182,7 @@ TABLES = {
     # Why missing contexts fail on a small model, and what would mend it, on validation prompts.
     "missing-smollm2": Table(
         seeds=(0,),
-        train=f"{SMOLLM2} --data demo --limit 160 --lr 2e-5",
+        train=f"{SMOLLM2} --data demo --limit 160 --lr 2e-5 --dtype float32",
         base="random",
         test="--split validation --limit 96",
         divergence=False,

@@ -392,10 +392,10 @@ def claims() -> list[tuple[str, list[str]]]:
         ("and {} [{}, {}] where both answers are about equally long",
          points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
         ("the context gain by {} [{}, {}] nats a response, {} [{}, {}] a token, InfoNCE by {} [{}, {}], SFT "
-         "by {} [{}, {}]",
+         "by {} [{}, {}], MIPO with missing contexts by {} [{}, {}]",
          numbers(with_interval(gain(MEMORIES.format("mipo-random"), key="context_gain"), "+.1f"))
          + numbers(with_interval(gain(MEMORIES.format("mipo-random"), key=A_TOKEN), "+.2f"))
-         + [text for row in ("infonce", "sft")
+         + [text for row in ("infonce", "sft", "mipo-missing")
             for text in numbers(with_interval(gain(MEMORIES.format(row), key="context_gain"), "+.1f"))]),
         ("MIPO **{} [{}, {}]** nats a response and {} [{}, {}] a token (an earlier run {} [{}, {}]), InfoNCE "
          "**{} [{}, {}]** and {} [{}, {}], SFT {} [{}, {}] and {} [{}, {}].",

@@ -153,6 +153,7 @@ def test_a_disk_that_is_read_only_is_told_before_the_work(mounted, own_data, tin
     """Of a new run and of one that is to go on: one line, nothing is sampled; but a model there is read."""
     flags = ["--data", own_data, "--model", tiny, *TRAIN_FLAGS]
     run_inside(train.program, tmp_path, *flags, "--out", mounted / "run")
+    shutil.copytree(mounted / "run", mounted / "whole")
     (mounted / "run" / "summary.json").unlink()
     subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
     monkeypatch.setattr("pairs.generate", None)
@@ -164,7 +165,7 @@ def test_a_disk_that_is_read_only_is_told_before_the_work(mounted, own_data, tin
         assert words in error and str(mounted / name) in error and error.count("\n") == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("responses.generate", None)
-        assert leave(patch, evaluation.program, "--model", mounted / "run") == 2
-    assert "run can't be written to: have that allowed, or name another --out" in capfd.readouterr().err
-    run_inside(evaluation.program, tmp_path, "--model", mounted / "run", "--out", "elsewhere")
+        assert leave(patch, evaluation.program, "--model", mounted / "whole") == 2
+    assert "whole can't be written to: have that allowed, or name another --out" in capfd.readouterr().err
+    run_inside(evaluation.program, tmp_path, "--model", mounted / "whole", "--out", "elsewhere")
     assert (tmp_path / "elsewhere" / "eval.json").exists()

@@ -214,24 +214,6 @@ def test_a_run_on_given_pairs_remembers_their_data_and_seed(dpo_run, own_data, t
     assert (arguments["data"], arguments["seed"], arguments["n_neg"]) == (str(own_data), 3, 3)
 
 
-def test_pairs_of_an_earlier_version_are_trained_on(dpo_run, call_train, tmp_path):
-    """Rows of parallel lists give the very weights of the same pairs as this version writes them."""
-    rows = []
-    for _, row in read_jsonl(dpo_run / "pairs.jsonl"):
-        chosen, rejected = row["chosen"], row["rejected"]
-        rows.append(dict(
-            id=row["id"], prompt=row["prompt"], context=row["context"], chosen=chosen["text"],
-            rejected=[response["text"] for response in rejected], prompt_ids=chosen["prompt_ids"],
-            chosen_ids=chosen["ids"], rejected_ids=[response["ids"] for response in rejected],
-            source_ids=[response["prompt_ids"] for response in rejected],
-            finished=[response["finished"] for response in [chosen, *rejected]], gain_chosen=chosen["gain"],
-            gain_rejected=[response["gain"] for response in rejected], style=row["style"]))
-    source = copy_pairs(dpo_run, tmp_path / "old", rows)
-    folder = call_train("--pairs", source)
-    assert metrics_of(folder) == metrics_of(dpo_run)
-    assert same_weights(model_weights(folder), model_weights(dpo_run))
-
-
 def test_dpo_needs_rejected_responses_in_given_pairs(call_train, dpo_run, work, tmp_path):
     """--pairs of an SFT run is refused, and nothing is left."""
     rows = [row | dict(rejected=[]) for _, row in read_jsonl(dpo_run / "pairs.jsonl")]
