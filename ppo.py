@@ -45,7 +45,7 @@ from sample import Sampler, Sampling
 from selection import save_model
 from shard import gathered, is_sharded, refresh, shard_weights
 from tokenizer import Tokenizer
-from training_log import Metrics, count_step, require_hope
+from training_log import Metrics, count_step, require_finite_steps
 
 MAX_NEW_TOKENS = 256  # of a rollout; fewer where the data set's own responses are shorter
 
@@ -397,7 +397,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             weights_changed=actor.share_changed().item(),
         )
         metrics.log(**line)
-        require_hope(state)
+        require_finite_steps(state)
         bar.set_postfix_str(f"reward {line['reward']:.3f}, KL {line['kl']:.2f}, {line['length']:.0f} tokens")
         bar.update(len(rollouts))
 

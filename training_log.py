@@ -69,7 +69,7 @@ def count_step(state, is_finite: bool) -> bool:
     return is_finite
 
 
-def require_hope(state) -> None:
+def require_finite_steps(state) -> None:
     """UserError where the last five steps were all skipped: the run is lost."""
     if state.skipped_in_a_row >= 5:
         raise UserError("five steps in a row were not finite: lower --lr (and PPO's --critic-lr), or use "
@@ -139,4 +139,4 @@ class TrainingLog:
         margin = f" margin {means['margin']:+.2f}" if "margin" in means else ""
         bar.set_postfix_str(f"loss {means['loss']:.3f}{margin} {state.tokens / state.seconds:.0f} tokens/s")
         bar.update(len(rows))
-        require_hope(state)
+        require_finite_steps(state)

@@ -234,7 +234,8 @@ MUTATIONS = {
          "test_cuda.py::test_a_whole_training_step_reads_nothing"),
     ],
     "training_log.py": [
-        ("        require_hope(state)", "        pass", "test_train.py::test_five_in_a_row_stop_the_run"),
+        ("        require_finite_steps(state)", "        pass",
+         "test_train.py::test_five_in_a_row_stop_the_run"),
         ("self.queued = step", "self.queued = step; self.flush()",
          "test_training_log.py::test_a_run_is_one_step_behind"),
         ("values[i :: step.count]", "values[i :: len(step.names)]",
@@ -249,7 +250,7 @@ MUTATIONS = {
          "test_train.py::test_a_gradient_that_is_not_finite_is_not_taken_though_the_loss_is"),
     ],
     "ppo.py": [
-        ("        require_hope(state)", "        pass",
+        ("        require_finite_steps(state)", "        pass",
          "test_ppo.py::test_an_update_that_is_not_finite_is_skipped"),
         ("return logps - reference", "return reference - logps", EQUATIONS),
         ("rewards[-1] += reward", "rewards[0] += reward", EQUATIONS),
