@@ -347,8 +347,8 @@ def claims() -> list[tuple[str, list[str]]]:
          "responses, in as many steps, {} [{}, {}] (160 rows, fp32); sides swapped at random {} [{}, {}]",
          points(METHODS.format("same", 0)) + points(CPU_METHODS.format("sft")) + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
-        ("1, 3, 5 and 10 gain {} ± {}, {} ± {}, {} ± {} and {} ± {} points, in as many times the steps; in "
-         "one softmax, in the steps of one, 3, 5 and 10 gain {} ± {}, {} ± {} and {} ± {}",
+        ("1, 3, 5 and 10 gain {} ± {}, {} ± {}, {} ± {} and {} ± {} points, in N times the steps; in "
+         "one softmax, without more steps, 3, 5 and 10 gain {} ± {}, {} ± {} and {} ± {}",
          [text for count in ("1", "3", "5", "10", "3-softmax", "5-softmax", "10-softmax")
           for text in numbers(rows_of("negatives-tiny")[f"random-{count}"]["gain, points"])]),
         ("seed by seed: three rows {} [{}, {}], {} [{}, {}], {} [{}, {}]; ten in one softmax {} [{}, {}], {} "
@@ -377,7 +377,7 @@ def claims() -> list[tuple[str, list[str]]]:
          [text for name in ("all", "seen", "unseen") for text in points(THIRD.format("mipo-random"), name)]),
         ("InfoNCE on the same pairs **{} [{}, {}]**", points(THIRD.format("infonce"))),
         ("validation; prompting {} nats): random contexts {}, missing contexts {}, half of each {}, missing "
-         "contexts with only the half of the pairs that answers best {}, and sampled at temperature 0.5, {}.",
+         "contexts with the half of the pairs of larger prompt gain {}, and sampled at temperature 0.5, {}.",
          [numbers(rows_of("missing-smollm2")[row]["prompt gain"])[0]
           for row in ("the baseline", "random", "missing", "mixed", "answering-half",
                       "missing-temperature-0.5")]),
@@ -411,7 +411,7 @@ def claims() -> list[tuple[str, list[str]]]:
         ("only {} of its {} replies contained a number", replies()[::-1]),
         ("Over contexts (t intervals of the contexts' rates): all {} [{}, {}], seen {} [{}, {}], unseen {} "
          "[{}, {}].", contexts),
-        ("(prompt gain {} to {} nats, {} to {}), and are as wrong.",
+        ("(prompt gain {} to {} nats, {} to {}), but are as wrong.",
          pair(svamp, "prompt_gain", ".0f") + pair(gsm8k, "prompt_gain", ".0f")),
         ("(differences SVAMP {} [{}, {}], McNemar p {}, GSM8K {}, p {})",
          [*points(svamp), f"{gain(svamp, key='mcnemar_p'):.2f}", f"{100 * gain(gsm8k)['mean']:.1f}",
