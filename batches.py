@@ -2,10 +2,13 @@
 
 The one place that says which responses of a pair are scored, and under which prompt. Functions take the run's
 arguments, train.Args.
-What differs from the paper: nothing.
+What differs from the paper: InfoNCE and SAMI leave out sets in which a context repeats. N rejected responses
+are N rows of their own, as the paper's numbers of steps suggest.
 
 Legend: B pairs of a micro-batch, N rejected responses of a pair, K = 1 + N its responses that are scored (1
-        where rejected ones are not used), R tokens of one response.
+        where rejected ones are not used), R tokens of one response. A pass is one call of the model, on at
+        most --pass-tokens tokens, and its backward. A micro-batch is the pairs of a pass; one large set of
+        InfoNCE or SAMI takes several.
 
     python train.py --dry-run      shows a pair as the model sees it
 """
@@ -85,15 +88,13 @@ def pair_logps(model: Decoder, pairs: list[Pair], args, pass_count: int = 1) -> 
     pass_count: how many the busiest process makes (--shard); those that this one lacks are dummies.
     """
     sets = [groups_of(pair, args) for pair in pairs]
-    chunks = passes_of(sets, args)
-    idle = max(0, pass_count - len(chunks))
-    scored = score_passes(model, chunks + [[IDLE]] * idle)
+    passes = passes_of(sets, args)
+    idle = max(0, pass_count - len(passes))
+    scored = score_passes(model, passes + [[IDLE]] * idle)
 
     sums = torch.stack([tokens.sum() for responses in scored for tokens in responses])
     sums = sums[: len(sums) - idle]  # (B * prompts * K,); the gradient of the rest is 0
-    counts = []  # of tokens, of each response of each pair
-    for (_, responses), *_ in sets:
-        counts.append([len(ids) for ids in responses])
+    counts = [[len(ids) for ids in groups[0][1]] for groups in sets]  # tokens of each response
     lengths = fast.sent(counts, model.device)  # (B, K)
     logps = sums.view(len(pairs), -1, lengths.shape[1])  # (B, prompts, K)
     if not OBJECTIVES[args.method].every_prompt:
@@ -107,17 +108,17 @@ def passes_of(sets: Iterable[list[Group]], args) -> list[list[Group]]:
     return list(split_by_tokens(groups, lambda group: [group], args.pass_tokens))
 
 
-def score_passes(model: Decoder, chunks: list[list[Group]]) -> list[list[Tensor]]:
+def score_passes(model: Decoder, passes: list[list[Group]]) -> list[list[Tensor]]:
     """For each group of each pass the token log-probs of each response, (R,).
 
     A set of K prompts may be more than one pass. Its passes are then computed twice: once keeping only the
     log-probs, and again, pass by pass, when their gradients are known.
     """
-    if len(chunks) == 1:
-        return response_logps(model, chunks[0])
+    if len(passes) == 1:
+        return response_logps(model, passes[0])
     scored: list[list[Tensor]] = []
-    for chunk in chunks:
-        scored += checkpoint(response_logps, model, chunk, use_reentrant=False)
+    for groups in passes:
+        scored += checkpoint(response_logps, model, groups, use_reentrant=False)
     return scored
 
 
@@ -137,16 +138,17 @@ def all_logps(model: Decoder, pairs: list[Pair], args, label: str = "reference")
     if not OBJECTIVES[args.method].uses_reference:
         return torch.zeros(len(pairs), 1, device=model.device)
     dtype = torch.promote_types(model.compute, torch.float32)
-    responses = len(groups_of(pairs[0], args)[0][1])
-    table = torch.zeros(len(pairs), responses, dtype=dtype, device=model.device)  # (pairs, 1 + N)
+    _, responses = groups_of(pairs[0], args)[0]
+    table = torch.zeros(len(pairs), len(responses), dtype=dtype, device=model.device)  # (pairs, 1 + N)
     bar = progress(len(pairs), "pairs", label)
     for batch in epoch_batches(len(pairs), args, epoch=0):
-        for indices, pass_count in passes_together(model, pairs, batch, args):
+        for indices, pass_count in micro_batches_together(model, pairs, batch, args):
             if not indices:
                 idle_passes(model, pass_count)
                 continue
-            chunk = [pairs[i] for i in indices]
-            table[indices], _ = pair_logps(model, chunk, args, pass_count)
+            micro_batch = [pairs[i] for i in indices]
+            rows = fast.sent(indices, model.device)
+            table[rows], _ = pair_logps(model, micro_batch, args, pass_count)
         bar.update(len(batch))
     bar.close()
     if world() > 1:
@@ -167,14 +169,15 @@ def epoch_batches(count: int, args, epoch: int) -> list[list[int]]:
 
 
 def micro_batches(batch: list, groups: Callable, args, process: int | None = None) -> list[list]:
-    """A process's share of a batch, by default this one's, cut into passes of --pass-tokens tokens.
+    """A process's share of a batch, by default this one's, cut into micro-batches.
 
     groups(item) -> the prompts and responses of an item of the batch (see split_by_tokens).
     """
     return list(split_by_tokens(share_of(batch, process), groups, args.pass_tokens))
 
 
-def passes_together(model: Decoder, pairs: list[Pair], batch: list[int], args) -> list[tuple[list[int], int]]:
+def micro_batches_together(model: Decoder, pairs: list[Pair], batch: list[int],
+                           args) -> list[tuple[list[int], int]]:
     """This process's micro-batches, each with the least number of passes that it must take: 1, if every
     process holds the whole model.
 

@@ -70,7 +70,7 @@ def silent_libraries() -> Iterator[None]:
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 60
-LONGEST_LINE = 1000
+MAX_LINE = 1000
 
 
 def shown(value) -> str:
@@ -90,6 +90,6 @@ def one_line(text: str) -> str:
     >>> one_line("a\\x1b[2Jb")
     'a\\\\x1b[2Jb'
     """
-    if len(text) > LONGEST_LINE:
-        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -29,7 +29,7 @@ from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer, template_variable
 
 # ------------------------------------------------------------------------- arguments
 
-MOST_SLOTS = 2**16
+MAX_SLOTS = 2**16
 
 
 @dataclass
@@ -65,8 +65,8 @@ class DataArgs(JudgeArgs):
 
 def check(args: DataArgs) -> None:
     """UserError if an argument's value is out of range."""
-    if not 1 <= args.slots <= MOST_SLOTS or args.limit < 0:
-        raise UserError(f"--slots {args.slots} must be from 1 to {MOST_SLOTS} and --limit {args.limit} at "
+    if not 1 <= args.slots <= MAX_SLOTS or args.limit < 0:
+        raise UserError(f"--slots {args.slots} must be from 1 to {MAX_SLOTS} and --limit {args.limit} at "
                         "least 0")
     if args.judge_url and not args.judge:
         raise UserError("--judge-url says where the judge answers: name it with --judge")
@@ -117,8 +117,8 @@ def limited(items: list, args: DataArgs) -> list:
 
 
 def warn_of_templates(examples: list[Example], tokenizer: Tokenizer) -> None:
-    """Print which rows spell what chat templates write. Mostly these rows carry a template already: the
-    model's own is put around it, and what they spell stays text."""
+    """Warn of rows that hold chat-template markup. Mostly they carry a template already: the model's own is
+    put around it, and the markup stays text."""
     found: list[str] = []
     for example in examples:
         for column in ("prompt", "system", "context", "chosen", "rejected"):
@@ -127,9 +127,9 @@ def warn_of_templates(examples: list[Example], tokenizer: Tokenizer) -> None:
                 found.append(f"{example.name}: {column!r} holds {mark!r}")
                 break
     if found:
-        print(f"warning: {found[0]} ({len(found)} of {len(examples)} rows hold what chat templates write). "
-              "The model's template is put around every text, and this is read as letters within it: give "
-              "texts without a template")
+        print(f"warning: {found[0]} ({len(found)} of {len(examples)} rows hold chat-template markup). The "
+              "model's template is put around every text, and markup inside is read as plain text: give "
+              "texts without it")
 
 
 # ------------------------------------------------------------------------- contexts
@@ -160,8 +160,8 @@ def add_contexts(examples: list[Example], args: DataArgs) -> list[Example]:
 def infer_contexts(examples: list[Example], args: DataArgs) -> dict[str, list[str]]:
     """Example id -> the items of its context, as --judge, else the model itself, infers them.
 
-    From the response that a person chose and the one that they rejected; Multi-Bench's preferences are put
-    in the user's words. The judge's cache keeps the replies, and a file beside it this judge's contexts, for
+    Inferred from the responses that a person chose and rejected; Multi-Bench's preferences are put in the
+    user's words. The judge's cache keeps the replies, and a file beside it this judge's contexts, for
     --contexts FILE.
     """
     judge_args = args if args.judge else dataclasses.replace(args, judge=args.model, judge_url="")

@@ -18,7 +18,7 @@ from batches import all_logps, epoch_batches, groups_of, micro_batches, training
 from contexts import examples_for, sampling_for
 from folder import read_config
 from losses import OBJECTIVES, token_count
-from memory import MOST_CARDS, Pass, card_memory, cards_needed, gb, out_of_reach, peak, predicted_memory
+from memory import MAX_CARDS, Pass, card_memory, cards_needed, gb, out_of_reach, peak, predicted_memory
 from model import Decoder
 from negatives import SAMPLED, Pair
 from pairs import check_negatives, make_pairs, pairs_for, read_meta
@@ -84,7 +84,7 @@ def dry_run(grid: list, folder: Path, source: Path, pairs: list[Pair] | None, lo
     print(f"\n{count} pairs of about {tokens:.0f} tokens, {math.ceil(count / args.batch)} steps an epoch, "
           f"{sum(candidate.epochs for candidate in grid)} epochs in all")
     print(f"estimate: {total:.0f} s ({parts}), {peak_memory() / 1e9:.1f} GB at most{each}"
-          + f"; {' and '.join(uncounted)} not counted" * bool(uncounted))
+          + (f"; {' and '.join(uncounted)} not counted" if uncounted else ""))
 
 
 def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:
@@ -107,7 +107,7 @@ def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:
     card = card_memory()
     if card is not None:
         cards = cards_needed(config, args, passes, card)
-        print(f"cards needed with --shard: {cards or f'more than {MOST_CARDS}, or no number is enough'}")
+        print(f"cards needed with --shard: {cards or f'more than {MAX_CARDS}, or no number is enough'}")
         for line in out_of_reach(config, args, card):
             print("not on these cards: " + line)
 

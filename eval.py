@@ -45,11 +45,11 @@ import torch
 
 from checkpoint import lock
 from checks import verify
+from console import first_of
 from contexts import DataArgs, examples_for, note_of, sampling_for, warn_of_templates
 from contexts import check as check_data
 from data import OWN_FILES, SPLITS, Example
 from figures import entropy_figure, gain_figure, judges_figure
-from console import first_of
 from folder import find, load, read_config, weight_times
 from judge import Judge, JudgeArgs
 from measures import RATE, Answers, clusters_of, evaluate, interval, wins
@@ -57,8 +57,8 @@ from pairs import is_useful, ready_pairs
 from report import report, table
 from responses import group_logps, read_answers, remove_samples, respond, write_responses
 from rows import fitting_pairs, fitting_rows
-from run import (UserError, barrier, default_device, default_dtype, environment, fingerprint, main, option,
-                 parse, rank, read_json, seed_from, write_json)
+from run import (UserError, barrier, broadcast, default_device, default_dtype, environment, fingerprint, main,
+                 option, parse, rank, read_json, seed_from, write_json)
 from sample import Sampling
 from schema import OBJECT, TEXT, checked, optional, record
 from tokenizer import TEMPLATE_DATE, TEMPLATE_HELP, Tokenizer
@@ -189,6 +189,7 @@ def models_of(args: Args, run: Path) -> tuple[str, str, Path | None, dict]:
     folder, and the arguments it was trained with."""
     if (run / "args.json").exists():
         is_training = (run / "metrics.jsonl").exists() and not (run / "summary.json").exists()
+        is_training = broadcast(is_training)  # as process 0 sees the disk
         if is_training or not (run / "model").is_dir():
             raise UserError(f"{run} is a run that has not finished: go on with train.py --resume")
         named = record(dict(model=TEXT, data=TEXT))
@@ -284,7 +285,7 @@ def read_evaluation(file: Path) -> dict:
 
 
 def differing(before: dict, now: dict, keys: Iterable[str]) -> dict[str, str]:
-    """The keys under which two dicts have other values: key -> both values, in words."""
+    """The keys under which two dicts differ: key -> both values, in words."""
     return {key: f"{key} {before.get(key)!r}, not {now[key]!r}" for key in keys
             if before.get(key) != now[key]}
 
@@ -315,8 +316,8 @@ def cached_answers(plan: Plan) -> Answers:
     """
     folder, suffix = Path(plan.args.reuse), plan.suffix
     if (folder / f"unfinished{suffix}.json").exists():
-        raise UserError(f"--reuse {folder}: its evaluation has not ended: give the command that began it "
-                        "again")
+        raise UserError(f"--reuse {folder}: its evaluation has not ended: rerun the command that "
+                        "began it")
     changes = changes_since(plan, read_evaluation(folder / f"eval{suffix}.json"))
     if changes:
         raise UserError(f"--reuse {folder}: made with {changes}")

@@ -378,7 +378,7 @@ def decodes_by_kernel(x: Tensor) -> bool:
 
 
 def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
-    """The largest value such that what is at least as large in a row reaches a mass. Plain form:
+    """Of each row, the largest v for which the entries >= v sum to at least `mass`. Plain form:
 
         likely = probs.sort(descending=True).values
         last = (likely.cumsum(-1) < mass).sum(-1, keepdim=True).clamp(max=probs.shape[1] - 1)
@@ -422,7 +422,7 @@ def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The first column whose cumulated mass exceeds the target (n, 1), and what is left of the target there.
     """
     cumulative = mass.cumsum(-1)  # (n, columns)
-    # Rounding must put the target neither beyond the last column nor below 0, where a column without mass is.
+    # Rounding must not push the target past the last column, nor below 0, onto a column without mass.
     just_below = cumulative[:, -1:].nextafter(target.new_zeros(()))
     target = target.minimum(just_below).clamp(min=0)
     column = torch.searchsorted(cumulative, target, right=True)  # (n, 1)

@@ -232,7 +232,7 @@ def cache_row(key: str, judge: str, reply: Reply) -> dict:
     return dict(key=key, judge=judge, reply=reply)
 
 
-VERDICT = record(dict(key=TEXT, reply=TEXT, unread=optional(TEXT)))  # a line of the cache
+CACHED_REPLY = record(dict(key=TEXT, reply=TEXT, unread=optional(TEXT)))  # a line of the cache
 
 
 def read_cache(path: Path) -> dict[str, Reply]:
@@ -240,7 +240,7 @@ def read_cache(path: Path) -> dict[str, Reply]:
     replies: dict[str, Reply] = {}
     for file in [path, *sorted(path.parent.glob(path.name + ".process-*"))]:
         for row in read_appended(file):
-            if not VERDICT.holds(row):
+            if not CACHED_REPLY.holds(row):
                 raise UserError(f"{file} does not hold a judge's replies: name another --judge-cache")
             reply = row["reply"]
             replies[row["key"]] = NoReply(row["unread"], reply) if row.get("unread") else reply
@@ -347,7 +347,7 @@ def rate(judge: Judge, rows: list[tuple[str, str, str]], label: str = "scores",
 
 
 def reward(judge: Judge, prompts: list[str], contexts: list[str], responses: list[str],
-           label: str = "rewards") -> list[float | None]:
+           label: str = "rewards") -> list[int | None]:
     """A score from 1 to 5 for each response, by D.2's RLAIF scoring instruction; None where it is unread.
 
     contexts: what each prompt's user prefers. The wording is `rate`'s, but the preference comes first.
@@ -355,8 +355,7 @@ def reward(judge: Judge, prompts: list[str], contexts: list[str], responses: lis
     questions = [(SCORE, f"User preference: {quote(context)}\nUser: {quote(prompt)}\n"
                          f"Assistant: {quote(response)}")
                  for prompt, context, response in zip(prompts, contexts, responses, strict=True)]
-    scores = read_replies(judge, questions, "verdict", label, read_score)
-    return [None if score is None else float(score) for score in scores]
+    return read_replies(judge, questions, "verdict", label, read_score)
 
 
 def require_readable(judge: Judge, prompts: list[str], contexts: list[str], responses: list[str]) -> None:

@@ -1,7 +1,7 @@
 """losses.py - the objectives, and the response log-probabilities they use.
 
-    dpo      Eqs. 5, 8 and 10: with missing contexts, sampled at temperature 1, its optimal reward is
-             pointwise mutual information (Eqs. 9, 14)
+    dpo      Eqs. 5, 8 and 10: with missing contexts, sampled at temperature 1 and top-p 1, its optimal reward
+             is pointwise mutual information (Eqs. 9, 14)
     sft      Eq. 3: token cross-entropy on the chosen responses
     infonce  Eq. 6: which of K contexts a response was sampled with
     sami     Eq. 7: that, and which of K responses was sampled with a context
@@ -123,8 +123,9 @@ def sami(logps: Tensor, temperature: float = 1.0) -> Loss:
 
 def set_metrics(loss: Tensor, logps: Tensor) -> dict[str, Tensor]:
     """Of each set (B,): the loss; by how much a response's own context stands out (margin), and for what
-    share of responses it is the likeliest (accuracy); a lower bound on I(c; y | x); the mean log-prob of
-    responses under their own contexts (chosen), and under the others (rejected)."""
+    share of responses it is the likeliest (accuracy); a lower bound on I(c; y | x), with missing contexts
+    on what y says of whether c was given; the mean log-prob of responses under their own contexts (chosen),
+    and under the others (rejected)."""
     logps = logps.detach().float()
     count = logps.shape[-1]
     own = logps.diagonal(dim1=-2, dim2=-1)  # (B, K)
@@ -202,7 +203,7 @@ OBJECTIVES = {
 
 def require_one_each(count: int, loss: Tensor, metrics: dict[str, Tensor]) -> None:
     """ValueError where a loss or a metric is not one value for each of `count` pairs, or the metric "loss" is
-    missing. A mean would pass unseen otherwise, and be divided by the batch's size once more."""
+    missing. Otherwise a mean would pass unseen, only to be divided by the batch size again."""
     shapes = {name: tuple(value.shape) for name, value in {"the loss itself": loss, **metrics}.items()}
     wrong = [f"{name} is {shape}" for name, shape in shapes.items() if shape != (count,)]
     if "loss" not in metrics:
@@ -317,8 +318,10 @@ def sequence_logps(model: Decoder, groups: list[Group], max_tokens: int = 4096,
     """
     sums: list[list[float]] = []
     for chunk in split_by_tokens(groups, lambda group: [group], max_tokens):
-        for responses in response_logps(model, chunk):
-            sums.append([logps.sum().item() for logps in responses])
+        scored = response_logps(model, chunk)
+        each = [logps.sum() for responses in scored for logps in responses]
+        remaining = iter(torch.stack(each).tolist())  # one wait for the device
+        sums += [[next(remaining) for _ in responses] for responses in scored]
         if bar is not None:
             bar.update(len(chunk))
     return sums

@@ -88,7 +88,7 @@ def interval(values: np.ndarray, clusters: list, crossed: list | None = None,
             centre, half = bounded(values, effective_rows(values, variance, units), t, bounds)
         low, high = centre - half, centre + half
         if bounds:
-            # The mean lies inside but for rounding, which a mean of 0 or 1 shows.
+            # The mean lies inside up to rounding, which matters at 0 and 1.
             low, high = max(low, bounds[0]), min(high, bounds[1])
             low, high = min(low, mean), max(high, mean)
     return dict(mean=mean, low=low, high=high, n=len(values))
@@ -119,8 +119,8 @@ def effective_rows(values: np.ndarray, variance: float, units: float) -> float:
     """The effective number of independent rows (Korn and Graubard, 1998).
 
     The number of rows n over the design effect d: the variance over that of independent rows, at least 1.
-    Where few rows differ from the commonest value (events), d is unreliable. Our own rule is then a weighted
-    mean: d weighs as much as there are events, and n / units, the largest that d can be, weighs 2.
+    With few events (rows that differ from the commonest value) d is unreliable. So, by our own rule, we take
+    a weighted mean: d has weight events, and n / units, the largest that d can be, weight 2.
     """
     n = len(values)
     independent = float(values.var()) / max(1, n - 1)
@@ -335,6 +335,7 @@ def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict
     """
     if final_style(examples[0]) not in ("math", "choice"):
         return {}
+    clusters = clusters_of(examples)
 
     def read(flexible: bool) -> list[str | None]:
         return [extract(e.style, answer.text, len(e.choices or ()), flexible)
@@ -344,7 +345,6 @@ def final_answer_columns(examples: list[Example], answers: list[Answer]) -> dict
         right = [float(final == e.answer) for e, final in zip(examples, finals, strict=True)]
         return interval(np.array(right), **clusters, bounds=RATE)
 
-    clusters = clusters_of(examples)
     strict, flexible = read(flexible=False), read(flexible=True)
     unparsed = np.array([float(final is None) for final in strict])
     columns = dict(flexible=share_right(flexible),

@@ -29,7 +29,7 @@ PROGRAM = 0.45e9  # bytes of the interpreter and its libraries; on a GPU these a
 HOLES = 0.6, 1.2  # bytes of holes that a heap has after a pass, for each byte of its activations
 FILLED = 0.6, 0.25  # the share of activations and holes in which gradients find room
 USABLE = 0.9  # the share of a card's memory that tensors can fill
-MOST_CARDS = 256
+MAX_CARDS = 256
 FP32, BF16 = 4, 2
 
 
@@ -222,9 +222,9 @@ def saving_bytes(args, sizes: Sizes, number: int) -> float:
 
 def cards_needed(config: Config, args, passes: list[Pass], card: float) -> int | None:
     """How many GPUs of `card` bytes training takes with the weights sharded, sampling left out; None where
-    MOST_CARDS are not enough: what each process needs for its own pass is then too much."""
+    MAX_CARDS are not enough: what each process needs for its own pass is then too much."""
     sharded = dataclasses.replace(args, shard=True)
-    for processes in range(1, MOST_CARDS + 1):
+    for processes in range(1, MAX_CARDS + 1):
         parts = predicted_memory(config, sharded, passes, 0, processes, "cuda")
         if peak(parts, "cuda") <= USABLE * card:
             return processes

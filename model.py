@@ -71,8 +71,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @torch.inference_mode(False)  # training could not use one that sampling has made
 def causal_mask(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(m, n): 0 where one of the last m of n tokens may look, -inf at the tokens that come after it."""
-    hidden = torch.full((m, n), -math.inf, dtype=dtype, device=device)
-    return hidden.triu(n - m + 1)
+    mask = torch.full((m, n), -math.inf, dtype=dtype, device=device)
+    return mask.triu(n - m + 1)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,7 +81,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q (H, m, D), k and v (G, n, D) -> (H, m, D). Scores and softmax are fp32 inside.
     """
     m, n = q.shape[1], k.shape[1]
-    # Above 2^20 scores the table takes too much memory; scaled_dot_product_attention does not store it.
+    # fast.attention keeps scores in fp32. Above 2^20 of them their table takes too much memory;
+    # scaled_dot_product_attention does not store it.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and m * n <= 2**20:
         return fast.attention(q, k, v, causal_mask(m, n, torch.float32, q.device))
     q, k, v = q[None], k[None], v[None]  # (1, heads, tokens, D)

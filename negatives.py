@@ -8,9 +8,9 @@
               y_r = letters and digits  --neg noise (Table 6's control)
               y_r ~ pi_ref(.|x, c)      --neg same (our control: only chance tells it from y_c)
 
-Both are then trained under the same right prompt (x, c). What differs from the paper: noise has as many
-tokens as the chosen response has before its end token (Table 6's caption; the paper's text says the rejected
-one), and always an end token.
+Both are then trained under the same right prompt (x, c). What differs from the paper: a random context is
+never the right one, nor the same user's. Noise has as many tokens as the chosen response has before its end
+token (Table 6's caption; the paper's text says the rejected one), and always an end token.
 
     python -m pytest tests/test_negatives.py
 """
@@ -34,15 +34,19 @@ REPEATS = 100  # after this many duplicates in a row, no distinct row is assumed
 
 @dataclass
 class Response:
-    """One response: the ids that were sampled, their text, and where they came from."""
+    """One response: the ids that were sampled, their text, and where they came from.
+
+    prompt_ids: the prompt it was sampled from; for a ready or revised chosen response, the prompt it is
+    trained under; empty for noise, and where a file does not say. gain: log pi_ref(y|x,c) - log pi_ref(y|x)
+    in nats, x and c those of the pair; of a row without a context log pi_ref(y|x) - log pi_ref(y|x'), where
+    x' is another row's prompt.
+    """
 
     text: str
     ids: list[int]
     finished: bool  # whether the model ended it
-    prompt_ids: list[int]  # the prompt it was sampled from; of a ready or revised chosen response the prompt
-    # that it is trained under; empty for noise, and where a file does not say
-    gain: float | None = None  # log pi_ref(y|x,c) - log pi_ref(y|x) in nats, x and c those of the pair; of a
-    # row without a context log pi_ref(y|x) - log pi_ref(y|x'), where x' is another row's prompt
+    prompt_ids: list[int]
+    gain: float | None = None
 
 
 @dataclass
@@ -80,20 +84,20 @@ def negative_messages(examples: list[Example], neg: str, seed: int, count: int =
     require_contexts(examples, neg)
     messages = []
     for i, example in enumerate(examples):
+        row = None
         if neg == "missing":
-            messages.append([example.user_message(None)] * count)  # (i) y_r ~ pi_ref(.|x)
+            row = [example.user_message(None)] * count  # (i) y_r ~ pi_ref(.|x)
         elif neg == "random":
             others = other_rows(examples, i, seed, count)
             if example.context:  # (ii) y_r ~ pi_ref(.|x, c')
-                messages.append([example.user_message(other.context) for other in others])
+                row = [example.user_message(other.context) for other in others]
             else:  # y_r ~ pi_ref(.|x')
-                messages.append([other.user_message(None) for other in others])
+                row = [other.user_message(None) for other in others]
         elif neg == "same":
-            messages.append([example.user_message(example.context)] * count)  # pi_ref(.|x, c) again
-        else:
-            raise ValueError(f"negative_messages: nothing says how {neg} is sampled")
-        if len(messages) != i + 1 or not isinstance(messages[i], list) or len(messages[i]) != count:
+            row = [example.user_message(example.context)] * count  # pi_ref(.|x, c) again
+        if not isinstance(row, list) or len(row) != count:
             raise ValueError(f"negative_messages: {neg} gives no list of {count} messages for row {i}")
+        messages.append(row)
     return messages
 
 

@@ -31,6 +31,7 @@ from shard import accumulate_in, collect, copy_own, is_sharded, local, shards, s
 
 WATCHED = 2**20  # of how many weights `share_changed` looks at
 
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over the first 3% of the steps, then a cosine down to 10% of the peak, which the last
     step has; a run of a single step has the peak. step from 0."""
@@ -86,9 +87,11 @@ class MasterAdamW:
             zeros = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
             self.adamw.state[master] = dict(step=torch.zeros((), device=master.device), **zeros)
         self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
-        # About WATCHED weights, whose bf16 values are compared with those at the start. The stride is odd: if
-        # it shared factors of 2 with the columns of a matrix, it would come to few of them.
-        self.stride = sum(weight.numel() for weight in self.weights) // WATCHED | 1
+        # About WATCHED weights, whose bf16 values are compared with those at the start. If the stride
+        # shared a factor with the columns of a matrix, it would come to few of them.
+        self.stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
+        while any(math.gcd(self.stride, weight.shape[-1]) > 1 for weight in self.weights):
+            self.stride += 1
         self.watched: dict[torch.dtype, list[Tensor]] = {}
         for weight in self.weights:
             first = -span(weight).start % self.stride  # of this process's numbers

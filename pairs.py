@@ -2,10 +2,10 @@
 
 Responses are sampled from the reference model itself: a chosen one with the right prompt, and --n-neg
 rejected ones (see negatives.py). Every response keeps the prompt that it was really sampled from, and its
-*context gain* log pi_ref(y|x, c) - log pi_ref(y|x), the reward that MIPO maximises with missing contexts
-(Eq. 14). What differs from the paper: it does not give sampling settings; ours are the data sets' (data.py),
-from the authors' scripts where there are any. A rejected response that is empty or equals the chosen one is
-drawn again.
+*context gain* log pi_ref(y|x, c) - log pi_ref(y|x): with missing contexts, drawn at temperature 1 and top-p
+1, the reward that MIPO maximises (Eq. 14). What differs from the paper: it does not give sampling settings;
+ours are the data sets' (data.py), from the authors' scripts where there are any. A rejected response that is
+empty or equals the chosen one is drawn again (what this changes: docs.md, "What it converges to").
 
     python pairs.py --data demo --neg missing --model DIR --out FOLDER
 
@@ -45,8 +45,47 @@ from tokenizer import Tokenizer
 GAINS = ("chosen", "chosen_per_token_micro", "rejected", "rejected_per_token_micro")
 LITTLE_GAIN = 1.0  # nats a chosen response; below it users are warned, by our own rule
 DRAWS = 10  # rejected responses that are drawn for an example before it is given up
-MOST_NEGATIVES = 1000  # of a chosen response
+MAX_NEGATIVES = 1000  # of a chosen response
 PROCESS_FILES = "pairs.jsonl.process-*"  # what processes other than the first have sampled
+
+
+# ------------------------------------------------------------------------- arguments
+
+@dataclass
+class PairArgs(DataArgs):
+    """What every program that makes pairs needs to be told; train.py adds to it."""
+
+    neg: str = option("missing", "where rejected responses come from (sft-revise: random)", "pairs",
+                      NEGATIVES)
+    n_neg: int = option(1, "rejected responses for every chosen one (sft, PPO: 0)", "pairs")
+
+
+@dataclass
+class Args(PairArgs):
+    split: str = option("train", "which part to make pairs of", "pairs", SPLITS)
+    out: str = option("", "folder for pairs.jsonl and pairs.json", "pairs")
+
+
+def check(args: PairArgs) -> None:
+    """UserError where the arguments contradict each other."""
+    contexts.check(args)
+    if not 0 <= args.n_neg <= MAX_NEGATIVES:
+        raise UserError(f"--n-neg {args.n_neg} must be from 0 to {MAX_NEGATIVES}")
+
+
+def check_negatives(examples: list[Example], args: PairArgs) -> None:
+    """UserError where these data can't have these negatives."""
+    first = examples[0]
+    if first.chosen is None:
+        usable = rows_with_contexts(examples, args.neg)
+        negative_messages(usable, args.neg, args.seed, args.n_neg)  # it refuses what cannot be drawn
+    elif first.rejected is not None and args.neg != "missing":
+        raise UserError(f"--neg {args.neg}: {args.data} supplies its rejected responses itself")
+    elif first.rejected is not None and args.n_neg > 1:
+        raise UserError(f"--n-neg {args.n_neg}: {args.data} supplies one rejected response for each chosen "
+                        "one")
+    elif first.rejected is None and args.n_neg and args.neg in SAMPLED:
+        raise UserError(f"{args.data} has no rejected responses: --neg reshuffle or noise, or --method sft")
 
 
 # ------------------------------------------------------------------------- making pairs
@@ -71,14 +110,16 @@ def make_pairs(
     """
     start = time.perf_counter()
     contexts.warn_of_templates(examples, tokenizer)
-    redrawn, earlier, given, positions = 0, 0, len(examples), model.config.max_position_embeddings
+    redrawn, sampled_before, given = 0, 0, len(examples)
+    positions = model.config.max_position_embeddings
     if examples[0].chosen is not None:
         pairs = ready_pairs(tokenizer, examples)
     else:
         new_tokens = sampling.max_new_tokens
         examples, messages = usable_rows(tokenizer, examples, neg, seed, n_neg, positions, new_tokens)
         first_draws = [row[:n_neg] for row in messages]
-        pairs, earlier = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots, folder)
+        pairs, sampled_before = sample_pairs(model, tokenizer, examples, first_draws, sampling, seed, slots,
+                                             folder)
         if n_neg and neg in SAMPLED:
             redrawn = redraw(model, tokenizer, pairs, messages, n_neg, sampling, seed, slots)
     # A response that fills several places counts once; those that were drawn again and replaced do not count,
@@ -116,7 +157,7 @@ def make_pairs(
         unfinished=1 - sum(response.finished for response in responses) / len(responses),
         response_tokens=sum(len(response.ids) for response in responses),
         seconds_sampling=seconds_sampling,
-        sampled_before=earlier,  # pairs that an interrupted start left, which these seconds do not hold
+        sampled_before=sampled_before,  # pairs that an interrupted start left, not in these seconds
         seconds_gain=time.perf_counter() - start - seconds_sampling,
         gain=gain,
     )
@@ -333,7 +374,7 @@ def print_statistics(statistics: dict) -> None:
           f"drawn again), {statistics['unfinished']:.0%} of responses "
           f"unfinished, {statistics['response_tokens']} tokens, sampled in "
           f"{statistics['seconds_sampling']:.0f} s"
-          + f" ({before} pairs were sampled before)" * bool(before))
+          + (f" ({before} pairs were sampled before)" if before else ""))
     for side in ("chosen", "rejected"):
         if gain[side] is not None:
             per_token = gain[side + "_per_token_micro"]
@@ -403,7 +444,7 @@ def load_pairs(folder: Path) -> list[Pair]:
     responses."""
     statistics, file = read_meta(folder).get("statistics"), folder / "pairs.jsonl"
     if statistics is None:
-        raise UserError(f"{file} is incomplete: run the command that samples it again")
+        raise UserError(f"{file} is incomplete: rerun the command that samples it")
     pairs = [read_pair(row, f"{file}:{line}") for line, row in read_jsonl(file)]
     said = statistics.get("pairs", len(pairs))
     if not pairs or said != len(pairs) or len({pair.id for pair in pairs}) < len(pairs):
@@ -416,7 +457,7 @@ def load_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def pair_settings(args: "PairArgs", examples: list[Example], split: str) -> dict:
+def pair_settings(args: PairArgs, examples: list[Example], split: str) -> dict:
     """All that decides what the pairs are: stored beside them, and compared before they are used again."""
     rows = [example.row() for example in examples]
     sampling = dataclasses.asdict(sampling_for(args))
@@ -440,7 +481,7 @@ def round_seed(seed: int, round: int) -> int:
     return seed_from("round", seed, round) if round else seed
 
 
-def pairs_for(args: "PairArgs", split: str, folder: Path, model: Decoder | None = None,
+def pairs_for(args: PairArgs, split: str, folder: Path, model: Decoder | None = None,
               round: int = 0) -> list[Pair]:
     """The pairs of a split: those in `folder` if the same settings made them, else sampled into it.
 
@@ -479,43 +520,6 @@ def pairs_for(args: "PairArgs", split: str, folder: Path, model: Decoder | None 
 
 
 # ------------------------------------------------------------------------- command line
-
-@dataclass
-class PairArgs(DataArgs):
-    """What every program that makes pairs needs to be told; train.py adds to it."""
-
-    neg: str = option("missing", "where rejected responses come from (sft-revise: random)", "pairs",
-                      NEGATIVES)
-    n_neg: int = option(1, "rejected responses for every chosen one (sft, PPO: 0)", "pairs")
-
-
-@dataclass
-class Args(PairArgs):
-    split: str = option("train", "which part to make pairs of", "pairs", SPLITS)
-    out: str = option("", "folder for pairs.jsonl and pairs.json", "pairs")
-
-
-def check(args: PairArgs) -> None:
-    """UserError where the arguments contradict each other."""
-    contexts.check(args)
-    if not 0 <= args.n_neg <= MOST_NEGATIVES:
-        raise UserError(f"--n-neg {args.n_neg} must be from 0 to {MOST_NEGATIVES}")
-
-
-def check_negatives(examples: list[Example], args: PairArgs) -> None:
-    """UserError where these data can't have these negatives."""
-    first = examples[0]
-    if first.chosen is None:
-        usable = rows_with_contexts(examples, args.neg)
-        negative_messages(usable, args.neg, args.seed, args.n_neg)  # it refuses what cannot be drawn
-    elif first.rejected is not None and args.neg != "missing":
-        raise UserError(f"--neg {args.neg}: {args.data} supplies its rejected responses itself")
-    elif first.rejected is not None and args.n_neg > 1:
-        raise UserError(f"--n-neg {args.n_neg}: {args.data} supplies one rejected response for each chosen "
-                        "one")
-    elif first.rejected is None and args.n_neg and args.neg in SAMPLED:
-        raise UserError(f"{args.data} has no rejected responses: --neg reshuffle or noise, or --method sft")
-
 
 def program() -> None:
     args = contexts.resolve(parse(Args, usage=__doc__))

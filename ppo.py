@@ -4,9 +4,9 @@
 
 One loop, `ppo`: sample responses, reward them, estimate every token's advantage, update actor and critic.
 The critic is a second copy of the start model with one output, the value of the state; it is not saved.
-What differs from the paper: it names PPO and OpenRLHF; the constants come from the authors' scripts and are
-all arguments. A judge whose first replies cannot be read is refused. The embedded model's settings, and
---shuffle-rewards, are ours.
+What differs from the paper: appendix E gives learning rates, batch sizes and the KL weight; other constants
+come from the authors' scripts, and all are arguments. Its normalize_reward, without effect in their code, is
+left out. A judge whose first replies cannot be read is refused. The embedded model's settings are ours.
 
 Legend: B rollouts, R tokens of one response, E hidden size.
 
@@ -29,7 +29,6 @@ from batches import epoch_order, idle_passes, micro_batches
 from checkpoint import Checkpoints, StopSignal
 from contexts import contexts_of, examples_for, sampling_for
 from data import Example
-from figures import learning_curve
 from folder import load
 from judge import Judge
 from losses import Group, response_logps, split_by_tokens, states_before
@@ -38,9 +37,9 @@ from model import Decoder
 from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm, learning_rate
 from rewards import REWARDS, mutual_information, require_readable, rewards_of
 from rows import fitting_rows
-from run import (UserError, barrier, flag_of, gather, option, peak_memory, progress, rank, seed_from,
-                 share_of, world, write_json)
-from run_folder import begin_or_resume
+from run import (UserError, barrier, flag_of, gather, option, peak_memory, progress, seed_from, share_of,
+                 world)
+from run_folder import begin_or_resume, complete
 from sample import Sampler, Sampling
 from selection import save_model
 from shard import gathered, is_sharded, refresh, shard_weights
@@ -154,12 +153,14 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> tup
     rewards (R,): r_t for the t-th token. values (R,): V(s_t) of the state before that token. Returns, (R,)
     each, the advantages A_t and what the critic should have said, A_t + V(s_t).
     """
-    advantages = torch.zeros_like(rewards)  # (R,)
+    backwards: list[float] = []  # A_R, ..., A_1
     advantage = next_value = 0.0  # nothing comes after the last token
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * next_value - values[t]  # r_t + gamma V(s_t+1) - V(s_t)
+    for reward, value in reversed(list(zip(rewards.tolist(), values.tolist(), strict=True))):
+        delta = reward + gamma * next_value - value  # r_t + gamma V(s_t+1) - V(s_t)
         advantage = delta + gamma * gae_lambda * advantage  # A_t = delta_t + gamma lambda A_t+1
-        advantages[t], next_value = advantage, values[t]
+        backwards.append(advantage)
+        next_value = value
+    advantages = torch.tensor(backwards[::-1], dtype=values.dtype)  # (R,)
     return advantages, advantages + values
 
 
@@ -211,7 +212,13 @@ def load_critic(source: Path, args, load_trainable: Callable[[Path, object], Dec
 
 def policy_logps(model: Decoder, groups: list[Group]) -> list[Tensor]:
     """Log-probs of each response's tokens, (R,) each, on the CPU. groups: a prompt and its one response."""
-    return [logps.cpu() for [logps] in response_logps(model, groups)]
+    return on_cpu(torch.cat([logps for [logps] in response_logps(model, groups)]), groups)
+
+
+def on_cpu(numbers: Tensor, groups: list[Group]) -> list[Tensor]:
+    """Numbers of all tokens, one response at a time, (R,) each. Clones: of a view the whole would be sent."""
+    lengths = [len(response) for _, [response] in groups]
+    return [part.clone() for part in numbers.cpu().split(lengths)]
 
 
 def response_values(critic: Decoder, groups: list[Group]) -> list[Tensor]:
@@ -220,8 +227,7 @@ def response_values(critic: Decoder, groups: list[Group]) -> list[Tensor]:
     With a prompt of ids [5, 6] and the response [7, 8], these are the states after 5 6 and after 5 6 7: the
     very positions that predict 7 and 8. What comes after the last token has no value.
     """
-    values = critic.logits(states_before(critic, groups)).squeeze(1)  # (response tokens,)
-    return list(values.cpu().split([len(response) for _, [response] in groups]))
+    return on_cpu(critic.logits(states_before(critic, groups)).squeeze(1), groups)
 
 
 @torch.no_grad()
@@ -284,7 +290,7 @@ class State:
     seconds: float = 0.0
     skipped: int = 0  # how many updates the actor or the critic skipped
     skipped_in_a_row: int = 0
-    unreadable: int = 0  # verdicts
+    unread: int = 0  # verdicts
     rows: int = 0  # lines of metrics.jsonl
 
 
@@ -347,9 +353,9 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
         texts = [rollout.text for rollout in rollouts]
         if judge and number == 0:
             require_readable(asked, texts, judge)
-        information = [rollout.information for rollout in rollouts]
-        rewards, unreadable = rewards_of(asked, texts, information, judge, args)
-        state.unreadable += unreadable
+        nats = [rollout.information for rollout in rollouts]
+        rewards, unread = rewards_of(asked, texts, nats, judge, args)
+        state.unread += unread
         if args.shuffle_rewards:
             order = epoch_order(len(rewards), seed_from("shuffled rewards", args.seed), number)
             of_next = dict(zip(order, order[1:] + order[:1], strict=True))  # only a lone one keeps its own
@@ -371,11 +377,11 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             measured += gather(backward(actor.model, critic.model, prompts, train_batch, args))
             lr = learning_rate(state.updates, update_count, args.lr)
             critic_lr = learning_rate(state.updates, update_count, args.critic_lr)
-            norm = update(actor, state.updates, lr)
-            critic_norm = update(critic, state.updates, critic_lr)
-            norms.append(dict(grad_norm=norm, critic_grad_norm=critic_norm))
+            of_actor = update(actor, state.updates, lr)
+            of_critic = update(critic, state.updates, critic_lr)
+            norms.append(dict(grad_norm=of_actor.item(), critic_grad_norm=of_critic.item()))
             state.updates += 1
-            count_step(state, math.isfinite(norm + critic_norm))
+            count_step(state, math.isfinite(sum(norms[-1].values())))
 
         tokens, seconds = sum(len(rollout.ids) for rollout in rollouts), time.perf_counter() - started
         state.step += 1
@@ -386,7 +392,7 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             step=state.step,
             updates=state.updates,
             responses=len(rollouts),
-            unreadable=unreadable,
+            unread=unread,
             **describe(rollouts, rewards, args),
             **means(measured),
             **means(norms),
@@ -406,8 +412,8 @@ def ppo(actor: MasterAdamW, critic: MasterAdamW, reference: Decoder | None, exam
             checkpoints.after_step(args.save_every, lambda: tensors_of(actor=actor, critic=critic), state)
 
     bar.close()
-    if state.unreadable:
-        print(f"{state.unreadable} verdicts could not be read; each earned its batch's mean")
+    if state.unread:
+        print(f"{state.unread} verdicts could not be read; each earned its batch's mean")
     if state.skipped:
         print(f"{state.skipped} of {update_count} updates were not finite: the actor, the critic or both "
               "skipped them")
@@ -439,19 +445,19 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
     def groups_of(rollout: Rollout) -> list[Group]:
         return [(prompts[rollout.row], [rollout.ids])]
 
-    passes = micro_batches(batch, groups_of, args)
+    own = micro_batches(batch, groups_of, args)
     measured = []
-    for chunk in passes:
-        groups = [group for rollout in chunk for group in groups_of(rollout)]
+    for micro_batch in own:
+        groups = [group for rollout in micro_batch for group in groups_of(rollout)]
         logps = policy_logps(actor, groups)  # (R,) each
         policy_losses = [policy_loss(new, rollout.logps, rollout.advantages, args.clip).mean()
-                         for new, rollout in zip(logps, chunk, strict=True)]
+                         for new, rollout in zip(logps, micro_batch, strict=True)]
         (sum(policy_losses) / len(batch)).backward()
         values = response_values(critic, groups)  # (R,) each
         value_losses = [value_loss(new, rollout.values, rollout.returns, args.value_clip).mean()
-                        for new, rollout in zip(values, chunk, strict=True)]
+                        for new, rollout in zip(values, micro_batch, strict=True)]
         (sum(value_losses) / len(batch)).backward()
-        for i, rollout in enumerate(chunk):
+        for i, rollout in enumerate(micro_batch):
             ratio = (logps[i].detach() - rollout.logps).exp()  # (R,)
             measured.append(dict(
                 loss=policy_losses[i].item(),
@@ -460,20 +466,20 @@ def backward(actor: Decoder, critic: Decoder, prompts: list[list[int]], batch: l
             ))
     if is_sharded(actor):  # all processes run every pass together: run dummies for those this one lacks
         most = max(len(micro_batches(batch, groups_of, args, process)) for process in range(world()))
-        for _ in range(most - len(passes)):
+        for _ in range(most - len(own)):
             idle_passes(actor, 1).backward()
             idle_passes(critic, 1).backward()
     return measured
 
 
-def update(optimizer: MasterAdamW, number: int, lr: float) -> float:
+def update(optimizer: MasterAdamW, number: int, lr: float) -> Tensor:
     """One step by the gradients of all processes, clipped to norm 1. Returns their norm before clipping; a
     step that is not finite is skipped."""
     all_reduce_gradients(optimizer.model)
     norm = gradient_norm(optimizer.weights)
     optimizer.step(number, lr, norm)
     optimizer.zero_grad()
-    return norm.item()
+    return norm
 
 
 def describe(rollouts: list[Rollout], rewards: list[float], args) -> dict[str, float]:
@@ -526,7 +532,8 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
         reference = load(source, actor.model.compute, actor.model.device).requires_grad_(False)
     if tensors:
         for name, optimizer in dict(actor=actor, critic=critic).items():
-            own = {key.removeprefix(name + "."): tensor for key, tensor in tensors.items()}
+            own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()
+                   if key.startswith(f"{name}.")}
             optimizer.load_tensors(own)
     tokenizer, sampling = Tokenizer(source, args.date, args.template), rollout_sampling(args)
     examples = fitting_rows(examples_for(args, "train"),
@@ -545,17 +552,14 @@ def run_ppo(args, folder: Path, source: Path, load_trainable: Callable[[Path, ob
         updates=state.updates,
         responses=len(examples) * args.rollouts * args.epochs,
         skipped=state.skipped,
-        unreadable=state.unreadable,
+        unread=state.unread,
         tokens=state.tokens,
         seconds_training=state.seconds,
         seconds=time.perf_counter() - start,  # since the last start
         processor_seconds=time.process_time() - processor,
         peak_memory_gb=peak_memory() / 1e9,
     )
-    if not rank():
-        learning_curve(folder)
-    write_json(folder / "summary.json", summary)  # the last file: whatever has failed before is done again
-    checkpoints.remove()
+    complete(folder, checkpoints, summary)
     span = "since the last start" if has_begun else "in all"
     print(f"{summary['updates']} updates on {summary['responses']} responses, {summary['seconds']:.0f} s "
           f"{span}, {summary['peak_memory_gb']:.1f} GB at most; model in {folder / 'model'}")

@@ -153,7 +153,7 @@ COMPARED = (  # heading, key of a system's row, scale, format
     ("processor, s", "processor_seconds", 1, ".0f"),
 )
 LEGEND = (
-    "Mean ± standard deviation over seeds, of two both, of one the 95% interval; * is what validation chose; "
+    "Mean ± standard deviation over seeds; of two, both; of one, its 95% interval; *: validation's choice; "
     "in parentheses at the end the paper's figure, where it has one; -: no run here measures that (eval.py "
     "says of each run why).\n\n"
     "In a table of methods, the best first; what no row has measured has no column. Gain: points over "
@@ -174,7 +174,7 @@ NO_SETTINGS = {"seed", "out", "reuse", "report", "dry_run", "test", "base", "slo
 
 NUMBERS = "eval.json", "eval-validation.json"  # what the report reads of a run
 VALIDATION = " (validation)"  # of a column whose runs were not evaluated on the test part
-# What runs did that were made before there was such an option: its value then, not its default.
+# What runs older than an option did: its value for them, whatever its default is now.
 EARLY = dict(method="dpo", n_neg=1, softmax=False)
 
 
@@ -201,7 +201,7 @@ def report(folders: list[str], out: Path) -> str:
             numbers = published.get(key, {}).get(model, {})
             lines += ["", *strategy_table(f"{model}: {title}", rows, key, scale, form, numbers)]
         lines += critic_table(rows)
-    text = "\n".join(lines + [""] * bool(copies) + copies) + "\n"
+    text = "\n".join(lines + (["", *copies] if copies else [])) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "report.md", text)
     methods_figure(panels, out / "report.png")
@@ -280,7 +280,7 @@ def read_numbers(folder: Path) -> dict:
     return read_json(validation if validation.exists() and not test.exists() else test)
 
 
-def beside_the_numbers(folder: Path, parts: dict, systems: dict) -> dict:
+def training_columns(folder: Path, parts: dict, systems: dict) -> dict:
     """What else the table of methods says of a trained model: its gain over the baseline, in each part of the
     data; its divergence; what training took."""
     baseline = "prompted" if "prompted" in systems else "default"
@@ -339,7 +339,7 @@ def systems_of(folder: Path) -> list[Measured]:
         if system == "trained":
             name, settings, seed = row_name(folder, arguments), evaluation | training, arguments["seed"]
             validation = validation_score(folder)
-            row |= beside_the_numbers(folder, result["parts"], in_all) | dict(strategy=strategy(arguments))
+            row |= training_columns(folder, result["parts"], in_all) | dict(strategy=strategy(arguments))
         row |= dict(validation=validation, judges=result.get("judges", {}),
                     intervals=result.get("intervals"))
         systems.append(Measured(Path(arguments["model"]).name, name, Path(tested).stem + part, settings, seed,

@@ -5,10 +5,11 @@
     rlaif-mi   that, plus 0.1 times the mutual information                                         Eq. 16
     rlvr       1 where a verifier accepts the response, 0 where it does not                        section 5.1
 
-What differs from the paper: the authors' code masks the prompt out of both terms of Eq. 15, which makes their
-mutual information about 0; here both are log-probs of the sampled ids, each after its whole prompt. Their
-code scores an unreadable verdict 0, ours gives it the mean of its batch. Their judge's temperature is 0.1,
-ours 0; the wording in which it learns the right answer is ours.
+What differs from the paper: it gives neither the division by 5 nor Eq. 16's weight, which are those of the
+authors' code. That code masks the prompt out of both terms of Eq. 15, which makes their mutual information
+about 0; here both are log-probs of the sampled ids, each after its whole prompt. It scores an unread verdict
+0, ours gives it the mean of its batch. Its judge's temperature is 0.1, ours 0; the wording in which the judge
+learns the right answer is ours.
 
 Legend: B responses, R tokens of one response.
 
@@ -23,8 +24,8 @@ from torch import Tensor
 
 import judge as judging
 from checks import verify
-from data import Example
 from console import first_of
+from data import Example
 from judge import Judge
 from run import UserError
 
@@ -84,7 +85,7 @@ def rewards_of(examples: list[Example], texts: list[str], information: list[floa
     same arguments.
     """
     reward = REWARDS[args.method]
-    rewards, unreadable = [0.0] * len(texts), 0
+    rewards, unread = [0.0] * len(texts), 0
     if reward.verifier:
         rewards = [float(verify(example, text)) for example, text in zip(examples, texts, strict=True)]
     if reward.judge:
@@ -93,12 +94,12 @@ def rewards_of(examples: list[Example], texts: list[str], information: list[floa
         usual = fmean(readable) if readable else 0.0
         earned = [usual if score is None else score / 5 for score in scores]
         rewards = [own + score for own, score in zip(rewards, earned, strict=True)]
-        unreadable = len(scores) - len(readable)
+        unread = len(scores) - len(readable)
     if reward.information:  # Eq. 15; with a judge's score Eq. 16
         rewards = [own + args.mi_weight * nats for own, nats in zip(rewards, information, strict=True)]
-    if len(rewards) != len(texts) or not all(map(math.isfinite, rewards)):  # clipped, a NaN would be the best
+    if len(rewards) != len(texts) or not all(map(math.isfinite, rewards)):  # clipping makes a NaN the best
         raise ValueError(f"rewards_of: {len(texts)} responses earn {rewards}, not a finite number each")
-    return rewards, unreadable
+    return rewards, unread
 
 
 def judged(examples: list[Example]) -> tuple[list[str], list[str]]:

@@ -9,8 +9,8 @@ negatives: another context, and in data without contexts another prompt). The pa
 
 from collections.abc import Callable
 
-from data import Example, load_all_splits
 from console import first_of
+from data import Example, load_all_splits
 from run import UserError
 
 

@@ -1,4 +1,4 @@
-"""run.py - what is about running, not about MIPO: arguments, processes, files, metrics, progress.
+"""run.py - what is about running, not about MIPO: arguments, processes, files, progress.
 
 Arguments are one dataclass a script: `option(default, help, group)` declares a field, `parse` turns the class
 into a command line whose unknown flags are errors that name the nearest known one. A file appears whole or
@@ -56,7 +56,7 @@ class Stopped(Exception):
 
 # ------------------------------------------------------------------------- arguments
 
-LARGEST_WHOLE = 2**31 - 1  # of the numbers on a command line
+MAX_WHOLE = 2**31 - 1  # of the numbers on a command line
 
 
 def option(default, help: str, group: str = "options", choices: tuple | None = None, sweep: bool = False,
@@ -117,8 +117,8 @@ def refuse_wild_numbers(flag: str, values: tuple) -> None:
     for value in values:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value}: not a finite number")
-        if isinstance(value, int) and abs(value) > LARGEST_WHOLE:
-            raise UserError(f"{flag} {value}: larger than {LARGEST_WHOLE}, the largest number that is taken")
+        if isinstance(value, int) and abs(value) > MAX_WHOLE:
+            raise UserError(f"{flag} {value}: larger than {MAX_WHOLE}, the largest number that is taken")
 
 
 def parser_of(cls: type, usage: str) -> argparse.ArgumentParser:
@@ -213,7 +213,7 @@ def outcome(program) -> tuple[int, str]:
     except (MemoryError, RuntimeError) as e:
         if not is_out_of_memory(e):
             raise
-        return 2, ("error: out of memory: lower --slots (of sample.py --samples or --max-new-tokens), or "
+        return 2, ("error: out of memory: lower --slots (sample.py: --samples or --max-new-tokens), or "
                    "--pass-tokens in training, where --checkpoint-activations, --lora-rank 32 and --shard "
                    f"save more ({e})")
 
@@ -224,8 +224,8 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells
 
 
 def started_by_torchrun() -> bool:
-    """Whether this is one of several processes. Clusters set WORLD_SIZE without the rest: that is told, and
-    nobody is waited for."""
+    """Whether this is one of several processes. Some clusters set WORLD_SIZE alone: a line says so, and
+    no process is waited for."""
     size = os.environ.get("WORLD_SIZE") or "1"
     missing = [name for name in TORCHRUN if name not in os.environ]
     if size != "1" and missing:
@@ -245,7 +245,7 @@ def start_processes() -> None:
             torch.cuda.set_device(number)
         timeout = datetime.timedelta(hours=4)  # a process that samples longer keeps the others waiting
         store, number, size = next(rendezvous("env://", timeout=timeout))
-        # Each start has a part of torchrun's store to itself: in another's are the addresses of the dead.
+        # Each start has its own part of torchrun's store: another's holds addresses of dead processes.
         store = dist.PrefixStore(f"start-{restarts()}", store)
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backends, store=store, rank=number, world_size=size, timeout=timeout)
@@ -391,8 +391,7 @@ def parse_lines(data: bytes, path: Path) -> list[tuple[int, dict]]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file; UserError where there is none. Whoever opens a pipe waits for somebody to write.
-    """
+    """The content of a file; UserError where there is none. Opening a pipe would wait for a writer."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if not path.is_file():

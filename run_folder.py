@@ -20,12 +20,13 @@ from torch import Tensor
 from checkpoint import Checkpoints, refuse_changes
 from contexts import limited
 from data import OWN_FILES, load_all_splits, name_and_folder, user_message
+from figures import learning_curve
 from folder import read_config
 from losses import OBJECTIVES
 from negatives import Pair
 from pairs import load_pairs, read_meta
 from rows import fitting_pairs
-from run import UserError, environment, fingerprint, read_json, world, write_json
+from run import UserError, broadcast, environment, fingerprint, rank, read_json, world, write_json
 from schema import OBJECT, checked, record
 from tokenizer import Tokenizer
 
@@ -52,7 +53,7 @@ def refuse_occupied(folder: Path, args) -> None:
 
 def is_finished(grid: list, folder: Path) -> bool:
     """Whether the run that is to be resumed is whole; UserError where it is a run of other arguments."""
-    if not (folder / "summary.json").exists():
+    if not broadcast((folder / "summary.json").exists()):  # as process 0 sees the disk
         return False
     now = resuming(grid)["arguments"]
     before = begun_with(folder)["arguments"] | dict(test=now["test"])  # evaluation may follow
@@ -167,3 +168,12 @@ def swept(args) -> dict:
     """The values of the options that take lists."""
     names = [field.name for field in dataclasses.fields(args) if field.metadata["sweep"]]
     return {name: getattr(args, name) for name in names}
+
+
+def complete(folder: Path, checkpoints: Checkpoints, summary: dict, candidate: int = 0) -> None:
+    """The last files of a run that has ended, its picture and then summary.json: whatever fails before that
+    one is done again. candidate: which of the listed values the picture is of."""
+    if not rank():
+        learning_curve(folder, candidate)
+    write_json(folder / "summary.json", summary)
+    checkpoints.remove()

@@ -242,13 +242,12 @@ class Decode:
         # The queries of all slots become rows of one product with the shared keys, which are read once.
         q = q.unflatten(1, (k.shape[1], -1)) * k.shape[2] ** -0.5  # (n, G, H/G, D)
         q = upcast(q)
-        slot_scores = q @ slot_k.transpose(2, 3)  # (n, G, H/G, L)
-        scores = slot_scores.add_(self.mask)
+        scores = (q @ slot_k.transpose(2, 3)).add_(self.mask)  # (n, G, H/G, L)
         if cache.shared_length:
             rows = q.transpose(0, 1).flatten(1, 2)  # (G, n * H/G, D)
             shared_scores = rows @ upcast(shared_k).transpose(1, 2)  # (G, n * H/G, A)
             shared_scores = shared_scores.unflatten(1, (n, -1)).transpose(0, 1)  # (n, G, H/G, A)
-            scores = torch.cat((slot_scores, shared_scores), dim=-1)  # (n, G, H/G, L + A)
+            scores = torch.cat((scores, shared_scores), dim=-1)  # (n, G, H/G, L + A)
 
         weights = scores.softmax(-1).to(v.dtype)
         slot_weights = weights[..., : cache.length]  # (n, G, H/G, L)
@@ -414,16 +413,16 @@ class Sampler:
             started += group
             starts += [j] * len(group)
         slots, prompt_of = self.tensor([started, starts])  # (n,) each
-        self.uniform[slots] = self.numbers(started)
+        self.uniform[slots] = self.uniforms_of(started)
         self.cache.lengths[slots] = lengths[prompt_of]
         self.drawn[slots] = 0
-        self.hand_over(self.draw(slots, logits[prompt_of]))
+        self.finish_ended(self.draw(slots, logits[prompt_of]))
 
-    def numbers(self, slots: list[int]) -> Tensor:
+    def uniforms_of(self, slots: list[int]) -> Tensor:
         """The uniform numbers of the responses that some slots work on. (n, max_new_tokens)"""
         count = self.sampling.max_new_tokens
         rows = [uniform_numbers(self.seed, *self.keys[self.owner[slot]], count) for slot in slots]
-        return torch.stack(rows).to(self.uniform)
+        return fast.sent(torch.stack(rows).to(self.uniform.dtype), self.model.device)
 
     def close_up(self) -> None:
         """Compact the busy slots: move the last ones into gaps, so that fewer slots are computed."""
@@ -451,7 +450,7 @@ class Sampler:
     def step(self) -> None:
         """Feed the latest token of every busy slot and draw the next one."""
         width = self.width
-        own = weakref.proxy(self)  # else the step, which the sampler holds, would hold it and its cache
+        own = weakref.proxy(self)  # else a cycle of sampler and step would keep the cache alive
 
         def advance() -> Tensor:
             slots = own.cache.slots[:width]  # (width,)
@@ -463,11 +462,11 @@ class Sampler:
         # A CUDA graph works on the memory it was captured with: all that it changes is written in place.
         if width not in self.decoders:
             self.decoders[width] = fast.graphed(advance, self.model.device)
-        self.hand_over(self.decoders[width]())
+        self.finish_ended(self.decoders[width]())
 
     def draw(self, slots: Tensor, logits: Tensor) -> Tensor:
-        """Draw one token for each of the slots (n,) from logits (n, V). Returns for `hand_over` (n, 3): the
-        slot, how many tokens it has drawn, and whether the last one ends the response."""
+        """Draw one token for each of the slots (n,) from logits (n, V). Returns for `finish_ended` (n, 3):
+        the slot, how many tokens it has drawn, and whether the last one ends the response."""
         column = self.drawn[slots]  # (n,)
         token, logp = sample_token(logits, self.uniform[slots, column], self.sampling)  # (n,) each
         self.ids[slots, column] = token
@@ -476,9 +475,9 @@ class Sampler:
         is_stop = (token[:, None] == self.stops).any(-1)  # (n,)
         return torch.stack((slots, column + 1, is_stop), dim=1)  # (n, 3)
 
-    def hand_over(self, drawn: Tensor) -> None:
+    def finish_ended(self, drawn: Tensor) -> None:
         """Finish the responses that end with the tokens just drawn. drawn: what `draw` returns."""
-        # This is the one place in a step where the host waits for the device, but for `finish`.
+        # Apart from `finish`, only here does the host wait for the device within a step.
         for slot, count, is_stop in drawn.tolist():
             is_busy = self.owner[slot] is not None
             if is_busy and (is_stop or count == self.sampling.max_new_tokens):

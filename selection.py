@@ -110,7 +110,8 @@ class Selection:
         """The score of the optimizer's model, which is saved if it beats all earlier ones."""
         score = self.measure(gathered(optimizer.model))
         is_better = self.best is None or score > self.best["score"]
-        print(f"validation: {self.name} {score:.3f} at step {step}" + ", the best so far" * is_better)
+        comment = ", the best so far" if is_better else ""
+        print(f"validation: {self.name} {score:.3f} at step {step}{comment}")
         if is_better:
             kept = save_model(optimizer, pairs, args, self.folder, self.source, self.pairs)
             self.best = dict(name=self.name, score=score, candidate=candidate, step=step, kept=kept)

@@ -8,7 +8,7 @@
     sami        that with tau = 1 and the same over responses y_j, in equal parts                       Eq. 7
     ppo-mi, rlaif, rlaif-mi, rlvr    reinforcement learning on four rewards: ppo.py has its own loop
 
-A row's way: data.py reads it, contexts.py picks it (`examples_for`). pairs.py (`pairs_for`, `make_pairs`)
+A row's path: data.py reads it, contexts.py picks it (`examples_for`). pairs.py (`pairs_for`, `make_pairs`)
 drops what does not fit (rows.py), takes the rejected response's message from negatives.py and samples both
 responses. `prepare`, below, makes training rows and their reference log-probs (batches.py: `training_rows`,
 `all_logps`); `train` scores both responses under the right prompt (`pair_logps`), takes the loss of losses.py
@@ -19,8 +19,8 @@ weights, linear warm-up over 3% of the steps, cosine to 10% of the peak, gradien
 processes (torchrun --nproc_per_node) share the sampling and every batch: results are those of one process, up
 to rounding. Several values (--lr 1e-6,5e-6) are trained in turn and the best is kept.
 What differs from the paper: settings are chosen on validation prompts, never on test ones. The default rate,
-1e-6, is the paper's largest, for 1B parameters and more; a model below 500M that is trained with no larger
-one prints a note.
+1e-6, is the paper's largest, for 1B parameters and more; a run of a model below 500M without a larger one
+prints a note. One epoch is the default for all data; the paper has 2 to 3 on Multi-Bench for some models.
 
     torchrun train.py --data demo --neg missing --model DIR          or plain python train.py ...
 
@@ -42,14 +42,13 @@ import contexts
 import fast
 import pairs as pairing
 import ppo
-from batches import (all_logps, epoch_batches, groups_of, idle_passes, pair_logps, passes_together,
+from batches import (all_logps, epoch_batches, groups_of, idle_passes, micro_batches_together, pair_logps,
                      training_rows)
 from checkpoint import Checkpoints, StopSignal, lock
 from contexts import examples_for
 from dry_run import dry_run
 from eval import Args as EvalArgs
 from eval import evaluation
-from figures import learning_curve
 from folder import check_weights, find, load, read_config
 from lora import add_adapters
 from losses import OBJECTIVES, require_one_each, token_count
@@ -61,10 +60,10 @@ from pairs import PairArgs, check_negatives, pairs_for, round_seed
 from revise import check_revisable, revise
 from rewards import check_data
 from rows import missing_part
-from run import (UserError, barrier, default_device, fingerprint, flag_of, main, option,
-                 parse_all, peak_memory, progress, rank, restarts, write_json)
-from run_folder import (begin_or_resume, check_space, given_pairs, is_finished, refuse_occupied, run_folder,
-                        swept, with_settings_of_pairs, write_arguments)
+from run import (UserError, barrier, broadcast, default_device, fingerprint, flag_of, main, option,
+                 parse_all, peak_memory, progress, restarts)
+from run_folder import (begin_or_resume, check_space, complete, given_pairs, is_finished, refuse_occupied,
+                        run_folder, swept, with_settings_of_pairs, write_arguments)
 from selection import Selection, check_validation, save_model
 from shard import gathered, shard_weights
 from training_log import Metrics, State, Step, TrainingLog
@@ -110,7 +109,7 @@ class Args(ppo.PPOArgs, PairArgs):
                                     ("bfloat16", "float32"))
     rounding: str = option("stochastic", "of the fp32 masters to bfloat16; nearest only to see what it loses",
                            "training", ("stochastic", "nearest"))
-    eval_every: int = option(0, "steps between validations; 0: only where values are chosen", "choosing")
+    eval_every: int = option(0, "steps between validations; 0: only to choose among values", "choosing")
     patience: int = option(0, "stop after so many validations without a better one; 0: never", "choosing")
     test: bool = option(False, f"evaluate on --limit, else {TEST_ROWS}, test rows at the end (tiny: always)",
                         "choosing")
@@ -119,7 +118,7 @@ class Args(ppo.PPOArgs, PairArgs):
                              "too; 0: these alone", "resuming")
     keep: int = option(1, "checkpoints to keep, the newest ones", "resuming")
     resume: bool = option(False, "continue the run in --out from its last checkpoint", "resuming")
-    resume_elsewhere: bool = option(False, "also with another torch, device, number of threads or processes, "
+    resume_elsewhere: bool = option(False, "resume even with another torch, device, thread or process count, "
                                     "which changes last bits", "resuming")
 
 
@@ -189,8 +188,8 @@ def check_method(args: Args) -> None:
     """UserError where options contradict a method that trains on pairs."""
     objective = OBJECTIVES[args.method]
     if args.judge and contexts.contexts_of(args) != "infer":
-        raise UserError(f"--judge has nothing to judge in training with --method {args.method}, but where "
-                        "--contexts infer asks it: give it to eval.py")
+        raise UserError(f"--judge has nothing to judge in training with --method {args.method}, except "
+                        "for --contexts infer: give it to eval.py")
     for unused in dataclasses.fields(ppo.PPOArgs):
         if getattr(args, unused.name) != unused.default:
             raise UserError(f"{flag_of(unused)} goes with {', '.join(ppo.REWARDS)}, not with --method "
@@ -261,16 +260,16 @@ def train(optimizer: MasterAdamW, pairs: list[Pair], reference: Tensor, args: Ar
         if objective.mean_over == "tokens":
             divisor = sum(len(pairs[i].chosen.ids) for i in batch)  # of all processes
         measured: dict[str, list[Tensor]] = {}  # the metrics of this process's pairs, (B,) each
-        for indices, pass_count in passes_together(model, pairs, batch, args):
+        for indices, pass_count in micro_batches_together(model, pairs, batch, args):
             if not indices:  # but other processes have pairs left, and need this one's shards for them
                 idle_passes(model, pass_count).backward()
                 continue
-            chunk = [pairs[i] for i in indices]
+            micro_batch = [pairs[i] for i in indices]
             # (B, 1 + N) each, of InfoNCE and SAMI (B, K, K) and (B, K): log pi(y|x,c), tokens of y
-            logps, lengths = pair_logps(model, chunk, args, pass_count)
+            logps, lengths = pair_logps(model, micro_batch, args, pass_count)
             start_logps = reference[fast.sent(indices, model.device)]  # (B, 1 + N)
             loss, values = objective.loss(logps, start_logps, lengths, args)  # (B,)
-            require_one_each(len(chunk), loss, values)
+            require_one_each(len(micro_batch), loss, values)
             (loss.sum() / divisor).backward()
             for name, value in values.items():
                 measured.setdefault(name, []).append(value.float())
@@ -370,7 +369,7 @@ def program() -> None:
     if was_finished:
         print(f"{folder}: training is done")
     else:
-        # A better model replaces the one before it only once it is there.
+        # A better model is written whole before it replaces the last.
         models = 2 if len(grid) > 1 or args.eval_every else 1
         check_space(folder, models * parameters * getattr(torch, args.save_dtype).itemsize)
         require_fit(args, config, args.model)
@@ -381,7 +380,8 @@ def program() -> None:
                 ppo.run_ppo(args, folder, source, load_trainable)
             else:
                 run_training(grid, folder, source, given)
-    if was_finished and (folder / "eval.json").exists():
+    is_evaluated = broadcast((folder / "eval.json").exists())  # as process 0 sees the disk
+    if was_finished and is_evaluated:
         print(f"{folder} is evaluated too: its numbers are in {folder / 'eval.json'}")
     elif args.test and not missing:
         barrier()  # process 0 has written summary.json
@@ -478,10 +478,7 @@ def run_training(grid: list[Args], folder: Path, source: Path, given: list[Pair]
     )
     if selection:
         summary |= dict(chosen=selection.best, runs=state.finished)
-    if not rank():
-        learning_curve(folder, best)
-    write_json(folder / "summary.json", summary)  # the last file: whatever has failed before is done again
-    checkpoints.remove()
+    complete(folder, checkpoints, summary, best)
     span = "since the last start" if has_begun else "in all"
     print(f"{summary['steps']} steps, {summary['seconds']:.0f} s {span}: pairs {seconds['pairs']:.0f}, "
           f"reference {seconds['reference']:.0f}, training {summary['seconds_training']:.0f}; "

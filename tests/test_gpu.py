@@ -151,7 +151,7 @@ def test_the_host_waits_once_a_step():
         return sum(w.filename == inspect.getsourcefile(function) and w.lineno in places for w in waits)
 
     steps, admissions = 3 * 11, 3  # the first token of a response is drawn as its prompt is admitted
-    assert waits_in(Sampler.hand_over) == steps + admissions
+    assert waits_in(Sampler.finish_ended) == steps + admissions
     assert waits_in(Sampler.step) == waits_in(Sampler.draw) == 0
     assert waits_in(Sampler.finish) == 2 * len(PROMPTS)
 

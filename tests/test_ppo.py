@@ -268,10 +268,10 @@ def scripted_judge(monkeypatch) -> list:
     return asked
 
 
-def test_an_unreadable_verdict_earns_the_mean_of_its_batch(scripted_judge):
+def test_an_unread_verdict_earns_the_mean_of_its_batch(scripted_judge):
     """Scores are fifths; (1 + 2/5) / 2 where there is none, which is counted."""
-    earned, unreadable = rewards_of([TEA] * 3, ["a", "b", "c"], [0.0] * 3, None, arguments(method="rlaif"))
-    assert earned == pytest.approx([1.0, 0.7, 0.4]) and unreadable == 1
+    earned, unread = rewards_of([TEA] * 3, ["a", "b", "c"], [0.0] * 3, None, arguments(method="rlaif"))
+    assert earned == pytest.approx([1.0, 0.7, 0.4]) and unread == 1
 
 
 def test_information_is_added_with_its_weight(scripted_judge):

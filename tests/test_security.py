@@ -329,7 +329,7 @@ def test_too_little_memory_is_one_line_with_what_helps(error, monkeypatch, capsy
     program.__module__ = "tool"
     assert leave(monkeypatch, program) == 2
     said = capsys.readouterr().err
-    assert "out of memory: lower --slots (of sample.py" in said and said.count("\n") == 1
+    assert "out of memory: lower --slots (sample.py" in said and said.count("\n") == 1
     assert not run.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 

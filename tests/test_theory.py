@@ -102,6 +102,23 @@ def test_random_contexts_that_are_never_the_right_one(beta):
     assert torch.equal(h.argsort(), pmi.argsort()) and (centred(h) - centred(pmi)).abs().max() > 0.05
 
 
+def test_drawing_again_what_equals_the_chosen_response(beta):
+    """Its optimum is log p/q - log(1 - q), in favour of common responses; leaving such pairs out is exact."""
+    p, q = CONTEXTS[0], distribution(5, seed=7)
+    pairs = all_pairs(5, 5)
+    differ = (pairs[:, 0] != pairs[:, 1]).double()
+    left_out = torch.outer(p, q).flatten() * differ
+    drawn_again = torch.outer(p / (1 - q), q).flatten() * differ
+    for weights, r in ((left_out, (p / q).log()), (drawn_again, (p / q).log() - (1 - q).log())):
+        def loss(logits: Tensor, weights=weights) -> Tensor:
+            losses, _ = dpo(logits.log_softmax(-1)[pairs], p.log()[pairs], beta)
+            return (weights * losses).sum()
+
+        h = beta * (minimise(loss, p.log()) - p.log())
+        torch.testing.assert_close(centred(h), centred(r), rtol=0, atol=1e-6)
+    assert (1 - q).log().abs().max() > 0.1
+
+
 def test_with_many_contexts_random_becomes_pmi():
     """The gap between the optimum and PMI shrinks as the right context's share of the mixture does."""
     gaps = []
