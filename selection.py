@@ -25,7 +25,7 @@ from negatives import Pair
 from optimizer import MasterAdamW
 from pairs import check_negatives, pairs_for
 from rows import fitting_rows
-from run import UserError, barrier, broadcast, default_device, gather, progress, rank, share_of
+from run import UserError, broadcast, default_device, gather, progress, rank, share_of
 from sample import generate
 from shard import gathered, is_sharded
 from tokenizer import Tokenizer
@@ -134,7 +134,6 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
     save(optimizer.weights_to_save(dtype), config, folder / "model", source, dtype)
     if adapted_layers(optimizer.model):
         save_adapter(optimizer.model, optimizer.master_of, folder / "adapter", base=args.model)
-    barrier()  # every process reads the folder
     if not pairs or not OBJECTIVES[args.method].uses_rejected:
         return {}
     if dtype == torch.float32:

@@ -51,11 +51,6 @@ LOOSE_CHOICE = [  # the last letter that stands alone
 ]
 
 
-def test_the_tables_have_at_least_forty_rows():
-    """None of them has been lost."""
-    assert sum(map(len, (STRICT_MATH, LOOSE_MATH, STRICT_CHOICE, LOOSE_CHOICE))) >= 40
-
-
 @pytest.mark.parametrize(("text", "value"), STRICT_MATH)
 def test_a_math_answer_is_the_number_after_the_last_marker(text, value):
     """Only what follows the last #### counts, in its shortest exact form."""

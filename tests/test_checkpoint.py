@@ -250,6 +250,32 @@ def test_only_the_newest_are_kept(tmp_path):
     assert tensors["x"].tolist() == [15.0] * 3 and state["step"] == 15
 
 
+def test_a_clock_that_went_back_costs_nothing(tmp_path):
+    """What latest.json names stays, though another checkpoint seems newer."""
+    checkpoints = Checkpoints(tmp_path)
+    save(checkpoints, 1)
+    os.utime(checkpoints.folder / "step-0-000001", (2**33, 2**33))
+    save(checkpoints, 2)
+    assert checkpoints.load()[1]["step"] == 2
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_all_wait_until_a_checkpoint_is_there(process, tmp_path, monkeypatch):
+    """Process 0 writes it; the others go on only then."""
+    happened = []
+    monkeypatch.setattr(checkpoint, "rank", lambda: process)
+    monkeypatch.setattr(checkpoint, "barrier", lambda: happened.append("barrier"))
+    monkeypatch.setattr(Checkpoints, "write", lambda *given: happened.append("write"))
+    save(Checkpoints(tmp_path), 1)
+    assert happened == ["write"] * (process == 0) + ["barrier"]
+
+
+def test_a_signal_to_another_process_counts(monkeypatch):
+    """So all stop at the same step."""
+    monkeypatch.setattr(checkpoint, "gather", lambda own: [*own, 15])
+    assert StopSignal().came() == 15
+
+
 def test_a_better_model_is_remembered_at_once(call_train, monkeypatch):
     """model/ holds it already: a run that is killed before its next checkpoint must know which it is."""
     saved, save = [], Checkpoints.save

@@ -111,7 +111,7 @@ def test_cudnn_attention_is_off_in_every_program(capsys):
     ("cuda", (9, 0), torch.bfloat16, 128, True), ("cuda", (8, 0), torch.float16, 64, True),
     ("cuda", (7, 5), torch.float16, 64, False), ("cuda", (9, 0), torch.float32, 64, False),
     ("cuda", (9, 0), torch.bfloat16, 60, False), ("cuda", (9, 0), torch.bfloat16, 264, False),
-    ("cpu", (9, 0), torch.bfloat16, 128, False),
+    ("cpu", (9, 0), torch.bfloat16, 128, False), ("cuda", (9, 0), torch.bfloat16, 256, True),
 ])  # fmt: skip
 def test_the_kernel_is_used_where_it_exists(device, capability, dtype, size, runs, monkeypatch):
     """In 16 bits, on Ampere GPUs and later, for heads of at most 256 channels in eights."""

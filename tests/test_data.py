@@ -229,9 +229,12 @@ def test_limit_draws_a_subset_by_seed_in_order(tmp_path):
 
 
 def test_contexts_that_two_judges_infer_do_not_mix(tmp_path, monkeypatch):
-    """Each judge's are in a file of its own, into which its other splits' go too."""
+    """Each judge's are in a file of its own, into which its other splits' go too; the newest replace."""
+    version = "early"
+
     def infer(judge, rows) -> list[list[str]]:
-        return [[f"{judge.args.judge} of {prompt}"] for prompt, _, _ in rows]
+        return [[f"{version} {judge.args.judge} of {prompt}, {chosen} not {rejected}"]
+                for prompt, chosen, rejected in rows]
 
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -240,8 +243,12 @@ def test_contexts_that_two_judges_infer_do_not_mix(tmp_path, monkeypatch):
     rows = [dataclasses.replace(training_example(i), reference="A", human_rejected="B") for i in range(4)]
     for judge, some in (("org/a", rows[:2]), ("b", rows[1:2]), ("org/a", rows[2:])):
         add_contexts(some, DataArgs(data="community", judge=judge, contexts="infer"))
+    version = "late"
+    made = add_contexts(rows[:1], DataArgs(data="community", judge="org/a", contexts="infer"))
+    assert made[0].context == f"late org/a of {rows[0].prompt}, A not B"
     files = {file.name: read_contexts(file) for file in (tmp_path / "runs").glob("contexts-*.jsonl")}
     assert files == {
-        "contexts-community-org-a.jsonl": {e.id: [f"org/a of {e.prompt}"] for e in rows},
-        "contexts-community-b.jsonl": {rows[1].id: [f"b of {rows[1].prompt}"]},
+        "contexts-community-org-a.jsonl": {
+            e.id: [f"{'late' if e is rows[0] else 'early'} org/a of {e.prompt}, A not B"] for e in rows},
+        "contexts-community-b.jsonl": {rows[1].id: [f"early b of {rows[1].prompt}, A not B"]},
     }

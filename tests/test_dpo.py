@@ -132,6 +132,7 @@ def test_nll_adds_the_chosen_responses_mean_nll(weight, n):
     logps.requires_grad_()
     plain, metrics_without = dpo_loss(logps, reference, lengths, Args(n_neg=n))
     loss, metrics = dpo_loss(logps, reference, lengths, Args(n_neg=n, nll=weight))
+    assert not any(value.requires_grad for value in metrics.values())
     added = loss - plain
     expected = [weight * -logps[i, 0].item() / length for i, length in enumerate(chosen_lengths)]
     assert added.tolist() == pytest.approx(expected, rel=1e-9)

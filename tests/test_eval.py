@@ -349,6 +349,16 @@ def judged() -> tuple[dict, dict]:
     return judge_all(judge, TALK, answers, write_rubrics=False)
 
 
+def test_trained_responses_are_compared_with_prompted_ones(monkeypatch):
+    """In this order: the first one's share of wins is the judge's win rate."""
+    asked = []
+    monkeypatch.setattr(judging, "compare",
+                        lambda judge, rows: asked.extend(rows) or [(1.0, False)] * len(rows))
+    answers = {system: [answer(system)] * len(TALK) for system in SYSTEMS}
+    judge_all(Scripted(), TALK, answers, write_rubrics=False)
+    assert [given[1:] for given in asked] == [("trained", "prompted")] * len(TALK)
+
+
 def test_a_score_wins_ties_or_goes_unread(judged):
     """At least the reference's score wins; what can't be read counts nowhere."""
     answers, verdicts = judged

@@ -345,11 +345,11 @@ def test_a_graphed_step_on_a_cpu_is_the_step_itself():
 
 
 def test_new_gpus_have_bf16_products_and_a_cpu_says_whether_it_has(monkeypatch):
-    """Since Ampere; a CPU's answer is a plain yes or no."""
+    """Since Ampere; a CPU says itself, as torch knows it."""
     for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, of=capability: of)
         assert fast.has_bf16_products(torch.device("cuda")) is has
-    assert fast.has_bf16_products(torch.device("cpu")) in (True, False)
+    assert isinstance(fast.has_bf16_products(torch.device("cpu")), bool)
 
 
 ALLOCATOR = """

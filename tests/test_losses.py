@@ -16,8 +16,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from folder import load
-from losses import (common_prefix_length, dpo, response_logps, sequence_logps, sft, split_by_tokens,
-                    token_logps)
+from losses import (common_prefix_length, dpo, infonce, response_logps, sami, sequence_logps, sft,
+                    split_by_tokens, token_logps)
 from model import Decoder
 
 METRICS = {"loss", "margin", "accuracy", "reward_chosen", "reward_rejected", "accuracy_chosen",
@@ -248,6 +248,13 @@ def test_metrics_are_detached():
     assert loss.shape == (5,) and loss.requires_grad
     for value in metrics.values():
         assert value.shape == (5,) and value.dtype == torch.float32 and not value.requires_grad
+
+
+@pytest.mark.parametrize("loss_of", [infonce, sami])
+def test_metrics_of_sets_are_detached(loss_of):
+    """Kept until the step is read, they must not keep its graph."""
+    _, metrics = loss_of(torch.randn(2, 3, 3, requires_grad=True))
+    assert not any(value.requires_grad for value in metrics.values())
 
 
 def test_dpo_stays_finite():

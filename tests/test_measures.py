@@ -15,8 +15,9 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from checks import words
 from data import Example
 from diversity import distinct, distinct_2, self_bleu
-from measures import (DIFFERENCE, MISSING, NO_INTERVAL, RATE, evaluate, gaps, interval, length_controlled,
-                      mcnemar, off_target, paired_differences, self_bleus, system_row, t_quantile, wins)
+from measures import (DIFFERENCE, MISSING, NO_INTERVAL, RATE, clusters_of, evaluate, gaps, interval,
+                      length_controlled, mcnemar, off_target, paired_differences, self_bleus, system_row,
+                      t_quantile, wins)
 
 # ------------------------------------------------------------------------------------------- statistics
 
@@ -87,6 +88,23 @@ def test_crossing_with_contexts_that_are_alike_takes_nothing_away():
     values = np.tile([1.0, 2.0, 0.0], 12) + np.repeat(np.random.default_rng(3).normal(size=12), 3)
     prompts, contexts = np.repeat(np.arange(12), 3).tolist(), list(range(36))
     assert ends(interval(values, prompts, contexts)) == pytest.approx(ends(interval(values, prompts)))
+
+
+def test_crossing_with_prompts_that_are_alike_takes_nothing_away():
+    """Nor below that of contexts alone."""
+    values = np.tile([3.0, 1.0, -1.0, -3.0], 12)
+    prompts, contexts = np.repeat(np.arange(12), 4).tolist(), np.tile(np.arange(4), 12).tolist()
+    assert ends(interval(values, prompts, contexts)) == pytest.approx(ends(interval(values, contexts)))
+
+
+def test_rows_that_disagree_within_a_cluster_are_not_worth_more():
+    """A design effect below 1 is taken as 1."""
+    values = np.tile([1.0, 0.0], 20)
+    widths = []
+    for clusters in ([i // 2 for i in range(40)], list(range(40))):
+        measured = interval(values, clusters, bounds=RATE)
+        widths.append(measured["high"] - measured["low"])
+    assert widths[0] >= widths[1]
 
 
 def test_clusters_whose_rows_agree_widen_the_interval():
@@ -469,6 +487,12 @@ def test_evaluate_has_a_block_for_every_part_and_a_line_for_every_context():
     assert rates == [("A", 2, 0.5, 0.5, 0.5), ("B", 2, 0.0, 0.0, 0.5)]
 
 
+def test_two_prompts_are_too_few_for_an_interval_of_self_bleu():
+    """A jackknife leaves one prompt out, and one text has no others to be compared with."""
+    measured = self_bleus(TEXTS[:2], ["a", "b"])["self_bleu_4"]
+    assert (measured["low"], measured["high"]) == (None, None)
+
+
 def test_evaluate_says_which_intervals_they_are():
     """Over prompts and contexts crossed where all rows have a known context; else over users or prompts."""
     answers = dict(default=BASELINE)
@@ -478,6 +502,8 @@ def test_evaluate_says_which_intervals_they_are():
     users = [dataclasses.replace(e, user=e.id, context_id=None, check=None) for e in ROWS]
     plain = evaluate(users, answers)["intervals"]
     assert (plain["clusters"], plain["crossed"]) == ("users", None)
+    some = [ROWS[0], dataclasses.replace(ROWS[1], context_id=None)]
+    assert clusters_of(some)["crossed"] is None
 
 
 def test_evaluate_without_a_trained_system():

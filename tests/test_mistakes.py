@@ -86,9 +86,10 @@ def test_a_full_disk_is_told_before_the_work(place, monkeypatch, capsys):
     few = ("--limit", "4", "--dtype", "float32")
     assert leave(monkeypatch, train.program, *few) == 2
     assert re.search(r"a trained model takes 11 MB, 5 MB are free\n$", capsys.readouterr().err)
-    assert leave(monkeypatch, train.program, *few, "--lr", "1e-5,1e-4") == 2
-    assert not (place / "runs").exists()
-    assert re.search(r"a trained model takes 23 MB, 5 MB are free\n$", capsys.readouterr().err)
+    for better in (("--lr", "1e-5,1e-4"), ("--eval-every", "1")):
+        assert leave(monkeypatch, train.program, *few, *better) == 2
+        assert not (place / "runs").exists()
+        assert re.search(r"a trained model takes 23 MB, 5 MB are free\n$", capsys.readouterr().err)
 
 
 SAMPLE = ("--limit", "8", "--max-new-tokens", "8", "--slots", "4", "--dtype", "float32", "--out")

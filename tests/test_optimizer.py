@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import random_model, random_pairs
 from torch import Tensor, nn
 
 import optimizer as optimizer_module
 from losses import response_logps
-from optimizer import MasterAdamW, gradient_norm, learning_rate, round_stochastically
+from optimizer import MasterAdamW, all_reduce_gradients, gradient_norm, learning_rate, round_stochastically
 
 BF16_STEP = 2.0**-13  # between two bf16 numbers from 1/64 to 1/32
 SMALL = torch.zeros(())  # a norm that clips nothing
@@ -373,6 +374,22 @@ def test_an_fp32_model_has_changed_where_its_bf16_value_has():
     assert steady_steps("nearest")[0].share_changed() == 0.0
     share = 2e-5 / BF16_STEP
     assert steady_steps("stochastic")[0].share_changed() == pytest.approx(share, rel=0.1)
+
+
+def test_saved_weights_are_rounded_by_seed():
+    """Other seeds round other weights up."""
+    first, other = (stepped(seed, torch.float32).weights_to_save(torch.bfloat16) for seed in (0, 1))
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_process_without_pairs_adds_gradients_of_the_others_type(monkeypatch):
+    """fp32 sums for bf16 weights."""
+    monkeypatch.setattr(optimizer_module, "world", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    model = small(torch.bfloat16)
+    MasterAdamW(model, 1e-3, 0)
+    all_reduce_gradients(model)
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_of_a_large_model_a_part_is_watched(monkeypatch):

@@ -301,6 +301,19 @@ def test_context_gain_is_the_naive_difference(sampled, logp_of, tiny):
     assert_gains(made, gain, statistics)
 
 
+def test_the_other_prompt_of_a_context_gain_is_drawn_by_seed(tiny, monkeypatch):
+    """Two seeds, two draws; the prompts that responses were sampled from stay."""
+    asked = []
+    monkeypatch.setattr(pairs, "sequence_logps", lambda model, groups, bar=None: asked.append(
+        [prompt for prompt, _ in groups]) or [[0.0] * len(responses) for _, responses in groups])
+    examples = [training_example(i) for i in range(9)]
+    made = [Pair(e.id, e.prompt, None, Response("x", [5], True, [6]), [Response("y", [7], True, [6])])
+            for e in examples]
+    for seed in (0, 1):
+        pairs.context_gain(None, Tokenizer(tiny), examples, made, seed)
+    assert asked[0] == asked[2] and asked[1] != asked[3]
+
+
 def test_context_gain_without_contexts_is_against_another_prompt(model_and_tokenizer, logp_of, tiny):
     """log p(y|x) - log p(y|x'): one x' for all responses of a pair, never the pair's own."""
     examples = [training_example(i) for i in range(5)]

@@ -35,7 +35,7 @@ from ppo import (Rollout, explained_variance, gae, kl_penalty, load_critic, poli
                  response_values, rollout_batches, token_rewards, training_batches, update, value_loss,
                  whiten)
 from rewards import REWARDS, Reward, check_data, mutual_information, rewards_of
-from run import UserError, main, rank, read_json, read_jsonl, world
+from run import UserError, main, rank, read_json, read_jsonl, seed_from, world
 from sample import Sampling, generate
 from tokenizer import Tokenizer
 from training_log import Metrics
@@ -316,17 +316,20 @@ def test_every_prompt_is_sampled_once_a_pass():
     assert [len(batch) for batch in batches] == [6, 6, 2, 6, 6, 2]
     keys = [key for batch in batches for key in batch]
     assert sorted(keys) == [(row, number) for row in range(7) for number in range(4)]
-    assert batches[0] != batches[3]
+    first, second = ([row for batch in half for row, _ in batch] for half in (batches[:3], batches[3:]))
+    assert first != second
 
 
 def test_every_rollout_is_trained_on_once_a_pass():
-    """Two passes over five rollouts, two an update, the last one with what is left; another order each."""
-    zeros = torch.zeros(3)
+    """Two passes over five rollouts, two an update, the last one with what is left; another order each, and
+    others again for the next rollouts."""
+    zeros, orders = torch.zeros(3), []
     rollouts = [Rollout(row, [7] * 3, "x", True, zeros, zeros, zeros, 0.0) for row in range(5)]
-    batches = training_batches(rollouts, 0, arguments(train_batch=2))
-    assert [len(batch) for batch in batches] == [2, 2, 1] * 2
-    orders = [[own.row for batch in half for own in batch] for half in (batches[:3], batches[3:])]
-    assert sorted(orders[0]) == sorted(orders[1]) == [0, 1, 2, 3, 4] and orders[0] != orders[1]
+    for number in (0, 1):
+        batches = training_batches(rollouts, number, arguments(train_batch=2))
+        assert [len(batch) for batch in batches] == [2, 2, 1] * 2
+        orders += [tuple(own.row for batch in half for own in batch) for half in (batches[:3], batches[3:])]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and len(set(orders)) == 4
 
 
 # ------------------------------------------------------------------------- arguments and mistakes
@@ -442,6 +445,51 @@ def test_shuffled_rewards_are_the_same_rewards(tiny, tmp_path, monkeypatch):
     assert not any(own == pytest.approx(given) for own, given in zip(seen[False], seen[True], strict=True))
 
 
+def test_every_batch_is_shuffled_in_its_own_order(tiny, tmp_path, monkeypatch):
+    """By the run's seed and the batch's number."""
+    given, original, seed = [], ppo.epoch_order, seed_from("shuffled rewards", 0)
+    monkeypatch.setattr(ppo, "epoch_order", lambda *rest: given.append(rest) or original(*rest))
+    experiment(tiny, tmp_path, "rlvr", shuffle_rewards=True, count=6)
+    assert [rest for rest in given if rest[1] == seed] == [(3, seed, 0), (3, seed, 1)]
+
+
+def test_unread_verdicts_of_all_batches_are_counted(tiny, tmp_path, monkeypatch):
+    """One in each of three batches."""
+    monkeypatch.setattr(ppo, "rewards_of", lambda asked, *rest: ([0.0] * len(asked), 1))
+    args = arguments(rollout_batch=3, train_batch=3, max_new_tokens=3, lr=0.1, critic_lr=0.1)
+    state, _ = run_ppo_in_place(PlainSGD(load(tiny)), PlainSGD(new_critic(tiny)), tiny,
+                                tmp_path / "metrics.jsonl", args, [row(i) for i in range(7)])
+    assert state.unread == 3
+
+
+def test_ratios_beyond_the_clip_are_counted(tiny):
+    """A policy that has become 1.5 times or half as likely to say each token, where the clip is at 0.4."""
+    actor, critic = load(tiny, torch.float64), new_critic(tiny, torch.float64)
+    prompts, ids = [[5, 6, 7], [5, 8], [9]], [[9, 10], [11, 12], [5, 6]]
+    logps = policy_logps(actor, [(prompt, [own]) for prompt, own in zip(prompts, ids, strict=True)])
+    zeros = torch.zeros(2, dtype=torch.float64)
+    batch = [Rollout(i, ids[i], "x", True, logps[i].detach() - math.log(ratio), zeros, zeros, 0.0, zeros,
+                     zeros) for i, ratio in enumerate((1.5, 0.5, 1.3))]
+    measured = ppo.backward(actor, critic, prompts, batch, arguments(clip=0.4))
+    assert [values["ratio_clipped"] for values in measured] == [1.0, 1.0, 0.0]
+
+
+def test_settings_reach_both_optimizers(tmp_path, monkeypatch):
+    """Actor and critic: their own learning rates, the run's seed and rounding."""
+    made = []
+
+    def make(model, lr, seed, rounding="stochastic") -> None:
+        made.append((lr, seed, rounding))
+        if len(made) == 2:
+            raise UserError("both are made")
+
+    monkeypatch.setattr(ppo, "MasterAdamW", make)
+    args = arguments(limit=10, seed=3, rounding="nearest")
+    with pytest.raises(UserError, match="both are made"):
+        ppo.run_ppo(args, tmp_path / "run", find("tiny"), train.load_trainable)
+    assert made == [(args.lr, 3, "nearest"), (args.critic_lr, 3, "nearest")]
+
+
 def test_rewards_are_clipped_and_counted(tiny, tmp_path, monkeypatch):
     """A clip that every reward exceeds, above or below: the share is in metrics.jsonl, the mean is of what
     was earned before."""
@@ -484,6 +532,12 @@ def test_actor_and_critic_have_learning_rates_of_their_own(tiny, tmp_path, monke
     experiment(tiny, tmp_path, "rlvr", critic_lr=0.01)
     for given, peak in ((rates[::2], 0.1), (rates[1::2], 0.01)):
         assert given == [learning_rate(i, 10, peak) for i in range(10)]
+
+
+def test_a_critic_that_diverges_is_noticed(tiny, tmp_path, monkeypatch):
+    """An update counts as skipped where either norm is not finite."""
+    monkeypatch.setattr(ppo, "value_loss", lambda values, *_: values * math.nan)
+    assert experiment(tiny, tmp_path, "rlvr", count=3)["metrics"][-1]["skipped"] == 4
 
 
 def test_an_update_that_is_not_finite_is_skipped(tiny, tmp_path, monkeypatch, capsys):
@@ -606,7 +660,7 @@ def test_passes_and_slots_change_nothing(changes, tiny, tmp_path):
 @pytest.mark.parametrize("method", ["rlvr", "ppo-mi"])
 def test_a_run_on_the_embedded_model(method, tmp_path):
     """Its folder holds arguments, a line a batch, a summary, a learning curve and a model that has moved."""
-    args = arguments(method=method, limit=10, max_new_tokens=8, rollout_batch=4, train_batch=2)
+    args = arguments(method=method, limit=10, max_new_tokens=8, rollout_batch=4, rollouts=2, train_batch=4)
     folder, source = tmp_path / "run", find("tiny")
     ppo.run_ppo(args, folder, source, train.load_trainable)
     files = sorted(file.name for file in folder.iterdir())
@@ -614,11 +668,11 @@ def test_a_run_on_the_embedded_model(method, tmp_path):
     written = json.loads(json.dumps(dataclasses.asdict(args)))
     assert read_json(folder / "args.json")["arguments"] == written
     rows = [line for _, line in read_jsonl(folder / "metrics.jsonl")]
-    assert [line["responses"] for line in rows] == [4, 4, 2] and [line["step"] for line in rows] == [1, 2, 3]
+    assert [line["responses"] for line in rows] == [8, 8, 4] and [line["step"] for line in rows] == [1, 2, 3]
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and rows[-1]["kl"] != 0
     assert all(math.isfinite(value) for line in rows for value in line.values())
     summary = read_json(folder / "summary.json")
-    assert (summary["steps"], summary["updates"], summary["responses"]) == (3, 10, 10)
+    assert (summary["steps"], summary["updates"], summary["responses"]) == (3, 10, 20)
     before, after = load(source).state_dict(), model_weights(folder)
     assert before.keys() == after.keys()
     assert all(not torch.equal(after[name], weight) for name, weight in before.items())

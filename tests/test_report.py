@@ -407,6 +407,16 @@ def test_intervals_of_an_earlier_version_are_named_and_count_as_no_evidence(tmp_
     assert [methods(text)[name]["clear"] for name in ("missing", "random")] == ["-", "1 of 1"]
 
 
+def test_the_baseline_is_the_one_with_most_seeds(tmp_path):
+    """Of two that were tested on different numbers of rows."""
+    runs = [write_run(tmp_path / "a", 0, 0.8), write_run(tmp_path / "b", 0, 0.7, "random"),
+            write_run(tmp_path / "c", 1, 0.7, "random", test_seed=1)]
+    result = read_json(tmp_path / "a" / "eval.json")
+    result["arguments"]["limit"] = 64
+    write_json(tmp_path / "a" / "eval.json", result)
+    assert methods(report(runs, tmp_path / "out"))["the baseline"]["seeds"] == "2"
+
+
 def test_where_nothing_says_what_is_right_methods_are_compared_by_context_gain(tmp_path):
     """The best first and clear seeds by it; what no row has measured has no column; the picture is drawn."""
     runs = [write_run(tmp_path / name, 0, 0.5, neg) for name, neg in (("a", "missing"), ("b", "random"))]

@@ -108,3 +108,12 @@ def test_a_round_is_trained_and_scored_in_an_order_of_its_own(call_train, monkey
             given[place].seed) or original(*given))
     call_train(*ROUNDS, "--seed", "3")
     assert seeds == [3, 3, round_seed(3, 1), round_seed(3, 1)]
+
+
+def test_a_round_revises_by_a_seed_of_its_own(call_train, monkeypatch):
+    """Otherwise the second round would draw its revisions with the first one's numbers."""
+    seeds = []
+    monkeypatch.setattr(train, "revise",
+                        lambda model, pairs, args, folder, seed: seeds.append(seed) or pairs)
+    call_train("--method", "sft-revise", "--rounds", "2", "--seed", "3")
+    assert seeds == [3, round_seed(3, 1)]

@@ -481,6 +481,17 @@ def test_slots_and_order_change_nothing(tiny, slots):
     assert [x.finished for x in mixed] == [alone[i].finished for i in order]
 
 
+def test_an_idle_slot_does_not_run_out_of_room(monkeypatch):
+    """It runs on beside the last busy one, past the length that its own response could have had."""
+    last = {0: 20, 1: 27, 2: 99}  # the token at which each row's response ends
+    monkeypatch.setattr(sample, "uniform_numbers",
+                        lambda seed, row, k, count: (torch.arange(count) == last[row] - 1).float())
+    monkeypatch.setattr(sample, "sample_token", lambda logits, u, sampling: (1 + 6 * (u < 0.5), u))
+    prompts = [[5] * 100, [6] * 99, [7] * 5]
+    samples = generate(random_model(), prompts, Sampling(1.0, 1.0, 28), frozenset([1]), 0, slots=2)
+    assert [len(each.ids) for each in samples] == [20, 27, 28]
+
+
 def test_prompts_prefilled_in_several_passes_change_nothing(tiny, monkeypatch):
     """A prefill stops at PREFILL_TOKENS: with 1, every prompt has a pass of its own."""
     model, prompts, s, passes = load(tiny), tiny_prompts(16), Sampling(1.0, 1.0, 6), []

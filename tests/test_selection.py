@@ -187,6 +187,16 @@ def test_data_with_checks_are_chosen_by_win_rate(tiny, tmp_path, respond):
     assert asked == [(0.1, 0.9, 5)]
 
 
+def test_the_win_rate_is_of_all_processes_responses(tiny, tmp_path, monkeypatch):
+    """Here of four lost ones, and four that another process has won."""
+    args = resolve(Args(data="demo", model=str(tiny), val_limit=8, max_new_tokens=5))
+    chosen = Selection(args, tmp_path, tiny)
+    monkeypatch.setattr(selection, "share_of", lambda items: items[::2])
+    monkeypatch.setattr(selection, "gather", lambda own: own + [True] * 4)
+    monkeypatch.setattr(selection, "verify", lambda *given: False)
+    assert chosen.measure(load(tiny)) == 0.5
+
+
 def test_tasks_are_chosen_by_accuracy(tiny, tmp_path, respond):
     """Share of validation responses with the right letter, drawn as ARC is evaluated: at temperature 1."""
     (tmp_path / "ARC-Easy").mkdir()

@@ -405,3 +405,12 @@ def test_a_gradient_that_is_not_finite_is_not_taken_though_the_loss_is(fit, tiny
     assert math.isfinite(rows[0]["loss"]) and state.skipped == rows[0]["skipped"] == 1
     for before, after in zip(load(tiny).parameters(), model.parameters(), strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(("flags", "limit"), [([], train.TEST_ROWS), (["--limit", "5"], 5)])
+def test_a_run_is_evaluated_on_as_many_rows_as_it_is_given(flags, limit, call_train, monkeypatch):
+    """--limit, else a number that takes minutes."""
+    asked = []
+    monkeypatch.setattr(train, "evaluation", lambda args: asked.append(args.limit))
+    call_train("--test", *flags)
+    assert asked == [limit]

