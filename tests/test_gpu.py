@@ -178,16 +178,18 @@ def test_training_learns_and_repeats(tmp_path):
 
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_no_training_step_makes_the_host_wait(method, tmp_path):
-    """Nothing in it reads from the GPU, or sends what the GPU must take before the host can go on."""
+    """Nothing in it, or in the reference's log-probs, reads from the GPU, or sends what the GPU must take
+    before the host can go on."""
     model = on_gpu()
     args = train.resolve(train.Args(method=method, model="random", neg="random", lr=1e-4))
     pairs = training_rows(random_pairs(16), args)
-    reference = all_logps(model, pairs, args)
+    all_logps(model, pairs, args)  # what comes first may have to wait
     optimizer = MasterAdamW(model, args.lr, args.seed)
     with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
+            reference = all_logps(model, pairs, args)
             train.train(optimizer, pairs, reference, args, Metrics(tmp_path / "m.jsonl"), train.State())
         finally:
             torch.cuda.set_sync_debug_mode("default")
