@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
-from conftest import LOWER, answer, completion, held_out, random_model, write_model
+from conftest import (LOWER, answer, chat_ids, completion, held_out, oracle_logp, random_model,
+                      write_model)
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
@@ -37,19 +37,6 @@ ROOT = Path(__file__).parents[1]
 
 
 # ------------------------------------------------------------------------------------------- responses
-
-def chat_ids(folder: Path, user_message: str) -> list[int]:
-    """The tiny model's ChatML around a user message, by the tokenizers library alone."""
-    text = f"<|im_start|>user\n{user_message}<|im_end|>\n<|im_start|>assistant\n"
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
-
-
-@torch.no_grad()
-def oracle_logp(oracle: AutoModelForCausalLM, prompt: list[int], response: list[int]) -> float:
-    """log p(response | prompt), token ids, from transformers' full logits."""
-    logps = oracle(torch.tensor([prompt + response])).logits[0].log_softmax(-1)  # (tokens, vocabulary)
-    return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
-
 
 GRID = [held_out(3 * i + j, f"Question {i}?", "ABC"[j]) for i in range(3) for j in range(3)]
 SAMPLING, SEED = Sampling(1.0, 0.9, 7), 3

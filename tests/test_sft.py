@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from batches import epoch_order
 from folder import load
-from losses import sft
 from negatives import Pair, Response
 
 
@@ -22,16 +21,6 @@ def record(tiny, tmp_path):
         return optimizer, rows
 
     return get
-
-
-def test_the_loss_is_minus_the_log_prob_of_the_chosen_response():
-    """Summed over tokens: the trainer divides by all tokens of the batch."""
-    logps = torch.tensor([[-12.5], [-0.25]], requires_grad=True)
-    loss, metrics = sft(logps)
-    assert loss.tolist() == [12.5, 0.25]
-    assert {key: value.tolist() for key, value in metrics.items()} == dict(loss=[12.5, 0.25],
-                                                                           logp_chosen=[-12.5, -0.25])
-    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
 
 
 @pytest.mark.parametrize("pass_tokens", [8192, 40, 1])
