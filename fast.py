@@ -389,7 +389,7 @@ def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
     if runs_triton(probs):
         return gpu_kernels.least_of_nucleus(probs, mass)
     # It mostly lies within the 256 largest values, so whole rows are seldom sorted.
-    likely = probs.topk(min(256, probs.shape[1])).values  # (n, 256), falling
+    likely = probs.topk(min(256, probs.shape[1])).values  # (n, 256), descending
     if probs.is_cuda or (likely.sum(-1, keepdim=True) < mass).any():  # a CUDA graph cannot ask
         likely = probs.sort(descending=True).values  # (n, V)
     is_short = likely.cumsum(-1) < mass  # up to here the mass is not reached

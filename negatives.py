@@ -117,12 +117,12 @@ def other_rows(examples: list[Example], i: int, seed: int, count: int) -> list[E
         other = rng.choice(examples)
         if not is_other(examples[i], other):
             continue
-        what = other.context or other.prompt
-        repeats = repeats + 1 if what in seen else 0
+        text = other.context or other.prompt
+        repeats = repeats + 1 if text in seen else 0
         if 0 < repeats < REPEATS:
             continue
         others.append(other)
-        seen.add(what)
+        seen.add(text)
         if len(others) == count:
             return others
     if others:  # hardly any other row will do: those that were found stand in again

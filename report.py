@@ -415,13 +415,13 @@ def methods_table(title: str, methods: dict[str, list[dict]], baseline: list[dic
     """A Markdown table of all methods on one data set, with the columns of COMPARED; the baseline is last.
     Rows whose intervals are of an earlier version, over prompts alone, are named below and never clear."""
     key = gain_key(methods)
-    table = [[title, "seeds", "clear", *(heading for heading, *_ in COMPARED)]]
+    cells = [[title, "seeds", "clear", *(heading for heading, *_ in COMPARED)]]
     for name, runs in [*methods.items(), ("the baseline", baseline)]:
         clear = [(run[key]["low"] or 0) > 0 for run in runs if key in run and run["intervals"]]
         counts = [str(len(runs)), f"{sum(clear)} of {len(clear)}" if clear else "-"]
         values = [cell(runs, *column).partition(" (")[0] for _, *column in COMPARED]
-        table.append([name, *counts, *values])
-    measured = [column for column in zip(*table, strict=True) if set(column[1:]) != {"-"}]
+        cells.append([name, *counts, *values])
+    measured = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"-"}]
     heading, *rows = map(markdown_row, zip(*measured, strict=True))
     earlier = [name for name, runs in methods.items() if not all(run["intervals"] for run in runs)]
     note = ["", f"Intervals over prompts alone, by an earlier version: {', '.join(earlier)}."]

@@ -91,8 +91,8 @@ def rewards_of(examples: list[Example], texts: list[str], information: list[floa
     if reward.judge:
         scores = judging.reward(judge, *judged(examples), texts)  # from 1 to 5
         readable = [score / 5 for score in scores if score is not None]
-        usual = fmean(readable) if readable else 0.0
-        earned = [usual if score is None else score / 5 for score in scores]
+        mean = fmean(readable) if readable else 0.0
+        earned = [mean if score is None else score / 5 for score in scores]
         rewards = [own + score for own, score in zip(rewards, earned, strict=True)]
         unread = len(scores) - len(readable)
     if reward.information:  # Eq. 15; with a judge's score Eq. 16

@@ -90,7 +90,7 @@ def filtered_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     vocabulary = probs.shape[-1]
     if sampling.top_k:
         k = min(sampling.top_k, vocabulary)
-        likely = probs.topk(k).values  # (n, k), falling
+        likely = probs.topk(k).values  # (n, k), descending
         least = likely[:, -1:]  # (n, 1)
         probs = torch.where(probs >= least, probs, 0)
     if sampling.top_p < 1:

@@ -332,7 +332,7 @@ MUTATIONS = {
         ("not all(map(math.isfinite, rewards))", "False", "test_ppo.py::test_a_reward_is_a_finite_number"),
         ("return (logps - bare_logps).sum()", "return (logps - bare_logps).mean()",
          "test_ppo.py::test_mutual_information_is_transformers"),
-        ("usual = fmean(readable) if readable else 0.0", "usual = 0.0",
+        ("mean = fmean(readable) if readable else 0.0", "mean = 0.0",
          "test_ppo.py::test_an_unread_verdict_earns_the_mean_of_its_batch"),
         ("own + args.mi_weight * nats", "own + nats",
          "test_ppo.py::test_information_is_added_with_its_weight"),
