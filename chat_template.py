@@ -100,8 +100,8 @@ def template_source(folder: Path, config: dict) -> str:
 
 
 class Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: trainers' templates mark so what the assistant says. What
-    stands between is written as it is."""
+    """{% generation %} ... {% endgeneration %}: training templates mark the assistant's text so. What is
+    inside is written unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja has it
 
@@ -125,11 +125,11 @@ class OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def limits(seconds: float, memory: int) -> Iterator[None]:
-    """OutOfTime after so many seconds of the processor (on a crowded machine those of the clock would refuse
-    good templates), MemoryError beyond so many more bytes than the process has now.
+    """OutOfTime after `seconds` of processor time (wall time would refuse good templates on a busy machine),
+    MemoryError if the process grows by more than `memory` bytes.
 
-    Only the main thread can be told by an alarm, and only Linux says how much a process has: elsewhere the
-    other limit stands alone.
+    Only the main thread receives alarms, and only Linux reports a process's size: elsewhere only the other
+    limit holds.
     """
     def ring(number: int, frame) -> None:
         raise OutOfTime

@@ -101,7 +101,7 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def remove(self) -> None:
-        """A run that is whole needs none."""
+        """Remove all checkpoints: a run that is whole needs none."""
         if not rank():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -141,8 +141,8 @@ def sha256(file: Path) -> str:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """The right to write into a folder, which also ends with the process that holds it. A folder that does
-    not exist is made, and removed again if nothing was written.
+    """Hold a folder's write lock, which also ends with the process that holds it. A folder that does not
+    exist is made, and removed again if nothing was written.
 
     UserError where another process has it, or nobody may write there.
     """
@@ -194,7 +194,7 @@ class StopSignal:
 
 
 def refuse_changes(before: dict, now: dict, may_differ: bool) -> None:
-    """UserError where a run is to go on with something else than it began with.
+    """UserError if a run is resumed with other values than it began with.
 
     before, now: values by name in two groups: "arguments", which must be equal, and "machine", which may
     differ if the user says so.

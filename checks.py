@@ -7,10 +7,10 @@
     words       the words of a text in any script
 
 Only what a response says after its thoughts, <think> ... </think>, counts.
-What differs from the paper: it does not say how answers are read; strict and flexible reading are both
-reported, and of math the one that takes the last #### of the whole response. A small model goes on after its
-answer with an "Example 9" of its own, as the prompt's worked examples do; what follows is no answer to the
-question that was asked. Own answers, the demo and its checks are ours.
+What differs from the paper: it does not say how answers are read; strict and flexible readings are reported,
+and for math one that takes the whole response's last ####. A small model goes on after its answer with an
+"Example 9" of its own, as the prompt's worked examples do; what follows is no answer to the question that was
+asked. Own answers, the demo and its checks are ours.
 
     python -m pytest tests/test_answers.py tests/test_checks.py
 """
@@ -46,8 +46,8 @@ def kind_of(character: str) -> str:
 def words(text: str) -> list[str]:
     """Lower-cased words and single punctuation marks: the tokens of distinct-2 and self-BLEU.
 
-    A script without spaces between its words gives a token a character. Marks, such as the vowel signs of
-    Hindi or Thai, stay with the letter before them.
+    In a script without spaces each character is a token. Marks, such as the vowel signs of Hindi or Thai,
+    stay with the letter before them.
     """
     if text.isascii():
         return re.findall(r"\w+|[^\w\s]", text.lower())
@@ -164,7 +164,7 @@ def choice_answer(text: str, choices: int, flexible: bool) -> str | None:
 # the last one at all; a letter likewise, or one that stands alone; a few words count wherever they are said.
 STATED = re.compile(r"(?i:\banswer(?:\s+is)?)|\\boxed\{")
 SHORT = 60  # characters, and a tenth as many words, of an answer that is compared by rule
-OPPOSITES = ({"yes", "no"}, {"true", "false"})  # who explains one may say the other too: the first one counts
+OPPOSITES = ({"yes", "no"}, {"true", "false"})  # an explanation may say the other too: the first one counts
 
 
 def answer_style(answer: str) -> str | None:
@@ -192,7 +192,7 @@ def plain_words(text: str) -> list[str]:
 
 
 def says(text: str, answer: str) -> bool:
-    """Whether a response says the words of an answer one after another; of yes and no the one it says first.
+    """Whether a response says an answer's words in a row; of yes and no, the one said first counts.
     """
     said, wanted = plain_words(without_thoughts(text)), plain_words(answer)
     for pair in OPPOSITES:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from run import UserError
 from schema import FLAG, OBJECT, TEXT, checked, integer, listing, optional, real
 
-# The limits are far beyond every model of these families, and keep a damaged file from taking all memory.
 SWITCHES = dict(
     rope_parameters=optional(OBJECT),
     rope_scaling=optional(OBJECT),
@@ -21,6 +20,7 @@ SWITCHES = dict(
     mlp_bias=optional(FLAG),
     use_sliding_window=optional(FLAG),
 )
+# The limits are far beyond every model of these families, and keep a damaged file from taking all memory.
 SIZES = dict(
     vocab_size=integer(1, 10**7),
     hidden_size=integer(1, 10**6),
@@ -130,7 +130,7 @@ def refuse_unsupported(raw: dict, where: str) -> None:
         unsupported = f"a sliding window in use (sliding_window {window})"
     elif rope_type not in ("default", "llama3"):
         unsupported = f"rope type {rope_type!r} (default and llama3 are)"
-    elif raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
+    elif (raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
         unsupported = "partial_rotary_factor"
     if unsupported:
         raise UserError(f"{where}: {unsupported} is not supported (see the docstring of config.py)")

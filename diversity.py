@@ -21,11 +21,11 @@ def ngrams(tokens: list[str], n: int) -> Counter:
     return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
-def distinct(texts: list[list[str]], n: int = 2) -> float:
-    """The share of different n-grams among all n-grams, of all texts together."""
+def distinct(texts: list[list[str]]) -> float:
+    """The share of different bigrams among all bigrams, of all texts together."""
     counts: Counter = Counter()
     for text in texts:
-        counts.update(ngrams(text, n))
+        counts.update(ngrams(text, 2))
     return len(counts) / max(1, counts.total())
 
 
@@ -68,8 +68,8 @@ def closest_lengths(lengths: list[int]) -> np.ndarray:
 def clipped_precisions(texts: list[list[str]], n: int) -> np.ndarray:
     """BLEU's n-gram precision of each text, for entry (i, j) as above.
 
-    An n-gram counts at most as often as the reference that has it most often holds it. That is neither the
-    text itself nor the one left out, so the three texts with the highest counts are kept for every n-gram.
+    An n-gram counts at most as often as it occurs in any one reference. References are neither the text
+    itself nor the one left out, so each n-gram's three highest counts are kept.
     """
     counts = [ngrams(text, n) for text in texts]
     holders: dict[tuple, list[tuple[int, int]]] = defaultdict(list)  # n-gram -> (its count, a text)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from batches import all_logps, epoch_batches, groups_of, micro_batches, training_rows
+from batches import all_logps, epoch_batches, groups_of, micro_batches, passes_of, training_rows
 from contexts import examples_for, sampling_for
 from folder import read_config
 from losses import OBJECTIVES, token_count
@@ -31,8 +31,8 @@ def dry_run(grid: list, folder: Path, source: Path, pairs: list[Pair] | None, lo
             time_steps: Callable) -> None:
     """Run a small part of everything, show an example, and say what the whole will take.
 
-    grid: the run's arguments, train.Args, one of each candidate. pairs: those of --pairs, whose memory is
-    told before a model is loaded that may be too large. load_trainable(source, args) loads the model to be
+    grid: the run's arguments, train.Args, one of each candidate. pairs: those of --pairs; their memory is
+    told before the model, which may not fit, is loaded. load_trainable(source, args) loads the model to be
     trained; time_steps(model, pairs, reference, args, file) trains on a few pairs and leaves its metrics in a
     file.
     """
@@ -96,17 +96,18 @@ def tell_memory(rows: list[Pair], source: Path, args, samples: bool) -> None:
     args = dataclasses.replace(args, max_new_tokens=sampling_for(args).max_new_tokens)
     steps = []
     for batch in epoch_batches(len(rows), args, epoch=0):
-        chunks = micro_batches(batch, lambda i: groups_of(rows[i], args), args)
-        sets = [[groups_of(rows[i], args) for i in chunk] for chunk in chunks]
-        steps.append([Pass.of([group for groups in chunk for group in groups]) for chunk in sets])
-    passes = max(steps, key=lambda step: max(each.tokens() for each in step))
+        passes = []
+        for indices in micro_batches(batch, lambda i: groups_of(rows[i], args), args):
+            passes += passes_of([groups_of(rows[i], args) for i in indices], args)
+        steps.append([Pass.of(groups) for groups in passes])
+    largest = max(steps, key=lambda step: max(each.tokens() for each in step))
     prompt = max(len(row.prompt_ids) for row in rows) if samples else 0
-    parts = predicted_memory(config, args, passes, prompt, world(), device.type)
+    parts = predicted_memory(config, args, largest, prompt, world(), device.type)
     listed = ", ".join(f"{name} {gb(size)}" for name, size in parts.items() if size)
     print(f"memory of a process: {listed}; {gb(peak(parts, device.type))} at most")
     card = card_memory()
     if card is not None:
-        cards = cards_needed(config, args, passes, card)
+        cards = cards_needed(config, args, largest, card)
         print(f"cards needed with --shard: {cards or f'more than {MAX_CARDS}, or no number is enough'}")
         for line in out_of_reach(config, args, card):
             print("not on these cards: " + line)
@@ -138,10 +139,11 @@ def estimate_sampling(args, model: Decoder, tokenizer: Tokenizer) -> tuple[list[
     pairs, statistics = make_pairs(gathered(model), tokenizer, few, args.neg, sampling_for(args), args.seed,
                                    args.slots, args.n_neg)
     lengths = [len(response.ids) for pair in pairs for response in pair.responses]
-    depth = decoding_depth(lengths, -(-len(examples) * per_example // world()), args.slots)
+    depth, depth_of_few = (decoding_depth(lengths, -(-count * per_example // world()), args.slots)
+                           for count in (len(examples), len(few)))
     share = len(few) / len(examples)
     seconds = dict(
-        sampling=statistics["seconds_sampling"] * depth / max(lengths),
+        sampling=statistics["seconds_sampling"] * depth / depth_of_few,
         gain=statistics["seconds_gain"] / share,
     )
     return pairs, round(len(pairs) / share), seconds

@@ -149,13 +149,13 @@ def completion_of(body: bytes) -> Completion | NoReply:
             return NoReply("filtered", str(choice["message"].get("refusal") or ending))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise TryAgain("a reply that is no chat completion") from None
-    # Half surrogate pairs, which no file holds, go.
+    # Lone surrogates, which no file holds, go.
     is_whole = ending not in ("length", "content_filter")
     return Completion((content or "").encode("utf-8", "replace").decode(), is_whole)
 
 
 def raise_error(answer: dict) -> None:
-    """Raise what an error means that came with the status of a success: some gateways send such."""
+    """Raise the exception for an error sent with a success status, as some gateways do."""
     error = answer["error"]
     code = error.get("code") if isinstance(error, dict) else None
     if isinstance(code, int) and 400 <= code < 500 and code not in (408, 409, 425, 429):
@@ -187,7 +187,7 @@ def retry_after(header: str | None, default: float) -> float:
         return min(60.0, float(header))
     try:
         wait = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-    except ValueError:
+    except (ValueError, OverflowError):
         return default
     return min(60.0, max(0.0, wait))
 
@@ -210,7 +210,7 @@ def completions_address(url: str) -> str:
         raise UserError("--judge-url holds a name or a password: put the key into OPENAI_API_KEY instead")
     try:
         parts = urllib.parse.urlsplit(url)
-        _ = parts.port  # ValueError where it is no number
+        _ = parts.port, (parts.hostname or "").encode("idna")  # ValueError where they are malformed
     except ValueError:
         raise UserError(f"--judge-url {url!r} is not an address") from None
     secrets = [name for name in urllib.parse.parse_qs(parts.query) if SECRET.search(name)]
@@ -297,11 +297,13 @@ class Endpoint:
 
     url: the base address, as --judge-url. at_once: requests at one time. timeout: seconds for each. options:
     more fields of every request; None takes one out. key_header: what carries the key; "": the usual one.
-    Raises UserError if the address is malformed.
+    Raises UserError if the address or the header's name is malformed.
     """
 
     def __init__(self, url: str, model: str, at_once: int = 8, timeout: float = 60.0,
                  options: dict | None = None, key_header: str = ""):
+        if not re.fullmatch(r"[A-Za-z0-9_-]*", key_header):
+            raise UserError(f"--judge-key-header {key_header!r} is not the name of a header")
         self.address = completions_address(url)
         self.name = self.address.split("?")[0]  # for messages: a query may hold what is nobody's business
         self.model, self.at_once, self.timeout = model, at_once, timeout
@@ -340,7 +342,7 @@ class Endpoint:
                 pool.shutdown(cancel_futures=True)
 
     def ask(self, question: Question, max_tokens: int, stop: threading.Event) -> Completion | NoReply:
-        """Ask one question: again after a fault that may pass, and otherwise where the model wants it so.
+        """Ask one question, again after a fault that may pass, or in another form if the model wants one.
 
         stop: ends the pauses. Raises UserError as `ask_all` does.
         """
@@ -419,7 +421,7 @@ class Endpoint:
         raise Refusal(refusal.code, said)
 
     def change(self, refusal: Refusal, changes: frozenset[str]) -> bool:
-        """Whether the request can be put otherwise, as the refusal wants it; it is from now on.
+        """Whether the refusal asks for another form of request, which all later ones take.
 
         changes: those that the refused request had.
         """

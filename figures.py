@@ -41,7 +41,7 @@ PANELS = (  # of the learning curve: a title, and key of metrics.jsonl -> the cu
 
 
 def pyplot():
-    """matplotlib's, without a screen; imported here, because that is slow."""
+    """matplotlib.pyplot without a display; imported here, as that is slow."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,7 +71,7 @@ def training_steps(folder: Path, candidate: int = 0) -> list[dict]:
 
 
 def running_mean(steps: list[dict], key: str, windows: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """The last step of each window and the metric's mean over it; the run is so many windows long."""
+    """The last step of each sliding window, 1 / windows of the run, and the metric's mean over it."""
     width = max(1, len(steps) // windows)
     values = np.array([row[key] for row in steps])  # (steps,)
     smooth = np.convolve(values, np.ones(width) / width, "valid")  # (steps - width + 1,)
@@ -257,7 +257,7 @@ Methods = dict[str, list[dict]]  # name -> its system in eval.json, one for each
 
 
 def gain_key(methods: Methods) -> str:
-    """By what methods are compared: the gain in points or, where no run has one, that of the context gain."""
+    """What methods are compared by: the gain in points or, if no run has one, that in context gain."""
     known = any(mean_of(run, "gain") is not None for runs in methods.values() for run in runs)
     return "gain" if known else "gain_context"
 

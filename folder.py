@@ -33,6 +33,7 @@ MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "mo
                "model.safetensors.index.json", *TOKENIZER_FILES)
 # Weights in files that are not read: other formats, other names.
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.safetensors")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # the types of weights that are read
 POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that stands for a large one
 
 
@@ -78,11 +79,11 @@ def download(name: str, patterns: tuple[str, ...], kind: str = "model") -> Path:
         if isinstance(e, OSError) and e.errno is not None and not isinstance(e, ConnectionError):
             raise  # the disk, not the hub
         raise UserError(f"{name} is not a folder here, and the hub cannot be reached ({type(e).__name__}): "
-                        "name a folder, or try again on line") from None
+                        "name a folder, or try again online") from None
 
 
 def limit_time(request) -> None:
-    """Give a request to the hub the time of a download where it has no limit, as the first one of all has."""
+    """Give a hub request that has no time limit (the very first one has none) that of a download."""
     seconds = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
     limits = request.extensions.get("timeout", {})
     request.extensions["timeout"] = {kind: limit or seconds for kind, limit in limits.items()}
@@ -140,7 +141,7 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32,
                 continue
             if shapes.get(key, tensor.shape) != tensor.shape:
                 raise UserError(f"{file}: {key} is {tuple(tensor.shape)}, config.json asks for {shapes[key]}")
-            if not tensor.is_floating_point():
+            if tensor.dtype not in FLOATS:
                 raise UserError(f"{file}: {key} holds {tensor.dtype}: quantised weights are not supported")
             if key in shapes and not is_finite(tensor):
                 raise UserError(f"{file}: {key} holds values that are not finite: the model is damaged, take "
@@ -271,13 +272,17 @@ def save_adapter(model: nn.Module, master_of: Callable[[Tensor], Tensor], folder
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which then takes the place of `folder`: it is on the disk before it has its name,
-    and at every moment the old one or the new one is whole."""
+    and at every moment the old one or the new one is whole (between two renames the old one, as NAME.old)."""
     temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
-    for path in (*temporary.iterdir(), temporary):
-        sync(path)
+    try:
+        yield temporary
+        for path in (*temporary.iterdir(), temporary):
+            sync(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk has no room for half a folder
+        raise
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -293,7 +298,7 @@ def program() -> None:
         raise UserError("usage: python folder.py DIR")
     model = load(sys.argv[1])
     print(json.dumps({key: value for key, value in vars(model.config).items() if key != "raw"}, indent=1))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, every tensor of config.json found")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, all tensors of the model found")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""gpu_kernels.py - the Triton kernels, which a GPU runs in the place of plain forms.
+"""gpu_kernels.py - the Triton kernels, which a GPU runs in place of the plain forms.
 
     pick_logps, logps_gradient   log-softmax-gather of one slice of the vocabulary, for fast.linear_logps
     rms_norm, rms_norm_gradient  RMSNorm
@@ -180,9 +180,9 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
 
     @triton.jit
     def _nucleus_kernel(probs, mass, least, columns, stride, BLOCK: tl.constexpr):
-        """One program a row. Numbers that are not negative are in the order of their bits, read as integers,
-        of which those up to 1 need 30. The answer's are found three at a time, the highest first: of eight
-        candidates, the largest whose mass of what is at least as large still reaches the one wanted."""
+        """One program a row. Non-negative floats are in the order of their bits, read as integers, of which
+        those up to 1 need 30. The answer's are found three at a time, the highest first: of eight candidates,
+        the largest whose mass of what is at least as large still reaches the one wanted."""
         row = tl.program_id(0).to(tl.int64)
         probs += row * stride
         wanted = tl.maximum(tl.load(mass + row), 1e-37)  # of a mass of 0 the largest number is left too

@@ -1,4 +1,4 @@
-"""lora.py - LoRA: the model's matrices stay as they are, and each learns an update of low rank.
+"""lora.py - LoRA: the model's matrices are frozen, and each gets a trained low-rank update.
 
     y = x W^T + (alpha / r) (x A^T) B^T          Hu et al., 2021 (arXiv 2106.09685), Eq. 3
 
@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)  # (T, O)
         if self.enabled:
             down = F.linear(x, self.lora_A)  # (T, r)
-            # y + scale * down B^T, added in place: more tensors of y's size would break up memory.
+            # y + scale * down B^T, added in place: more tensors of y's size would fragment memory.
             y.addmm_(down, self.lora_B.T, alpha=self.scale)
         return y
 

@@ -1,9 +1,9 @@
 """memory.py - how much memory a run will need in each process, predicted from its shapes alone.
 
-Every part is counted: what stands in the model, what autograd keeps, what the optimizer adds. Fitted is only
-what a CPU's heap adds to it, PROGRAM, HOLES and FILLED, on SmolLM2-135M-Instruct with glibc;
-tests/test_memory.py holds what was measured, and says what the fit has not seen. What differs from the paper:
-it has nothing of the kind.
+Every part is counted: what stands in the model, what autograd keeps, what the optimizer adds. Only what a
+CPU's heap adds (PROGRAM, HOLES, FILLED) is fitted, on SmolLM2-135M-Instruct with glibc; tests/test_memory.py
+holds the measurements, and says which the fit has not seen. What differs from the paper: it has nothing of
+the kind.
 
 Legend: T tokens of a pass, m tokens of one of its parts and n keys that they see, E hidden size, F
         feed-forward size, H query heads, G key/value heads, D head size, V vocabulary, r rank of adapters.
@@ -247,7 +247,7 @@ def out_of_reach(config: Config, args, card: float) -> list[str]:
 
 def require_fit(args, config: Config, source: str) -> None:
     """UserError where this process's GPU can't hold what training keeps for every step, however small; a
-    warning where a full pass might be too much beside it. A CPU's memory is not asked.
+    warning where a full pass might be too much beside it. A CPU's memory is not checked.
 
     args: train.Args, resolved. source: the model's name.
     """
@@ -271,7 +271,7 @@ def require_fit(args, config: Config, source: str) -> None:
 
 
 def way_out(args, config: Config, card: float) -> str:
-    """What makes training fit that does not fit on a GPU of `card` bytes."""
+    """What would make training fit on a GPU of `card` bytes."""
     smallest = [Pass([(1, [1])])]
     ways = []
     if not args.lora_rank:
@@ -290,10 +290,12 @@ def require_copy(args, config: Config, what: str, remedy: str) -> None:
     """UserError where `what` would take a copy of the whole model for which this process's GPU has no room
     beside its share of the weights and of the optimizer."""
     card, sizes = card_memory(), Sizes.of(config, args.lora_rank)
+    if card is None:
+        return
     parts = predicted_memory(config, args, [Pass([(1, [1])])], 0, world(), "cuda")
     shares = parts["weights"] + parts["optimizer"]
     copy = (sizes.total + sizes.adapters) * getattr(torch, args.dtype).itemsize
-    if card is not None and shares + copy > USABLE * card:
+    if shares + copy > USABLE * card:
         raise UserError(f"--shard: {what} takes a copy of the whole model in every process, {gb(copy)} "
                         f"beside {gb(shares)} of its shares, more than this GPU holds: {remedy}")
 
@@ -305,7 +307,7 @@ def fits_whole(config: Config, number: int) -> bool:
 
 
 def card_memory() -> int | None:
-    """The bytes of this process's GPU; None on a CPU, whose memory is not asked."""
+    """The bytes of this process's GPU; None on a CPU, whose memory is not read."""
     device = default_device()
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 

@@ -3,12 +3,12 @@
 MIPO trains at learning rates of 1e-7 to 1e-6 (appendix E), where an update is far smaller than the distance
 between two bf16 numbers: 1e-6 beside a weight of 0.02 is 1/122 of that distance. Rounded to the nearest bf16
 number, nearly everything that was learned would vanish from the forward pass and from the saved folder.
-Rounded up or down at random, with the nearer number the likelier, it is there in the mean over the weights.
-With --shard (shard.py) masters and moments are divided as the weights are, by rows, and each process updates
-its own. Rounding noise is drawn for the whole tensor, and each process uses its rows' part (a GPU makes each
+Rounded up or down at random, the nearer number the likelier, it survives on average over the weights. With
+--shard (shard.py) masters and moments are divided as the weights are, by rows, and each process updates its
+own. Rounding noise is drawn for the whole tensor, and each process uses its rows' part (a GPU makes each
 number's noise from a seed and its place), so every weight is rounded as in an undivided run. A checkpoint
 holds whole tensors, and fits any number of processes.
-What differs from the paper: it names the rate, batch size, beta and epochs alone (appendix E). AdamW, its
+What differs from the paper: it names only the rate, batch size, beta and epochs (appendix E). AdamW, its
 betas of (0.9, 0.95), no weight decay, warm-up over 3% of the steps, a cosine to 10% and the clip at 1 are
 those of the authors' scripts; masters and rounding are ours.
 
@@ -29,7 +29,7 @@ from lora import ADAPTER, adapted_layers
 from run import seed_from, world
 from shard import accumulate_in, collect, copy_own, is_sharded, local, shards, span, whole
 
-WATCHED = 2**20  # of how many weights `share_changed` looks at
+WATCHED = 2**20  # how many weights `share_changed` looks at
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -44,9 +44,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def round_stochastically(x: Tensor, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
     """fp32 -> one of the two nearest bf16 numbers, the nearer one with the higher probability, so that the
-    result is right in the mean. The generator is a CPU's: one seed gives one rounding on CPUs and another one
-    on GPUs. Of a sharded tensor only this process's rows are rounded, with the numbers that an undivided run
-    would draw for them. out: where the result goes, else a new tensor.
+    result is unbiased. The generator is a CPU's: one seed gives one rounding on CPUs and another one on GPUs.
+    Of a sharded tensor only this process's rows are rounded, with the numbers that an undivided run would
+    draw for them. out: where the result goes, else a new tensor.
 
     A bf16 number is the upper half of an fp32 number's bits. A random 16-bit number, added to the lower half,
     carries into the upper one with just the probability that is wanted.
@@ -82,13 +82,13 @@ class MasterAdamW:
             accumulate_in(master.dtype, weight)  # micro-batches add up in fp32
         self.adamw = torch.optim.AdamW(self.masters, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
                                        fused=True)
-        # The moments are made now, side by side: scattered among a step's tensors they would break up memory.
+        # The moments are made now, side by side: scattered among a step's tensors they would fragment memory.
         for master in self.masters:
             zeros = dict(exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
             self.adamw.state[master] = dict(step=torch.zeros((), device=master.device), **zeros)
         self.masters_by_weight = dict(zip(self.weights, self.masters, strict=True))
-        # About WATCHED weights, whose bf16 values are compared with those at the start. If the stride
-        # shared a factor with the columns of a matrix, it would come to few of them.
+        # About WATCHED weights, whose bf16 values are compared with those at the start. A stride with a
+        # factor in common with a matrix's width would miss most of its columns.
         self.stride = max(1, sum(weight.numel() for weight in self.weights) // WATCHED)
         while any(math.gcd(self.stride, weight.shape[-1]) > 1 for weight in self.weights):
             self.stride += 1
@@ -171,18 +171,17 @@ class MasterAdamW:
             copy_own(tensor, tensors[name])
 
     def weights_to_save(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights of the plain model in `dtype`: in its own type the copy that validation has scored,
-        else the masters, rounded stochastically where they have to be. Adapters are merged into the weights
-        that they belong to, from their masters. Of a sharded model, see shard.collect."""
+        """The weights of the plain model in `dtype`: the copy that validation scored if it has that type,
+        else the masters, rounded stochastically if need be. Adapters are merged into the weights that they
+        belong to, from their masters. Of a sharded model, see shard.collect."""
         return collect(self.rounded_weights(dtype), self.model)
 
     def rounded_weights(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """What `weights_to_save` gives, one weight after another, each whole."""
         generator = torch.Generator()
         generator.manual_seed(seed_from("saving", self.seed))
-        weights = list(shards(self.model))
         adapted = adapted_layers(self.model)
-        for name, weight in weights:
+        for name, weight in shards(self.model):
             if name.endswith(ADAPTER):
                 continue
             value = whole(weight.detach()) if weight.dtype == dtype else self.master_of(weight)
@@ -194,7 +193,7 @@ class MasterAdamW:
 
 
 def gradient_norm(weights: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients together, of all processes' rows, a scalar; not finite where one is not."""
+    """The norm of all gradients, over all processes' rows, a scalar; not finite if any gradient is not."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     return whole(get_total_norm(gradients))
 
@@ -205,7 +204,7 @@ def all_reduce_gradients(model: nn.Module) -> None:
     if world() == 1 or is_sharded(model):
         return
     for p in model.parameters():
-        if not p.requires_grad:  # frozen: it has no gradient, and is to have none
+        if not p.requires_grad:  # frozen
             continue
         if p.grad is None:  # a last batch may leave a process without pairs
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype)

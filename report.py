@@ -134,7 +134,8 @@ def judge_lines(name: str, verdicts: dict) -> list[str]:
             level = f"{p['length_controlled']:.1%}"
         counts = ", ".join(f"{p[key]} {key}" for key in ("wins", "ties", "losses", "unread"))
         lines.append(f"  trained against prompted: {with_interval(p['win_rate'], '.1f', 100)}% ({counts}; "
-                     f"{p['flip_rate']:.0%} flip with the order), at equal length {level}")
+                     f"{with_interval(p['flip_rate'], '.0f', 100)}% flip with the order), at equal length "
+                     f"{level}")
     return lines
 
 

@@ -49,7 +49,7 @@ class Message(NamedTuple):
 # ------------------------------------------------------------------------- responses
 
 def next_prompts(prompts: Iterable[str]) -> dict[str, str]:
-    """Prompt -> another one, which the prompt gain compares it with: the next, after the last the first."""
+    """Prompt -> the one that the prompt gain compares it with: the next, for the last the first."""
     distinct = list(dict.fromkeys(prompts))
     return dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
 
@@ -116,10 +116,7 @@ def sample_responses(model: Decoder, tokenizer: Tokenizer, messages: list[Messag
     With a file, responses.jsonl, each sample is written beside it as it ends, and those found there are not
     sampled again. Several processes share the work, each with a file of its own.
     """
-    done: dict[int, Sample] = {}
-    if file and not rank():
-        done = read_samples(file, system)
-    done = broadcast(done)
+    done = broadcast({} if rank() or not file else read_samples(file, system))
     if done:
         print(f"continuing: {len(done)} of {len(messages)} {system} responses are sampled already")
 
@@ -169,7 +166,7 @@ def logps_after(model: Decoder, tokenizer: Tokenizer, messages: list[Message],
                 responses: list[list[list[int]]], label: str) -> np.ndarray:
     """log pi(response | message), summed over tokens: (rows, responses a row).
 
-    responses: the token ids of as many responses for every message.
+    responses: token ids, equally many responses for each message.
     """
     prompts = [tokenizer.chat(*message) for message in messages]
     return np.array(group_logps(model, list(zip(prompts, responses, strict=True)), label))

@@ -6,8 +6,8 @@
     on tasks        it rewrites its answer, told what the right one is: privileged information, which MIPO
                     does without; a rejected response is sampled there too, and not read
 
-What differs from the paper: it does not give the prompt for tasks; ours is below. A typing error of D.2's is
-mended. Revisions are sampled as responses are, and trained under the prompt without the request to revise.
+What differs from the paper: it does not give the prompt for tasks; ours is below. A typo in D.2 is corrected.
+Revisions are sampled as responses are, and trained under the prompt without the request to revise.
 
     python train.py --method sft-revise --data demo
 """

@@ -30,7 +30,7 @@ def rows_with_contexts(examples: list[Example], neg: str, tell: bool = False) ->
 
 
 def require_contexts(examples: list[Example], neg: str) -> None:
-    """UserError where contexts are to be left out, or exchanged, that some rows do not have."""
+    """UserError if some rows lack a context that is to be left out or exchanged."""
     without = [example.name for example in examples if not example.context]
     if neg == "missing" and without:
         raise UserError(f"--neg {neg} needs a context in every row; {len(without)} have none "

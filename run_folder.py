@@ -12,7 +12,6 @@ What differs from the paper: nothing; it does not say.
 import dataclasses
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
@@ -107,8 +106,8 @@ def given_pairs(args, source: Path) -> list[Pair]:
     first = pairs[0]
     message = user_message(first.prompt, first.context, first.style)
     if Tokenizer(source, args.date, args.template).chat(message, first.system) != first.prompt_ids:
-        raise UserError(f"--pairs {args.pairs}: {args.model} writes these prompts as other tokens: "
-                        "its tokenizer, chat template, --template or --date is another one")
+        raise UserError(f"--pairs {args.pairs}: {args.model} encodes these prompts differently: its "
+                        "tokenizer, chat template, --template or --date differs")
     if OBJECTIVES[args.method].uses_rejected and not first.rejected:
         raise UserError(f"--pairs {args.pairs}: no rejected responses; only --method sft trains without")
     refuse_leaks(pairs, args)
@@ -143,7 +142,7 @@ def begun_with(folder: Path) -> dict:
 def resuming(grid: list) -> dict:
     """What a run must have in common with the one that it goes on with (see refuse_changes)."""
     free = ("out", "dry_run", "save_every", "keep", "resume", "resume_elsewhere")
-    arguments = {name: value for name, value in asdict(grid[0]).items() if name not in free}
+    arguments = {name: value for name, value in dataclasses.asdict(grid[0]).items() if name not in free}
     here = environment()
     machine = {name: here[name] for name in ("torch", "device", "threads")} | dict(processes=world())
     arguments["candidates"] = [swept(args) for args in grid]
@@ -155,7 +154,7 @@ def write_arguments(args, grid: list, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = Path(args.model).expanduser()
     write_json(folder / "args.json", dict(
-        arguments=asdict(args),
+        arguments=dataclasses.asdict(args),
         base=str(model.resolve()) if model.is_dir() else None,
         candidates=[swept(candidate) for candidate in grid],
         processes=world(),

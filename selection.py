@@ -124,10 +124,10 @@ def save_model(optimizer: MasterAdamW, pairs: list[Pair], args, folder: Path, so
 
     Adapters are merged into it, and written to adapter/ beside it, in fp32 and in PEFT's format.
 
-    Returns the mean margin of up to MARGIN_PAIRS pairs, in nats and in fp32 arithmetic, of the masters and of
-    the folder, and the share of it that the folder keeps; {} for methods without pairs or rejected responses,
-    and where no GPU holds all weights in fp32.
-    Where there are validation pairs, "validation" holds the same of these. Saved in fp32: the share alone, 1.
+    Returns the mean margin of up to MARGIN_PAIRS pairs (nats, fp32 arithmetic) under the masters and under
+    the saved model, and the share that the latter keeps; "validation" holds the same for validation pairs, if
+    there are any. Saved in fp32: only the share, 1. {} for methods without pairs or rejected responses, and
+    where no GPU holds all weights in fp32.
     """
     dtype = getattr(torch, args.save_dtype)
     config = optimizer.model.config
@@ -162,13 +162,13 @@ def kept_margins(exact: dict[str, Tensor], parts: dict[str, list[Group]], args, 
     for part, groups in parts.items():
         margin = mean_margin(sequence_logps(model, groups), logps_start[part])
         saved_margin = mean_margin(logps_saved[part], logps_start[part])
-        kept[part] = dict(share=None, margin=margin, margin_saved=saved_margin, pairs=len(groups))
-        if margin > 0:  # else nothing was learned that could be lost
-            share = kept[part]["share"] = saved_margin / margin
+        share = saved_margin / margin if margin > 0 else None  # None: nothing was learned that could be lost
+        kept[part] = dict(share=share, margin=margin, margin_saved=saved_margin, pairs=len(groups))
+        if share is not None:
             print(f"the saved model keeps {share:.0%} of what was learned: on {len(groups)} {part} pairs a "
                   f"mean margin (without beta) of {saved_margin:.3f} nats, of {margin:.3f} before rounding")
             if share < 0.9:
-                print("warning: rounding has thrown a part away: use --save-dtype float32")
+                print("warning: rounding has lost over a tenth: use --save-dtype float32")
     training = kept.pop("training")
     return training | kept
 

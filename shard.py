@@ -86,7 +86,7 @@ def gathered(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def refresh(whole_model: nn.Module, model: nn.Module) -> None:
-    """Bring what `gathered` gave up to the model's weights as they are now, in place."""
+    """Update in place what `gathered` returned to the model's present weights."""
     if is_sharded(model):
         for name, p in shards(model):
             whole_model.get_parameter(name).copy_(whole(p))
@@ -134,7 +134,7 @@ def collect(named: Iterable[tuple[str, Tensor]], model: nn.Module) -> dict[str, 
 
 
 def accumulate_in(dtype: torch.dtype, weight: nn.Parameter) -> None:
-    """Have a parameter's gradients add up in a type of their own (torch 2.10 and later)."""
+    """Accumulate a parameter's gradients in `dtype` (torch 2.10 and later)."""
     def widen(weight: nn.Parameter) -> None:
         if weight.grad.dtype != dtype:
             weight.grad = weight.grad.to(dtype)

@@ -104,13 +104,11 @@ def read_tokenizer(folder: Path, config: dict, kind: str) -> tokenizers.Tokenize
 
 @contextlib.contextmanager
 def failing_as_a_line(file: Path) -> Iterator[None]:
-    """Whatever the library finds wrong with a file is a UserError: it has no class of its own for that, and
-    where it panics, not even an Exception, and pages of its own on the error stream."""
+    """Whatever the library finds wrong with a file is a UserError: it has no exception class for that, and
+    where it panics it raises no Exception, and fills the error stream."""
     try:
         with silent_libraries():
             yield
-    except UserError:
-        raise
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
@@ -243,11 +241,11 @@ class Tokenizer:
         self.thoughts_began = any(tag.end() == len(prompt) for tag in THOUGHTS_BEGIN.finditer(prompt))
         special = {i for i, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
         special |= {self.added[token] for token in named.values()} | (self.stop_ids & {*self.added.values()})
-        # Thoughts are shown with their tags, and some folders name a mere word, "!", as the token that pads.
+        # Thoughts are shown with their tags, and some folders name a mere word, "!", as the padding token.
         words = {i for token, i in self.added.items() if is_thought_tag(token) or len(token) == 1}
         self.hidden = special - words  # what no text shows
-        # What data must not write: those, and what the template writes. Other added tokens are words like
-        # others, in transformers too.
+        # What data must not spell: hidden tokens and those that the template writes. Other added tokens are
+        # words, as in transformers.
         protected = self.hidden | (self._written_ids() - words)
         self.special_ids = {token: i for token, i in self.added.items() if i in protected}
 
@@ -308,8 +306,8 @@ class Tokenizer:
         return ids + [id for piece in others for id in self._encode_piece(piece, continues=True)]
 
     def _encode_piece(self, text: str, continues: bool) -> list[int]:
-        """The ids of a text without CUT. continues: it is not the beginning, so no space mark is put before
-        it: it is encoded behind a line end, or a colon, whose ids are then taken off."""
+        """The ids of a text without CUT. continues: it follows other text and gets no leading space mark: it
+        is encoded after a newline, or a colon, whose ids are then cut off."""
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         for before in ("\n", ":") if continues and self.marks_spaces and text else ():
             start = self.tokenizer.encode(before, add_special_tokens=False).ids

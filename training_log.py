@@ -23,8 +23,8 @@ from run import UserError, gather, naming, rank
 class Metrics:
     """metrics.jsonl: one JSON object a step, appended at once, so that a killed run keeps what it logged.
 
-    Process 0 alone writes. rows: how many lines to keep of what is there; those after them are of steps that
-    will be taken again.
+    Process 0 alone writes. rows: how many existing lines to keep; later ones are of steps that will be
+    repeated.
     """
 
     def __init__(self, path: Path, rows: int = 0):

@@ -69,8 +69,7 @@ def judge_all(judge: Judge, examples: list[Example], answers: Answers,
 
 
 def answer_in(text: str | None) -> str | None:
-    """A response of the data without the thoughts that some strong models leave in it; None where there is
-    none."""
+    """A response of the data without the thoughts that some models leave in it; None for None."""
     return None if text is None else without_thoughts(text)
 
 
@@ -94,8 +93,8 @@ def item_scores(judge: Judge, examples: list[Example], texts: list[str | None], 
 def means_over_shared_items(items: dict[str, list[list[float]]]) -> tuple[dict[str, list[float]], int]:
     """Each row's mean score over the items that were read for all texts of the row; and how many those are.
 
-    items: label -> of each row a score an item. Otherwise two texts' means would be of different questions,
-    and the one whose hard questions went unread would win. NaN where a row has no such item, or no text.
+    items: label -> each row's scores, by item. Means over different items do not compare: a text whose hard
+    items went unread would win. NaN where a row has no such item, or no text.
     """
     means: dict[str, list[float]] = {label: [] for label in items}
     count = 0
@@ -127,7 +126,7 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
     outcomes = np.array([or_nan(outcome) for outcome, _ in verdicts])  # (rows,) 1 win, 1/2 tie, 0 loss
     unread = np.isnan(outcomes)
     flips = nan_where(unread, np.array([float(flipped) for _, flipped in verdicts]))
-    read, clusters = int((~unread).sum()), clusters_of(examples)
+    clusters = clusters_of(examples)
     longer = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # in characters
     return dict(
         win_rate=interval(outcomes, **clusters, bounds=RATE),
@@ -135,8 +134,7 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
         ties=int((outcomes == 0.5).sum()),
         losses=int((outcomes == 0).sum()),
         unread=int(unread.sum()),
-        flip_rate=float(np.nansum(flips)) / max(1, read),
-        flip_interval=interval(flips, **clusters, bounds=RATE),
+        flip_rate=interval(flips, **clusters, bounds=RATE),
         length_controlled=length_controlled(outcomes, np.array(longer)),
         rubrics_unread=rubrics.count(None) if write_rubrics else None,
     )

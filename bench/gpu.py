@@ -1,4 +1,4 @@
-"""gpu.py - every row that needs a GPU, in one process and a few minutes; it needs no files but the project's.
+"""gpu.py - all measurements that need a GPU, in one process and a few minutes, from these files alone.
 
     kernel   the log-softmax-gather kernels over ready bf16 logits, forward and backward, against torch
     head     hidden states to log-probs and back: ours, materialised, torch's, Liger, cut-cross-entropy
@@ -24,15 +24,16 @@ import torch
 from head import HEADS, available, run_head
 from side_by_side import clock, copy_speed, flops, matmul_ceiling
 
+from batches import groups_of
 from config import Config
 from fast import skip_cudnn_attention, slice_backward, slice_forward
 from model import Decoder
-from optimizer import MasterAdamW
 from negatives import Pair, Response
+from optimizer import MasterAdamW
 from run import default_device, environment, read_jsonl, write_json
 from sample import Sampler, Sampling
-from train import Args, State, groups_of, resolve, train
-from training_log import Metrics
+from train import Args, resolve, train
+from training_log import Metrics, State
 
 COMMON = dict(rms_norm_eps=1e-6, max_position_embeddings=8192, hidden_act="silu")
 LLAMA_1B = dict(COMMON, model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192,

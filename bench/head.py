@@ -3,7 +3,7 @@
     ours           losses.token_logps: blocks of the vocabulary, on a GPU the Triton kernels over them
     materialised   log_softmax of all logits, gathered
     torch          torch.nn.functional.linear_cross_entropy, reduction "none", with LinearCrossEntropyOptions:
-                   without, it makes all logits at once (torch 2.13 and later)
+                   else it makes all logits at once (torch 2.13 and later)
     liger, cce     Liger's fused linear cross-entropy, cut-cross-entropy's "none", where they are installed
 
 Every token has an upstream gradient of its own, as in DPO; hidden states and weight both get theirs. The

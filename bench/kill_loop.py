@@ -43,11 +43,11 @@ CLOCKS = {"tokens_per_second", "seconds"}  # readings that no two runs share
 
 
 def start(folder: Path, model: str, flags: list[str], log: Path) -> int:
-    """Fork a process that trains and evaluates in `folder`, where whatever is there goes on; its id."""
+    """Fork a process that trains and evaluates in `folder`, resuming what is there; returns its id."""
     child = os.fork()
     if child:
         return child
-    with open(log, "a") as output:
+    with open(log, "a", encoding="utf-8") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     code = 1

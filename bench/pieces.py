@@ -6,6 +6,7 @@ all pieces and with one at a time replaced by its plain form.
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -21,8 +22,8 @@ from optimizer import MasterAdamW
 from run import default_device
 from sample import Sampling, generate
 from tokenizer import Tokenizer
-from train import Args, State, resolve, train
-from training_log import Metrics
+from train import Args, resolve, train
+from training_log import Metrics, State
 
 PLAIN = dict(
     linear_logps=lambda hidden, weight, targets:
@@ -52,7 +53,7 @@ def ours(args) -> None:
         sampled = clock()
         reference = all_logps(model, pairs, settings)
         optimizer = MasterAdamW(model, settings.lr, settings.seed)
-        train(optimizer, pairs, reference, settings, Metrics(os.devnull), State())
+        train(optimizer, pairs, reference, settings, Metrics(Path(os.devnull)), State())
         report(seconds_sampling=sampled - start, seconds_training=clock() - sampled,
                new_tokens=sum(len(sample.ids) for sample in samples))
 

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from side_by_side import clock, measure, parser, profiled, ratios, read_rows, report
 
+from batches import all_logps
 from data import user_message
 from fast import tune_allocator
 from folder import load
-from optimizer import MasterAdamW
 from negatives import Pair, Response
+from optimizer import MasterAdamW
 from run import default_device
 from tokenizer import Tokenizer
-from train import Args, State, all_logps, resolve, train
-from training_log import Metrics
+from train import Args, resolve, train
+from training_log import Metrics, State
 
 COPIES = dict(ours=1, ours_4x=4, ours_16x=16)  # child -> how often it takes the rows
 

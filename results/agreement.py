@@ -2,9 +2,9 @@
 
     python results/agreement.py --model tiny --rows 600 --out results/agreement-tiny.json
 
-The same prompts (of the demo), seeds and row numbers are sampled with different numbers of slots, in
-another order, and in the shares that two processes would take. Counted are the texts that equal those of the
-first way, token by token.
+The same prompts (of the demo), seeds and row numbers are sampled with different numbers of slots, in another
+order, and in the shares that two processes would take. Texts that equal those of the first way, token by
+token, are counted.
 """
 
 import argparse

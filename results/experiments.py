@@ -7,8 +7,8 @@
 
 A run lives in runs/TABLE/ROW/seedS and goes on where it was interrupted. Its small files are copied to
 results/TABLE/ROW/seedS, from which the report is made again; a row whose files are there counts as done.
-Where another row needs its pairs or its base model's responses and runs/ does not have them, remove its
-folder in results/ first. Rows with a scripted judge need scripted_judge.py to run beside them, and
+If another row needs its pairs or base responses and runs/ lacks them, first remove that finished row's
+folder in results/. Rows with a scripted judge need scripted_judge.py to run beside them, and
 OPENAI_API_KEY=none; own-task-smollm2 needs own_task.py's file, persistbench-methods-smollm2 that of
 persistbench.py. Runs of no table were made by the commands in LOG.md.
 """
@@ -242,10 +242,10 @@ TABLES = {
 }
 
 
-def command(*parts: str | Path) -> None:
-    """Run a program of the project; its output goes to the log of the run, which is the last part."""
-    *words, log = map(str, parts)
-    with open(log, "a") as output:
+def command(log: Path, *parts: str | Path) -> None:
+    """Run a program of the project; its output goes to the log of the run."""
+    words = list(map(str, parts))
+    with open(log, "a", encoding="utf-8") as output:
         output.write(" ".join(words) + "\n")
         output.flush()
         done = subprocess.run([PYTHON, *words], cwd=ROOT, stdout=output, stderr=output, check=False)
@@ -300,8 +300,8 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
                 progress[source].wait_for(progress[source].trained)
             with slots:
                 pairs = ["--pairs", pairs_folder(row, place, folder, seed)] if row.pairs_of else []
-                command("train.py", *table.train.split(), *row.flags.split(), "--seed", str(seed), *pairs,
-                        "--out", folder, "--resume", log)
+                command(log, "train.py", *table.train.split(), *row.flags.split(), *pairs,
+                        "--seed", str(seed), "--out", folder, "--resume")
         progress[row_name, seed].trained.set()
         unfinished = folder / table.numbers.replace("eval", "unfinished")
         if unfinished.exists() or not (folder / table.numbers).exists():
@@ -311,11 +311,11 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
                 base.wait_for(base.evaluated)
                 reuse = ["--reuse", place / table.base / f"seed{seed}"]
             with slots:
-                command("eval.py", "--model", folder, *table.test.split(), *reuse, log)
+                command(log, "eval.py", "--model", folder, *table.test.split(), *reuse)
         progress[row_name, seed].evaluated.set()
         if table.divergence and not (folder / "divergence.json").exists():
             with slots:
-                command("results/divergence.py", folder, log)
+                command(log, "results/divergence.py", folder)
     except Exception as error:
         progress[row_name, seed].has_failed = True
         print(f"{name} {row_name} seed {seed}: {error}", flush=True)
@@ -324,10 +324,10 @@ def run(name: str, row_name: str, seed: int, slots: Semaphore,
         progress[row_name, seed].trained.set()
         progress[row_name, seed].evaluated.set()
     kept.mkdir(parents=True, exist_ok=True)
-    written = json.loads((folder / "args.json").read_text())
+    written = json.loads((folder / "args.json").read_text(encoding="utf-8"))
     of_pairs = ["pairs.json"] * (folder / "pairs.json").exists()  # of a run that sampled its own
     for file in (*table.files, *of_pairs):  # where this machine has its folders is nobody's business
-        text = (folder / file).read_text().replace(f"{ROOT}/", "")
+        text = (folder / file).read_text(encoding="utf-8").replace(f"{ROOT}/", "")
         write_atomic(kept / file, text.replace(str(written["base"]), written["arguments"]["model"]))
     print(f"{name} {row_name} seed {seed}: done", flush=True)
 

@@ -1,8 +1,8 @@
 """fuzz.py - every reader of this project fed with damaged input; what is not read must be refused by name.
 
-Each reader gets inputs that its own format begins with and chance has changed: values of other types and
-sizes, parts cut, doubled and exchanged, bytes flipped. A fault is any error but the reader's own refusal, or
-more than a second of work. Inputs follow from the seed alone.
+Each reader gets valid inputs of its own format, changed at random: values of other types and sizes, parts
+cut, doubled and exchanged, bytes flipped. A fault is any error but the reader's own refusal, or more than a
+second of work. Inputs follow from the seed alone.
 
     python results/fuzz.py             a million inputs, about ten minutes of one core; writes fuzz.json
 """

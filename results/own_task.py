@@ -72,7 +72,7 @@ def question(part: str, rng: random.Random) -> tuple[str, str, list[str]]:
         words = rng.sample([right, *wrong], 4)
         return f"Which of these is a {category}: {', '.join(words[:3])} or {words[3]}?", right, wrong
     if kind == "sum":
-        remainder = PARTS.index(part)  # sums whose first term leaves this remainder by 3 belong to this part
+        remainder = PARTS.index(part)  # a part's sums have a first term with this remainder modulo 3
         a, b = 3 * rng.randrange(1, 16) + remainder, rng.randrange(2, 50)
         errors = rng.sample((-10, -2, -1, 1, 2, 10), 3)
         return f"What is {a} + {b}?", str(a + b), [str(a + b + error) for error in errors]

@@ -485,7 +485,7 @@ def check_responses() -> list[tuple]:
 
 
 def verdict(claimed: str | None, value: str | None) -> str:
-    """Signs of positive numbers do not matter."""
+    """The verdict; plus signs do not matter."""
     if claimed is None:
         return "NOT CLAIMED"
     if value is None:

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from batches import all_logps, groups_of, training_rows
-from figures import pyplot, save_figure
+from figures import BLUE, GREY, VERMILION, pyplot, save_figure
 from folder import find, load, save
 from losses import sequence_logps
 from model import Decoder
@@ -33,11 +33,10 @@ from pairs import load_pairs
 from run import (UserError, default_dtype, environment, main, peak_memory, read_json, read_jsonl,
                  seed_from, write_json)
 from selection import Selection, mean_margin
-from train import Args, State, resolve, train
-from training_log import Metrics
+from train import Args, resolve, train
+from training_log import Metrics, State
 
 WAYS = ("fp32", "stochastic", "nearest")
-BLUE, GREY, VERMILION = "#0072b2", "#555555", "#d55e00"
 
 
 class EmulatedAdamW(MasterAdamW):
@@ -67,7 +66,9 @@ def measure(name: str, rows: list, lr: float, seed: int, way: str, options: argp
     args = resolve(Args(model=name, lr=lr, seed=seed, epochs=options.epochs, dtype=dtype,
                         val_limit=options.val_limit))
     compute = getattr(torch, dtype)
-    model = load(source, torch.bfloat16).to(compute) if compute == torch.float32 else load(source, compute)
+    model = load(source, torch.bfloat16)
+    if compute == torch.float32:
+        model = model.float()
     start = load(source, torch.bfloat16).float()
     reference = all_logps(model, rows, args)
     emulated = way != "fp32" and compute == torch.float32

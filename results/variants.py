@@ -89,7 +89,7 @@ def mixed(rows: list[dict], others: list[dict]) -> list[dict]:
 
 
 def joined(folders: list[list[dict]]) -> list[dict]:
-    """The rows of all, each named by its folder's number too, as an id stands once."""
+    """All rows, their ids made unique by the number of the folder."""
     return [row | dict(id=f"{row['id']}-{number}") for number, rows in enumerate(folders) for row in rows]
 
 

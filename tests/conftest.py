@@ -80,7 +80,7 @@ CONFIG = dict(
 
 
 def pytest_addoption(parser):
-    parser.addoption("--gpu", action="store_true", help="let test_gpu.py, test_gpu_kernels.py use it")
+    parser.addoption("--gpu", action="store_true", help="let the GPU tests use a GPU")
 
 
 # ------------------------------------------------------------------------- models

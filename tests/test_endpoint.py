@@ -120,6 +120,7 @@ def test_pauses_double_unless_the_server_says(serve, tmp_path, quick):
 @pytest.mark.parametrize("header, seconds", [
     ("3", 3), ("0", 0), ("600", 60), (None, 4), ("", 4), ("soon", 4), ("nan", 4),
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Wed, 21 Oct 2099 07:28:00 GMT", 60),
+    ("Mon, 99999999999999999999 Jan 2020 00:00:00 GMT", 4),
 ])  # fmt: skip
 def test_retry_after_is_a_number_or_a_date(header, seconds):
     """At most a minute; what is neither is ignored."""
@@ -230,7 +231,8 @@ def test_the_path_stands_before_the_query(url):
 
 @pytest.mark.parametrize("url", [
     "h/v1", "http://", "http:///v1", "ftp://h", "http://h:port/v1", "http://[::1/v1", "http://h/v 1",
-    "http://h/\x1b[31m", "http://h\u00e9/v1", "https://me:pass@h/v1",
+    "http://h/\x1b[31m", "http://h\u00e9/v1", "https://me:pass@h/v1", "http://a..b/v1",
+    f"http://{'a' * 64}/v1",
 ])  # fmt: skip
 def test_a_malformed_address_is_refused_in_one_line(url):
     """Nothing of a password is repeated."""

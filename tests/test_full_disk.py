@@ -64,12 +64,9 @@ class SmallDisk:
         self.ballast.unlink()
 
     def whole_files(self) -> None:
-        """Every file is what its name says; at most a model's folder has a temporary name, which is made anew
-        when it is saved again."""
+        """Every file is what its name says; none is left half written."""
         for file in self.folder.rglob("*"):
-            assert file.suffix != ".tmp" or file.is_dir(), file
-            if file.parent.suffix == ".tmp":
-                continue
+            assert file.suffix != ".tmp", file
             if file.suffix == ".json":
                 read_json(file)
             elif file.suffix == ".safetensors":

@@ -356,6 +356,11 @@ def test_every_llama3_spelling_gives_one_model(scaling):
     assert torch.equal(sequence_logits(model, IDS), sequence_logits(reference, IDS))
 
 
+def test_a_default_that_is_spelled_out_as_null_is_taken():
+    """As transformers writes options that are not set."""
+    assert Config.from_dict(random_model().config.raw | dict(partial_rotary_factor=None), "config.json")
+
+
 UNSUPPORTED = {
     "model_type": ({"model_type": "gemma2"}, "gemma2"),
     "no_model_type": ({"model_type": None}, "model_type"),

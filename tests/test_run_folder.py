@@ -230,7 +230,7 @@ def test_pairs_of_another_tokenizer_are_refused(dpo_run, own_data, tiny, work, t
     config = json.loads((other / "tokenizer_config.json").read_text())
     config["chat_template"] = config["chat_template"].replace("assistant", "robot")
     (other / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="other tokens"):
+    with pytest.raises(UserError, match="encodes these prompts differently"):
         run_inside(train.program, work, "--model", other, "--pairs", dpo_run, "--out", "o", *TRAIN_FLAGS)
     assert os.listdir(work) == []
 
