@@ -1,6 +1,6 @@
 """fast.py - what is there for speed and memory alone. The method can be understood without this file.
 
-The functions down to invert_cumulative have a plain form, given in their docstrings. tests/test_fast.py
+The computations down to invert_cumulative have a plain form, given in their docstrings. tests/test_fast.py
 compares the two, values and gradients, in fp64 and bf16; tests/test_cuda.py what only GPUs run, in fp64, and
 tests/test_gpu_kernels.py the kernels. What they save is in bench/README.md.
 
@@ -222,8 +222,8 @@ class _Attention(torch.autograd.Function):
         kv_heads, n, size = k.shape
         m = q.shape[1]
         # The H/G query heads that share a key/value head become rows of one product.
-        rows = q.reshape(kv_heads, -1, size) * size**-0.5  # (G, H/G * m, D)
-        scores = upcast(rows) @ upcast(k).transpose(1, 2)  # (G, H/G * m, n)
+        rows = q.reshape(kv_heads, -1, size)  # (G, H/G * m, D)
+        scores = (upcast(rows) * size**-0.5) @ upcast(k).transpose(1, 2)  # (G, H/G * m, n)
         scores = scores.view(-1, m, n).add_(mask)  # (H, m, n)
         p = scores.softmax(-1).to(q.dtype).view(kv_heads, -1, n)  # (G, H/G * m, n)
         out = p @ v  # (G, H/G * m, D)
@@ -235,8 +235,9 @@ class _Attention(torch.autograd.Function):
         rows, k, v, p, out = ctx.saved_tensors
         d_out = grad.reshape(rows.shape)  # (G, H/G * m, D)
         row_sum = (upcast(d_out) * out).sum(-1, keepdim=True)  # (G, H/G * m, 1)
-        d_scores = (d_out @ v.transpose(1, 2) - row_sum).mul_(p).to(p.dtype)  # (G, H/G * m, n)
-        d_q = d_scores @ k * k.shape[-1] ** -0.5  # (G, H/G * m, D)
+        d_scores = (d_out @ v.transpose(1, 2) - row_sum).mul_(p)  # (G, H/G * m, n)
+        d_scores = d_scores.mul_(k.shape[-1] ** -0.5).to(p.dtype)
+        d_q = d_scores @ k  # (G, H/G * m, D)
         d_k = d_scores.transpose(1, 2) @ rows  # (G, n, D)
         d_v = p.transpose(1, 2) @ d_out  # (G, n, D)
         return d_q.view(grad.shape), d_k, d_v, None
@@ -388,10 +389,19 @@ def least_of_nucleus(probs: Tensor, mass: Tensor) -> Tensor:
     """
     if runs_triton(probs):
         return gpu_kernels.least_of_nucleus(probs, mass)
-    # It mostly lies within the 256 largest values, so whole rows are seldom sorted.
+    if probs.is_cuda:  # in fp64; a CUDA graph cannot ask
+        return _least_of(probs.sort(descending=True).values, mass)
+    # It mostly lies within the 256 largest values, so only the rows where it does not are sorted whole.
     likely = probs.topk(min(256, probs.shape[1])).values  # (n, 256), descending
-    if probs.is_cuda or (likely.sum(-1, keepdim=True) < mass).any():  # a CUDA graph cannot ask
-        likely = probs.sort(descending=True).values  # (n, V)
+    least = _least_of(likely, mass)  # (n, 1)
+    flat = likely.sum(-1) < mass[:, 0]  # (n,)
+    if flat.any():
+        least[flat] = _least_of(probs[flat].sort(descending=True).values, mass[flat])
+    return least
+
+
+def _least_of(likely: Tensor, mass: Tensor) -> Tensor:
+    """`least_of_nucleus` of values that are sorted: likely (n, columns), descending."""
     is_short = likely.cumsum(-1) < mass  # up to here the mass is not reached
     last = is_short.sum(-1, keepdim=True)  # (n, 1)
     last = last.clamp(max=likely.shape[1] - 1)
@@ -408,14 +418,17 @@ def invert_cumulative(mass: Tensor, uniform: Tensor) -> Tensor:
     The column is looked up twice, among the sums of blocks of 128 columns and then within one block: a
     cumulative sum over the whole vocabulary would take longer than the rest of the draw.
     """
-    blocks = F.pad(mass, (0, -mass.shape[1] % 128)).unflatten(1, (-1, 128))  # (n, V/128, 128)
+    last = mass.shape[1] - 1
+    if missing := -mass.shape[1] % 128:
+        mass = F.pad(mass, (0, missing))
+    blocks = mass.unflatten(1, (-1, 128))  # (n, V/128, 128)
     sums = blocks.sum(-1)  # (n, V/128)
     target = uniform[:, None] * sums.sum(-1, keepdim=True)  # (n, 1)
     block, rest = _invert(sums, target)  # (n, 1) each
     inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1)  # (n, 128)
     column, _ = _invert(inside, rest)  # (n, 1)
     column = (128 * block + column).squeeze(1)  # (n,)
-    return column.clamp(max=mass.shape[1] - 1)  # nan in the last block lies beyond
+    return column.clamp(max=last)  # nan in the last block lies beyond
 
 
 def _invert(mass: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -273,8 +273,9 @@ def common_prefix_length(sequences: list[list[int]]) -> int:
     if len(sequences) == 1:
         return 0
     longest = min(map(len, sequences)) - 1
-    for position, tokens in enumerate(zip(*sequences, strict=False)):
-        if position == longest or len(set(tokens)) > 1:
+    least, greatest = min(sequences), max(sequences)  # what these two share, all share
+    for position, (a, b) in enumerate(zip(least, greatest, strict=False)):
+        if position == longest or a != b:
             return position
     return 0
 

@@ -59,15 +59,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     which is turned by its token's angle. x (T, heads, D), cos and sin (T, 1, D) -> (T, heads, D)."""
     if fast.runs_triton(x):
         return fast.Rotation.apply(x, cos, sin)
-    a, b = upcast(x).chunk(2, dim=-1)  # (T, heads, D/2) each
+    wide = upcast(x)
+    a, b = wide.chunk(2, dim=-1)  # (T, heads, D/2) each
     quarter_turn = torch.cat((-b, a), dim=-1)  # (T, heads, D)
-    turned = upcast(x) * cos + quarter_turn * sin
+    turned = wide * cos + quarter_turn * sin
     return turned.to(x.dtype)
 
 
 # ------------------------------------------------------------------------- attention over packed groups
 
-@functools.lru_cache(maxsize=16)  # all layers of a pass use the same ones
+@functools.lru_cache(maxsize=8)  # parts of one length use the same one in all layers
 @torch.inference_mode(False)  # training could not use one that sampling has made
 def causal_mask(m: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(m, n): 0 where one of the last m of n tokens may look, -inf at the tokens that come after it."""

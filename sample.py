@@ -53,7 +53,7 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.top_k < 0:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.top_k < 0:
             raise UserError(f"temperature, top_k must be >= 0, top_p in (0, 1], max_new_tokens >= 1: {self}")
         if 0 < self.temperature < 1e-6:
             raise UserError(f"temperature {self.temperature:g} is too small to divide by: 0 takes the "
@@ -240,8 +240,7 @@ class Decode:
 
         # The H/G query heads that share a key/value head become rows of one product, so nothing is repeated.
         # The queries of all slots become rows of one product with the shared keys, which are read once.
-        q = q.unflatten(1, (k.shape[1], -1)) * k.shape[2] ** -0.5  # (n, G, H/G, D)
-        q = upcast(q)
+        q = upcast(q.unflatten(1, (k.shape[1], -1))) * k.shape[2] ** -0.5  # (n, G, H/G, D)
         scores = (q @ slot_k.transpose(2, 3)).add_(self.mask)  # (n, G, H/G, L)
         if cache.shared_length:
             rows = q.transpose(0, 1).flatten(1, 2)  # (G, n * H/G, D)

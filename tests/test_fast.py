@@ -256,6 +256,15 @@ def test_a_constant_in_every_score_changes_nothing(score):
     assert (found[0] - exact[0]).norm() < 0.005 * exact[0].norm()
 
 
+def test_bf16_queries_are_scaled_in_fp32():
+    """1 / sqrt(32) is no bf16 number: queries that were multiplied by it in bf16 would be rounded once more."""
+    (q, k, v), mask = attention_case((2, 2, 5, 9, 32))
+    q, k, v, mask = q.bfloat16(), k.bfloat16(), v.bfloat16(), mask.float()
+    scores = q.float() * 32**-0.5 @ k.float().mT + mask
+    expected = scores.softmax(-1).bfloat16() @ v
+    assert torch.equal(fast.attention(q, k, v, mask), expected)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (3, 5), (2, 3, 4), (3, 2, 65)])
 def test_rms_norm_is_pytorchs(shape):
     """Values and both gradients, for tokens (T, E) and for heads (T, heads, D)."""
