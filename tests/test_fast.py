@@ -257,7 +257,7 @@ def test_a_constant_in_every_score_changes_nothing(score):
 
 
 def test_bf16_queries_are_scaled_in_fp32():
-    """1 / sqrt(32) is no bf16 number: queries that were multiplied by it in bf16 would be rounded once more."""
+    """1 / sqrt(32) is no bf16 number: queries multiplied by it in bf16 are rounded once more."""
     (q, k, v), mask = attention_case((2, 2, 5, 9, 32))
     q, k, v, mask = q.bfloat16(), k.bfloat16(), v.bfloat16(), mask.float()
     scores = q.float() * 32**-0.5 @ k.float().mT + mask

@@ -7,6 +7,7 @@ import gc
 import inspect
 import itertools
 import json
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -429,7 +430,8 @@ def test_greedy_is_the_argmax():
 
 
 @pytest.mark.parametrize("changes", [
-    {"temperature": -0.1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}, {"top_k": -1},
+    {"temperature": -0.1}, {"temperature": math.nan}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0},
+    {"top_k": -1},
 ])  # fmt: skip
 def test_impossible_settings_are_refused(changes):
     """A UserError that shows them."""
