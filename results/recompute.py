@@ -340,7 +340,7 @@ def claims() -> list[tuple[str, list[str]]]:
           for text in numbers(methods[row]["base NLL"])]),
         ("(prompt gain {} and {} nats with its two seeds, prompting's {} and {})",
          [text for row in ("mipo-random", "the baseline") for text in numbers(methods[row]["prompt gain"])]),
-        ("(prompt gain {} and {}; PPO's have {} tokens)",
+        ("(prompt gain {} and {}; PPO's have {} tokens;",
          [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi")]
          + numbers(methods["ppo-mi"]["tokens"])),
         ("`same`, pairs of two samples of the same prompt, {} [{}, {}]; SFT on the headline's chosen "
@@ -356,6 +356,20 @@ def claims() -> list[tuple[str, list[str]]]:
          [text for row in ("3", "10-softmax") for seed in range(3)
           for text in above(NEGATIVES.format(row, seed), NEGATIVES.format("1", seed))]),
         ("with a third seed on a CPU, {} [{}, {}]", points(THIRD.format("mipo-random"))),
+        ("with that seed: {} [{}, {}] as rows of their own, {} [{}, {}] in one softmax.",
+         points(THIRD.format("random-3")) + points(THIRD.format("random-3-softmax"))),
+        ("missing contexts, which gains {} [{}, {}], {} again)", points(THIRD.format("mipo-missing"))
+         + pair(THIRD.format("mipo-missing"), "prompt_gain", ".0f", 1, ("trained",))),
+        ("two seeds, paired: {} [{}, {}] and {} points [{}, {}];",
+         above(METHODS.format("mipo-missing", 0), METHODS.format("mipo-random", 0))
+         + above(THIRD.format("mipo-missing"), THIRD.format("mipo-random"))),
+        ("over one, three rows gain {} points [{}, {}], three in one softmax {} [{}, {}]",
+         [text for row in ("random-3", "random-3-softmax")
+          for text in above(THIRD.format(row), THIRD.format("mipo-random"))]),
+        ("InfoNCE, {} [{}, {}] with missing contexts, and with three random contexts for every response {} "
+         "[{}, {}] as rows of their own and {} [{}, {}] in one softmax",
+         [text for row in ("mipo-missing", "random-3", "random-3-softmax")
+          for text in points(THIRD.format(row))]),
         ("on the same pairs, gains {}, {} and {}: win",
          [points(file)[0] for file in (METHODS.format("infonce", 0), METHODS.format("infonce", 1),
                                        THIRD.format("infonce"))]),
