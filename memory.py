@@ -95,7 +95,7 @@ def predicted_memory(config: Config, args, passes: list[Pass], prompt: int, proc
     longest prompt that responses are sampled for; 0 where none are. processes share the weights with --shard.
     """
     largest = max(passes, key=Pass.tokens)
-    number = getattr(torch, args.dtype).itemsize
+    itemsize = getattr(torch, args.dtype).itemsize
     sizes = Sizes.of(config, args.lora_rank)
     trained = sizes.adapters or sizes.total
     matrix = config.vocab_size * config.hidden_size  # the embedding's numbers
@@ -104,31 +104,31 @@ def predicted_memory(config: Config, args, passes: list[Pass], prompt: int, proc
     # PPO trains a critic beside the model and, where no adapters can be switched off, keeps the start model.
     is_ppo = args.method not in OBJECTIVES
     models = 2 if is_ppo else 1
-    reference = sizes.total * number if is_ppo and not args.lora_rank else 0
+    reference = sizes.total * itemsize if is_ppo and not args.lora_rank else 0
 
     # Gradients add up in fp32. That of a tied embedding has two terms, which exist beside their sum.
     gradients = models * trained * FP32 / share
     if not args.lora_rank:
-        gradients += matrix * number * (2 if config.tie_word_embeddings else 1)
-    master = FP32 if number < FP32 else 0
+        gradients += matrix * itemsize * (2 if config.tie_word_embeddings else 1)
+    master = FP32 if itemsize < FP32 else 0
     activations = activation_bytes(config, args, largest, device)
-    whole = (sizes.total + sizes.adapters) * number
+    whole = (sizes.total + sizes.adapters) * itemsize
     cache = cache_bytes(config, args, prompt, device)
     parts = dict(
         program=PROGRAM if device == "cpu" else 0.0,
-        weights=models * (sizes.total + sizes.adapters) * number / share + reference,
+        weights=models * (sizes.total + sizes.adapters) * itemsize / share + reference,
         gradients=gradients,
         optimizer=models * trained * (master + 2 * FP32) / share,
         activations=activations,
         heap=heap_bytes(config, args, passes, gradients) if device == "cpu" else 0.0,
         cache=0.0 if is_ppo else cache,
-        copies=0.0 if args.shard else saving_bytes(args, sizes, number),  # sharded: one matrix at a time
+        copies=0.0 if args.shard else saving_bytes(args, sizes, itemsize),  # sharded: one matrix at a time
         file=sizes.total * BF16 if device == "cpu" else 0.0,  # mapped into memory while it is read
     )
     if args.shard:
         # FSDP gathers the ends and, while one block computes, the next one. Whatever needs no gradient runs
         # on a gathered copy.
-        parts["gathered"] = (sizes.ends + 2 * sizes.block) * number
+        parts["gathered"] = (sizes.ends + 2 * sizes.block) * itemsize
         parts["copy"] = whole if prompt and not is_ppo else 0.0
     if is_ppo:  # what it samples with stays while it trains: with --shard copies of actor and reference too
         parts["sampler"] = cache + (2 * whole if args.shard else 0.0)
@@ -163,37 +163,37 @@ def heap_bytes(config: Config, args, passes: list[Pass], gradients: float) -> fl
 
 def activation_bytes(config: Config, args, largest: Pass, device: str) -> float:
     """What autograd keeps of one pass until its backward pass, and the logits that exist at a time."""
-    number = getattr(torch, args.dtype).itemsize
+    itemsize = getattr(torch, args.dtype).itemsize
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     queries, keys = heads * config.head_dim, kv_heads * config.head_dim
     tokens, parts = largest.tokens(), largest.parts()
 
     # Each of a block's two norms keeps its input and a scale; the layers after it keep its output.
-    a_token = 4 * hidden * number + 2 * FP32
+    a_token = 4 * hidden * itemsize + 2 * FP32
     # Attention keeps q, k, v and its output, which is stored once more for the layer after it where attention
     # goes part by part (fast.packed_attention does not).
-    is_packed = device == "cuda" and number == BF16
-    a_token += ((2 if is_packed else 3) * queries + 2 * keys) * number
+    is_packed = device == "cuda" and itemsize == BF16
+    a_token += ((2 if is_packed else 3) * queries + 2 * keys) * itemsize
     if config.qk_norm:
-        a_token += (queries + keys) * number + (heads + kv_heads) * FP32
-    a_token += 3 * inner * number  # of the feed-forward layer: gate, up and their product
-    a_token += 7 * args.lora_rank * number  # x A of each of the seven adapters
+        a_token += (queries + keys) * itemsize + (heads + kv_heads) * FP32
+    a_token += 3 * inner * itemsize  # of the feed-forward layer: gate, up and their product
+    a_token += 7 * args.lora_rank * itemsize  # x A of each of the seven adapters
     # A part that continues another one has all the keys and values that it sees side by side; packed, every
     # part has, and no others are kept.
     copied = sum(n - m if is_packed else n for m, n in parts if n > m)
-    block = tokens * a_token + copied * 2 * keys * number
-    is_table = device == "cpu" and number == BF16  # fast.attention keeps its weights, other kernels a sum
+    block = tokens * a_token + copied * 2 * keys * itemsize
+    is_table = device == "cpu" and itemsize == BF16  # fast.attention keeps its weights, other kernels a sum
     block += heads * sum(m * n * BF16 if is_table and m * n <= 2**20 else m * FP32 for m, n in parts)
     if device == "cuda" and not is_packed and heads > kv_heads:
         # No fused kernel takes shared key heads in fp32: PyTorch keeps all weights, and each head's k and v.
-        block += number * sum(heads * m * n + 2 * n * queries for m, n in parts)
+        block += itemsize * sum(heads * m * n + 2 * n * queries for m, n in parts)
 
     blocks = config.num_hidden_layers * block
     if args.checkpoint_activations:
-        blocks = config.num_hidden_layers * tokens * hidden * number + block
-    ends = tokens * (hidden * number + 2 * config.head_dim * FP32) + largest.predicted() * hidden * number
-    logits = 2 * LOGITS_AT_ONCE[device] * number  # and their gradient
+        blocks = config.num_hidden_layers * tokens * hidden * itemsize + block
+    ends = tokens * (hidden * itemsize + 2 * config.head_dim * FP32) + largest.predicted() * hidden * itemsize
+    logits = 2 * LOGITS_AT_ONCE[device] * itemsize  # and their gradient
     return blocks + ends + logits
 
 
@@ -201,20 +201,20 @@ def cache_bytes(config: Config, args, prompt: int, device: str) -> float:
     """Keys and values of --slots responses, and the distributions that their next tokens are drawn from."""
     if not prompt:
         return 0.0
-    number = getattr(torch, args.dtype).itemsize
+    itemsize = getattr(torch, args.dtype).itemsize
     length = -(-(prompt + args.max_new_tokens) // 64) * 64
     has_kernel = device == "cuda" and config.head_dim in gpu_kernels.HEAD_SIZES
-    key = number if has_kernel else FP32
-    a_token = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (key + number)
+    key = itemsize if has_kernel else FP32
+    a_token = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * (key + itemsize)
     return args.slots * (length * a_token + 4 * config.vocab_size * FP32)
 
 
-def saving_bytes(args, sizes: Sizes, number: int) -> float:
+def saving_bytes(args, sizes: Sizes, itemsize: int) -> float:
     """What selection.save_model holds beside the model: the weights in the type of the file, where they are
     not the model's own; in bf16 also an fp32 model that shows what was lost, and the merged weights."""
     is_bf16 = args.save_dtype == "bfloat16"
     saved = BF16 if is_bf16 else FP32
-    copies = saved if args.lora_rank or saved != number else 0
+    copies = saved if args.lora_rank or saved != itemsize else 0
     if is_bf16:
         copies += FP32 + (FP32 if args.lora_rank else BF16)
     return copies * sizes.total
@@ -300,10 +300,10 @@ def require_copy(args, config: Config, what: str, remedy: str) -> None:
                         f"beside {gb(shares)} of its shares, more than this GPU holds: {remedy}")
 
 
-def fits_whole(config: Config, number: int) -> bool:
-    """Whether this process's GPU, if it has one, can hold all weights, numbers of so many bytes."""
+def fits_whole(config: Config, itemsize: int) -> bool:
+    """Whether this process's GPU, if it has one, can hold all weights, of `itemsize` bytes each."""
     card = card_memory()
-    return card is None or Sizes.of(config, 0).total * number <= USABLE * card
+    return card is None or Sizes.of(config, 0).total * itemsize <= USABLE * card
 
 
 def card_memory() -> int | None:

@@ -127,7 +127,7 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
     unread = np.isnan(outcomes)
     flips = nan_where(unread, np.array([float(flipped) for _, flipped in verdicts]))
     clusters = clusters_of(examples)
-    longer = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # in characters
+    characters = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # more than prompting
     return dict(
         win_rate=interval(outcomes, **clusters, bounds=RATE),
         wins=int((outcomes == 1).sum()),
@@ -135,6 +135,6 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
         losses=int((outcomes == 0).sum()),
         unread=int(unread.sum()),
         flip_rate=interval(flips, **clusters, bounds=RATE),
-        length_controlled=length_controlled(outcomes, np.array(longer)),
+        length_controlled=length_controlled(outcomes, np.array(characters)),
         rubrics_unread=rubrics.count(None) if write_rubrics else None,
     )
