@@ -227,13 +227,13 @@ class _Attention(torch.autograd.Function):
         scores = scores.view(-1, m, n).add_(mask)  # (H, m, n)
         p = scores.softmax(-1).to(q.dtype).view(kv_heads, -1, n)  # (G, H/G * m, n)
         out = p @ v  # (G, H/G * m, D)
-        ctx.save_for_backward(rows, k, v, p, out)
+        ctx.save_for_backward(q, k, v, p, out)
         return out.view(-1, m, size)  # (H, m, D)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        rows, k, v, p, out = ctx.saved_tensors
-        d_out = grad.reshape(rows.shape)  # (G, H/G * m, D)
+        q, k, v, p, out = ctx.saved_tensors
+        rows, d_out = q.reshape(out.shape), grad.reshape(out.shape)  # (G, H/G * m, D) each
         row_sum = (upcast(d_out) * out).sum(-1, keepdim=True)  # (G, H/G * m, 1)
         d_scores = (d_out @ v.transpose(1, 2) - row_sum).mul_(p)  # (G, H/G * m, n)
         d_scores = d_scores.mul_(k.shape[-1] ** -0.5).to(p.dtype)

@@ -127,7 +127,7 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
     unread = np.isnan(outcomes)
     flips = nan_where(unread, np.array([float(flipped) for _, flipped in verdicts]))
     clusters = clusters_of(examples)
-    characters = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # more than prompting
+    characters = [float(len(a) - len(b)) for a, b in zip(trained, prompted, strict=True)]  # how many more
     return dict(
         win_rate=interval(outcomes, **clusters, bounds=RATE),
         wins=int((outcomes == 1).sum()),
