@@ -34,7 +34,7 @@ MEMORIES, A_TOKEN = "persistbench-methods-smollm2/{}/seed0/eval.json", "context_
 THIRD = "methods-smollm2-cpu/{}/seed2/eval.json"
 NEGATIVES = "negatives-tiny/random-{}/seed{}/eval.json"
 SETTINGS = "settings-tiny/{}/seed0/eval-validation.json"
-CPU_METHODS = "methods-smollm2-cpu/{}/seed0/eval.json"
+CPU_METHODS = "methods-smollm2-fp32/{}/seed0/eval.json"
 TASKS = {"SVAMP": "tasks-smollm2/svamp/eval.json", "GSM8K": "tasks-smollm2/gsm8k/eval.json"}
 PERSIST, JUDGED = "persistbench-smollm2/eval.json", "tasks-smollm2/persist/eval.json"
 
@@ -344,8 +344,10 @@ def claims() -> list[tuple[str, list[str]]]:
          [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi")]
          + numbers(methods["ppo-mi"]["tokens"])),
         ("`same`, pairs of two samples of the same prompt, {} [{}, {}]; SFT on the headline's chosen "
-         "responses, in as many steps, {} [{}, {}] (160 rows, fp32); sides swapped at random {} [{}, {}]",
-         points(METHODS.format("same", 0)) + points(CPU_METHODS.format("sft")) + numbers(with_interval(
+         "responses, in as many steps, {} [{}, {}] (160 rows, fp32) and, with the third seed, {} [{}, {}]; "
+         "sides swapped at random {} [{}, {}]",
+         points(METHODS.format("same", 0)) + points(CPU_METHODS.format("sft"))
+         + points(THIRD.format("sft")) + numbers(with_interval(
              over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
         ("1, 3, 5 and 10 gain {} ± {}, {} ± {}, {} ± {} and {} ± {} points, in N times the steps; in "
          "one softmax, without more steps, 3, 5 and 10 gain {} ± {}, {} ± {} and {} ± {}",
