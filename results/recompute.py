@@ -368,7 +368,12 @@ def claims() -> list[tuple[str, list[str]]]:
         ("over one, three rows gain {} points [{}, {}], three in one softmax {} [{}, {}]",
          [text for row in ("random-3", "random-3-softmax")
           for text in above(THIRD.format(row), THIRD.format("mipo-random"))]),
-        ("InfoNCE, {} [{}, {}] with missing contexts, and with three random contexts for every response {} "
+        ("with the third seed, {} [{}, {}]: less MIPO's, paired, {} points [{}, {}].",
+         points(THIRD.format("sami")) + above(THIRD.format("sami"), THIRD.format("mipo-random"))),
+        ("SAMI gains {} [{}, {}] with it, {}% cut off, and {} [{}, {}] at about equal length.",
+         points(THIRD.format("sami")) + pair(THIRD.format("sami"), "unfinished", ".0f", 100, ("trained",))
+         + points(THIRD.format("sami"), key="win_rate_length_matched")),
+        ("InfoNCE, {} [{}, {}] with missing contexts, with three random contexts for every response {} "
          "[{}, {}] as rows of their own and {} [{}, {}] in one softmax",
          [text for row in ("mipo-missing", "random-3", "random-3-softmax")
           for text in points(THIRD.format(row))]),
@@ -400,9 +405,11 @@ def claims() -> list[tuple[str, list[str]]]:
         ("certain: {}% to {}%, {} points [{}, {}], where RLVR, which is told what is right, gains {} [{}, "
          "{}]",
          own_task("mipo-random") + own_task("rlvr")[2:]),
-        (", gains {} [{}, {}] (160 rows); {}% of its answers are cut off, prompting's {}%",
-         points(CPU_METHODS.format("sami"))
-         + pair(CPU_METHODS.format("sami"), "unfinished", ".0f", 100, ("trained", "prompted"))),
+        (", gains {} [{}, {}] (160 rows) and,", points(CPU_METHODS.format("sami"))),
+        ("{}% and {}% of its answers are cut off, prompting's {}%",
+         [text for file in (CPU_METHODS, THIRD)
+          for text in pair(file.format("sami"), "unfinished", ".0f", 100, ("trained",))]
+         + pair(THIRD.format("sami"), "unfinished", ".0f", 100, ("prompted",))),
         ("where both answers are about equally long it is {} [{}, {}]",
          points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
         ("and {} [{}, {}] where both answers are about equally long",
