@@ -93,7 +93,7 @@ def test_every_option_that_is_named_exists(text):
     fields = [field.name for program in SMALL for field in dataclasses.fields(arguments_of(program))]
     flags = {"--" + name.replace("_", "-") for name in fields}
     flags |= {"--help", "--nproc_per_node", "--max-restarts", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
-                  "--shutdown-timeout"}
+              "--shutdown-timeout"}
     flags |= {"--gpu", "--at-once", "--port"}  # of pytest here, and of programs in results/
     named = set(re.findall(r"(?<![-\w])--[a-z][a-z_-]*", text))
     assert named and named <= flags
