@@ -133,9 +133,9 @@ def judge_lines(name: str, verdicts: dict) -> list[str]:
         if p["length_controlled"] is not None:
             level = f"{p['length_controlled']:.1%}"
         counts = ", ".join(f"{p[key]} {key}" for key in ("wins", "ties", "losses", "unread"))
+        flips = with_interval(p["flip_interval"], ".0f", 100)
         lines.append(f"  trained against prompted: {with_interval(p['win_rate'], '.1f', 100)}% ({counts}; "
-                     f"{with_interval(p['flip_rate'], '.0f', 100)}% flip with the order), at equal length "
-                     f"{level}")
+                     f"{flips}% flip with the order), at equal length {level}")
     return lines
 
 

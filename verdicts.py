@@ -134,7 +134,7 @@ def compare_with_prompting(judge: Judge, examples: list[Example], answers: Answe
         ties=int((outcomes == 0.5).sum()),
         losses=int((outcomes == 0).sum()),
         unread=int(unread.sum()),
-        flip_rate=interval(flips, **clusters, bounds=RATE),
+        flip_interval=interval(flips, **clusters, bounds=RATE),
         length_controlled=length_controlled(outcomes, np.array(characters)),
         rubrics_unread=rubrics.count(None) if write_rubrics else None,
     )

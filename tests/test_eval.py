@@ -461,7 +461,7 @@ def test_comparisons_count_wins_ties_losses_and_flips(monkeypatch):
     pairwise = verdicts["pairwise"]
     assert [pairwise[key] for key in ("wins", "ties", "losses", "unread")] == [1, 1, 1, 1]
     assert pairwise["win_rate"]["mean"] == 0.5
-    assert pairwise["flip_rate"] == interval(np.array([0.0, 1.0, 0.0]), ["u0", "u1", "u0"], bounds=RATE)
+    assert pairwise["flip_interval"] == interval(np.array([0.0, 1.0, 0.0]), ["u0", "u1", "u0"], bounds=RATE)
 
 
 def test_answers_stand_side_by_side():
