@@ -122,10 +122,12 @@ TABLES = {
             "mipo-random": Row("--neg random"),
             "mipo-missing": Row("--neg missing"),
             "mipo-reshuffle": Row("--neg reshuffle"),
+            "mipo-noise": Row("--neg noise"),
             **ON_ITS_PAIRS,
-            "rlvr": Row(f"--method rlvr {GPU_PPO}", seeds=(0,)),
-            "ppo-mi": Row(f"--method ppo-mi {GPU_PPO}", seeds=(0,)),
-            "rlaif": Row(f"--method rlaif {SCRIPTED} {GPU_PPO}", seeds=(0,)),
+            "rlvr": Row(f"--method rlvr {GPU_PPO}"),
+            "ppo-mi": Row(f"--method ppo-mi {GPU_PPO}"),
+            "rlaif": Row(f"--method rlaif {SCRIPTED} {GPU_PPO}"),
+            "rlaif-mi": Row(f"--method rlaif-mi {SCRIPTED} {GPU_PPO}"),
             "swapped": Row("", "mipo-random", "swapped"),
             "same": Row("--neg same"),
             "larger-half": Row("", "mipo-random", "larger-half"),
@@ -196,7 +198,7 @@ TABLES = {
         }),
     # Real queries with real memories, which no program checks: what every method adds to context gain.
     "persistbench-methods-smollm2": Table(
-        seeds=(0,),
+        seeds=(0, 1, 2),
         train=f"{SMOLLM2} --data runs/persistbench.jsonl --max-new-tokens 128 --lr 2e-5 --epochs 3",
         base="mipo-random",
         divergence=False,
@@ -207,7 +209,7 @@ TABLES = {
         }),
     # Questions with right answers, where a gain or its absence can be seen on a small model.
     "own-task-smollm2": Table(
-        seeds=(0,),
+        seeds=(0, 1, 2),
         train=f"{SMOLLM2} --data runs/own-task.jsonl --max-new-tokens 32 --limit 160 --lr 1e-5",
         base="mipo-random",
         test="--limit 200",
