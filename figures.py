@@ -281,7 +281,7 @@ def methods_figure(panels: dict[str, tuple[Methods, list[dict], dict[str, float]
         key = gain_key(methods)
         scale, unit = (100, "gain, points") if key == "gain" else (1, "gain in context gain, nats")
         has_kl = all(mean_of(run, "kl") is not None for runs in methods.values() for run in runs)
-        price, label = ("kl", "KL from the start model, nats per response") if has_kl else (
+        price, label = ("kl", "KL from the start model, nats") if has_kl else (
             "nll_per_token", "base NLL, nats per token")
         for y, runs in enumerate(methods.values()):
             draw_seeds(gains, y, runs, key, scale)

@@ -30,7 +30,9 @@ FIRST_TINY = "demo-tiny-2026-11-21/seed{}/eval.json"
 RATES = "rates-smollm2/lr-{}/seed0/eval-validation.json"
 VALIDATION = "demo-smollm2/validation/{}.json"
 METHODS = "methods-smollm2-gpu/{}/seed{}/eval.json"
-MEMORIES, A_TOKEN = "persistbench-methods-smollm2/{}/seed0/eval.json", "context_gain_per_token_macro"
+FIRST_METHODS = "methods-smollm2-gpu-2026-11-26/{}/seed0/eval.json"
+FIRST_MEMORIES = "persistbench-methods-smollm2-cpu/{}/seed0/eval.json"
+A_TOKEN = "context_gain_per_token_macro"
 THIRD = "methods-smollm2-cpu/{}/seed2/eval.json"
 NEGATIVES = "negatives-tiny/random-{}/seed{}/eval.json"
 SETTINGS = "settings-tiny/{}/seed0/eval-validation.json"
@@ -158,7 +160,7 @@ def above(file: str, other: str) -> list[str]:
 
 def hours() -> list[str]:
     """What the stored runs took, training and evaluation: of SmolLM2 and of the embedded model on CPUs, and
-    of a GPU."""
+    of programs that shared a GPU."""
     took = dict.fromkeys(("SmolLM2", "tiny", "GPU"), 0.0)
     for file in RESULTS.rglob("args.json"):
         written = read_json(file)
@@ -171,10 +173,28 @@ def hours() -> list[str]:
 
 
 def own_task(row: str) -> list[str]:
-    """Shares of right answers to questions of our own, strictly counted, and their difference."""
-    result = read_json(RESULTS / f"own-task-smollm2/{row}/seed0/own-task.json")["all"]
+    """By how many points more answers to questions of our own are right, strictly counted, seed by seed."""
+    measured = [read_json(RESULTS / f"own-task-smollm2/{row}/seed{seed}/own-task.json") for seed in range(3)]
+    return [text for result in measured
+            for text in numbers(with_interval(result["all"]["difference"], "+.1f", 100))]
+
+
+def first_own_task(row: str) -> list[str]:
+    """Of the run on a CPU: shares of right answers, strictly counted, and their difference."""
+    result = read_json(RESULTS / f"own-task-smollm2-cpu/{row}/seed0/own-task.json")["all"]
     return [f"{100 * result[system]['mean']:.1f}" for system in ("default", "trained")] + numbers(
         with_interval(result["difference"], "+.1f", 100))
+
+
+def seed_by_seed(row: str, other: str = "mipo-random", seeds: int = 3) -> list[str]:
+    """By how many points a row of the table on a GPU is above another, with the first seeds."""
+    return [text for seed in range(seeds)
+            for text in above(METHODS.format(row, seed), METHODS.format(other, seed))]
+
+
+def over_prompting(row: str, name: str = "all", key: str = "win_rate", seeds: int = 3) -> list[str]:
+    """What a row of the table on a GPU gains, with the first seeds."""
+    return [text for seed in range(seeds) for text in points(METHODS.format(row, seed), name, key)]
 
 
 def fall(key: str) -> list[str]:
@@ -193,6 +213,17 @@ COLUMNS = {  # heading -> key, scale, format
     "distinct-2": ("distinct_2", 1, ".2f"), "self-BLEU-4": ("self_bleu_4", 1, ".2f"),
     "off target": ("off_target", 100, ".1f"), "elsewhere": ("off_target", 100, ".1f"),
     "prompt gain": ("prompt_gain", 1, ".1f"),
+}
+
+
+# Rows of the log's table of 2026-11-27: its names, and those of the table on a GPU.
+COMPARED = {
+    "InfoNCE": "infonce", "RLAIF-MI": "rlaif-mi", "PPO on mutual information": "ppo-mi",
+    "MIPO, missing contexts": "mipo-missing", "MIPO, reshuffled responses": "mipo-reshuffle",
+    "the half with the larger context gain": "larger-half",
+    "the half with the smaller context gain": "smaller-half",
+    "RLAIF": "rlaif", "RLVR": "rlvr", "SAMI": "sami", "SFT": "sft", "sides swapped": "swapped",
+    "two samples of one prompt": "same", "revision": "sft-revise",
 }
 
 
@@ -237,7 +268,8 @@ def check_tables(document: str, text: str) -> list[tuple]:
         if not cells or not headings:
             headings = cells
             continue
-        row = source(document, cells[0], above)
+        # The tables with "seeds" are check_methods's.
+        row = source(document, cells[0], above) if "seeds" not in headings else None
         if row is None:
             continue
         above = row[0]
@@ -282,7 +314,7 @@ def claims() -> list[tuple[str, list[str]]]:
     every = [text for file in tiny for text in points(file)]
     unseen_intervals = [points(file, "unseen") for file in tiny]
     svamp, gsm8k = TASKS.values()
-    methods = rows_of("methods-smollm2-gpu")
+    methods, memory = rows_of("methods-smollm2-gpu"), rows_of("persistbench-methods-smollm2")
     contexts = [text for name in ("all", "seen", "unseen")
                 for text in numbers(with_interval(over_contexts(DEMO, name, "trained"), "+.1f", 100))]
     memories = [text for key, form, scale in (
@@ -291,7 +323,7 @@ def claims() -> list[tuple[str, list[str]]]:
     ) for text in pair(PERSIST, key, form, scale, ("prompted", "trained"))]
     return [
         ("Stored runs took about {} hours of one or two CPU cores on SmolLM2, {} on the embedded model, and "
-         "{} of a GPU", hours()),
+         "{} in programs of which", hours()),
         ("{} points [{}, {}] on contexts seen in training ({}% to {}%)",
          points(HEADLINE, "seen") + rates(HEADLINE, "seen")),
         ("{} [{}, {}] on unseen ones ({}% to {}%)",
@@ -314,10 +346,8 @@ def claims() -> list[tuple[str, list[str]]]:
          "as honoured. If such answers, of both systems, count as failures, the gain on seen contexts is {} "
          "[{}, {}].",
          [as_the_user()[0], *as_the_user()[1]]),
-        ("PPO, one seed, wins {} points less [{}, {}]",
-         above(METHODS.format("mipo-random", 0), METHODS.format("ppo-mi", 0))),
         ("with random contexts {} [{}, {}] points above PPO on mutual information",
-         above(METHODS.format("mipo-random", 0), METHODS.format("ppo-mi", 0))),
+         above(FIRST_METHODS.format("mipo-random"), FIRST_METHODS.format("ppo-mi"))),
         ("Paired over contexts: the larger half {} [{}, {}] above 300 pairs at random, 5e-4 {} [{}, {}], a "
          "second pass {} [{}, {}] and a second round {} [{}, {}] above the default, 300 pairs {} [{}, {}].",
          [text for row, other in (("larger-half", "pairs-300"), ("lr-5e-4", "defaults"),
@@ -333,22 +363,65 @@ def claims() -> list[tuple[str, list[str]]]:
                          for text in points(RATES.format(rate))]),
         ("the rise on seen contexts is {} points [{}, {}]",
          points(HEADLINE, "seen", "win_rate_length_matched")),
-        ("**MIPO with random contexts** gains {} [{}, {}] and {} [{}, {}] points",
-         [*points(METHODS.format("mipo-random", 0)), *points(METHODS.format("mipo-random", 1))]),
-        ("(base NLL {} and {}; MIPO {} and {}, prompting {} and {};",
+        *((f"| {name} | {{}} ± {{}} | " + ", ".join(["{} [{}, {}]"] * 3) + " |",
+           numbers(methods[row]["gain, points"]) + seed_by_seed(row)) for name, row in COMPARED.items()),
+        ("gains {} ± {} points (mean ± standard deviation of three seeds), each seed clear of 0; on "
+         "unseen contexts alone {} ± {}, clear", [text for column in ("gain, points", "on unseen")
+                                                  for text in numbers(methods["mipo-random"][column])]),
+        ("({} ± {} and {} ± {}), nor does **SFT** on the same chosen responses ({} ± {}). **Revision** "
+         "harms, {} ± {}.", [text for row in ("same", "swapped", "sft", "sft-revise")
+                      for text in numbers(methods[row]["gain, points"])]),
+        ("on the same pairs, gains {} ± {}, as much as MIPO: {} [{}, {}], {} [{}, {}] and {} [{}, {}] points",
+         numbers(methods["infonce"]["gain, points"]) + seed_by_seed("infonce")),
+        ("(base NLL {} ± {}, MIPO {} ± {}, prompting {} ± {};",
          [text for row in ("infonce", "mipo-random", "the baseline")
           for text in numbers(methods[row]["base NLL"])]),
-        ("(prompt gain {} and {} nats with its two seeds, prompting's {} and {})",
-         [text for row in ("mipo-random", "the baseline") for text in numbers(methods[row]["prompt gain"])]),
-        ("(prompt gain {} and {}; PPO's have {} tokens;",
-         [numbers(methods[row]["prompt gain"])[0] for row in ("mipo-missing", "ppo-mi")]
-         + numbers(methods["ppo-mi"]["tokens"])),
-        ("`same`, pairs of two samples of the same prompt, {} [{}, {}]; SFT on the headline's chosen "
-         "responses, in as many steps, {} [{}, {}] (160 rows, fp32) and, with the third seed, {} [{}, {}]; "
-         "sides swapped at random {} [{}, {}]",
-         points(METHODS.format("same", 0)) + points(CPU_METHODS.format("sft"))
-         + points(THIRD.format("sft")) + numbers(with_interval(
-             over_contexts("methods-smollm2/swapped/seed0/eval.json", "all", "trained"), "+.1f", 100))),
+        ("**SAMI** gains {} ± {}, less than MIPO: {} [{}, {}], {} [{}, {}] and {} [{}, {}]. {}% of its "
+         "answers are cut off, prompting's {}%.",
+         numbers(methods["sami"]["gain, points"]) + seed_by_seed("sami")
+         + [numbers(methods[row]["unfinished, %"])[0] for row in ("sami", "the baseline")]),
+        ("prompt gain {}, {} and {} nats, prompting's {}; PPO's have {} and {} tokens.",
+         [numbers(methods[row]["prompt gain"])[0]
+          for row in ("mipo-missing", "ppo-mi", "rlaif-mi", "the baseline")]
+         + [numbers(methods[row]["tokens"])[0] for row in ("ppo-mi", "rlaif-mi")]),
+        ("By win rate, {} ± {}, {} ± {} and {} ± {}, no seed",
+         [text for row in ("mipo-missing", "ppo-mi", "rlaif-mi")
+          for text in numbers(methods[row]["gain, points"])]),
+        ("**RLAIF and RLVR** gain {} ± {} and {} ± {}:",
+         [text for row in ("rlaif", "rlvr") for text in numbers(methods[row]["gain, points"])]),
+        ("(600 pairs, three seeds, paired: {} [{}, {}], {} [{}, {}] and {} points [{}, {}];",
+         seed_by_seed("mipo-missing")),
+        ("on SmolLM2 {} [{}, {}] and {} [{}, {}], 25", over_prompting("mipo-noise", seeds=2)),
+        ("over one, three rows gain {} [{}, {}] and {} points [{}, {}] (two seeds), three in one softmax {} "
+         "[{}, {}] (one)", seed_by_seed("random-3", seeds=2) + seed_by_seed("random-3-softmax", seeds=1)),
+        ("it gains {} [{}, {}], {} [{}, {}] and {} [{}, {}]. **SAMI**",
+         over_prompting("mipo-random", "unseen")),
+        ("about equally long it gains {} [{}, {}], {} [{}, {}] and {} [{}, {}]. **Which",
+         over_prompting("sami", key="win_rate_length_matched")),
+        ("the larger half less the smaller, paired over contexts, {} [{}, {}], {} [{}, {}] and {} [{}, {}]",
+         seed_by_seed("larger-half", "smaller-half")),
+        ("gain less than random contexts with every seed ({} [{}, {}], {} [{}, {}], {} [{}, {}])",
+         seed_by_seed("mipo-reshuffle")),
+        ("and differ by {} [{}, {}], {} [{}, {}] and {} points [{}, {}]", seed_by_seed("rlvr", "rlaif")),
+        ("MIPO gains {} there (on the H100 {}), InfoNCE {} ({}), missing contexts {} ({}), SAMI {} ({}), SFT "
+         "{} ({}); three rows of random contexts {}, one softmax over them {}.",
+         [points(file)[0] for row in ("mipo-random", "infonce", "mipo-missing", "sami", "sft")
+          for file in (THIRD.format(row), METHODS.format(row, 2))]
+         + [points(THIRD.format(row))[0] for row in ("random-3", "random-3-softmax")]),
+        ("agree but for PPO: `ppo-mi` {} (seed 0, now {}).",
+         [points(FIRST_METHODS.format("ppo-mi"))[0], points(METHODS.format("ppo-mi", 0))[0]]),
+        ("certain either: {} [{}, {}], {} [{}, {}] and {} points [{}, {}] with three seeds; nor for RLVR, "
+         "which is told what is right: {} [{}, {}], {} [{}, {}] and {} [{}, {}].",
+         own_task("mipo-random") + own_task("rlvr")),
+        ("MIPO {} [{}, {}], {} [{}, {}], {} [{}, {}]; RLVR {} [{}, {}], {} [{}, {}], {} [{}, {}]; SFT {} "
+         "[{}, {}], {} [{}, {}], {} [{}, {}].",
+         [text for row in ("mipo-random", "rlvr", "sft") for text in own_task(row)]),
+        ("raises the context gain by {} ± {} nats a response, {} ± {} a token, InfoNCE by {} ± {}, SAMI by "
+         "{} ± {}; SFT by {} ± {}, revision by {} ± {}; MIPO with missing contexts by {} ± {}",
+         numbers(memory["mipo-random"]["over the baseline's"])
+         + numbers(memory["mipo-random"]["the same a token"])
+         + [text for row in ("infonce", "sami", "sft", "sft-revise", "mipo-missing")
+            for text in numbers(memory[row]["over the baseline's"])]),
         ("1, 3, 5 and 10 gain {} ± {}, {} ± {}, {} ± {} and {} ± {} points, in N times the steps; in "
          "one softmax, without more steps, 3, 5 and 10 gain {} ± {}, {} ± {} and {} ± {}",
          [text for count in ("1", "3", "5", "10", "3-softmax", "5-softmax", "10-softmax")
@@ -357,31 +430,6 @@ def claims() -> list[tuple[str, list[str]]]:
          "[{}, {}], {} [{}, {}]",
          [text for row in ("3", "10-softmax") for seed in range(3)
           for text in above(NEGATIVES.format(row, seed), NEGATIVES.format("1", seed))]),
-        ("with a third seed on a CPU, {} [{}, {}]", points(THIRD.format("mipo-random"))),
-        ("with that seed: {} [{}, {}] as rows of their own, {} [{}, {}] in one softmax.",
-         points(THIRD.format("random-3")) + points(THIRD.format("random-3-softmax"))),
-        ("missing contexts, which gains {} [{}, {}], {} again)", points(THIRD.format("mipo-missing"))
-         + pair(THIRD.format("mipo-missing"), "prompt_gain", ".0f", 1, ("trained",))),
-        ("two seeds, paired: {} [{}, {}] and {} points [{}, {}];",
-         above(METHODS.format("mipo-missing", 0), METHODS.format("mipo-random", 0))
-         + above(THIRD.format("mipo-missing"), THIRD.format("mipo-random"))),
-        ("over one, three rows gain {} points [{}, {}], three in one softmax {} [{}, {}]",
-         [text for row in ("random-3", "random-3-softmax")
-          for text in above(THIRD.format(row), THIRD.format("mipo-random"))]),
-        ("with the third seed, {} [{}, {}]: less MIPO's, paired, {} points [{}, {}].",
-         points(THIRD.format("sami")) + above(THIRD.format("sami"), THIRD.format("mipo-random"))),
-        ("SAMI gains {} [{}, {}] with it, {}% cut off, and {} [{}, {}] at about equal length.",
-         points(THIRD.format("sami")) + pair(THIRD.format("sami"), "unfinished", ".0f", 100, ("trained",))
-         + points(THIRD.format("sami"), key="win_rate_length_matched")),
-        ("InfoNCE, {} [{}, {}] with missing contexts, with three random contexts for every response {} "
-         "[{}, {}] as rows of their own and {} [{}, {}] in one softmax",
-         [text for row in ("mipo-missing", "random-3", "random-3-softmax")
-          for text in points(THIRD.format(row))]),
-        ("on the same pairs, gains {}, {} and {}: win",
-         [points(file)[0] for file in (METHODS.format("infonce", 0), METHODS.format("infonce", 1),
-                                       THIRD.format("infonce"))]),
-        ("MIPO less InfoNCE {} points [{}, {}], paired over contexts",
-         above(THIRD.format("mipo-random"), THIRD.format("infonce"))),
         ("1,200 pairs gain {} [{}, {}] points at base NLL {}, 2,400 gain **{} [{}, {}]** at {},",
          [text for row in ("pairs-1200", "pairs-2400") for text in (
              *points(SETTINGS.format(row)),
@@ -402,29 +450,16 @@ def claims() -> list[tuple[str, list[str]]]:
          [numbers(rows_of("missing-smollm2")[row]["prompt gain"])[0]
           for row in ("the baseline", "random", "missing", "mixed", "answering-half",
                       "missing-temperature-0.5")]),
-        ("certain: {}% to {}%, {} points [{}, {}], where RLVR, which is told what is right, gains {} [{}, "
-         "{}]",
-         own_task("mipo-random") + own_task("rlvr")[2:]),
-        (", gains {} [{}, {}] (160 rows) and,", points(CPU_METHODS.format("sami"))),
-        ("{}% and {}% of its answers are cut off, prompting's {}%",
-         [text for file in (CPU_METHODS, THIRD)
-          for text in pair(file.format("sami"), "unfinished", ".0f", 100, ("trained",))]
-         + pair(THIRD.format("sami"), "unfinished", ".0f", 100, ("prompted",))),
+        ("named, {}% to {}%, **{} [{}, {}]**;", first_own_task("mipo-random")),
+        ("by the stricter count {}% to {}%, **{} [{}, {}]**", first_own_task("rlvr")),
+        ("(`--method sami`): **{} [{}, {}]**", points(CPU_METHODS.format("sami"))),
         ("where both answers are about equally long it is {} [{}, {}]",
          points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
-        ("and {} [{}, {}] where both answers are about equally long",
-         points(CPU_METHODS.format("sami"), key="win_rate_length_matched")),
-        ("the context gain by {} [{}, {}] nats a response, {} [{}, {}] a token, InfoNCE by {} [{}, {}], SFT "
-         "by {} [{}, {}], MIPO with missing contexts by {} [{}, {}]",
-         numbers(with_interval(gain(MEMORIES.format("mipo-random"), key="context_gain"), "+.1f"))
-         + numbers(with_interval(gain(MEMORIES.format("mipo-random"), key=A_TOKEN), "+.2f"))
-         + [text for row in ("infonce", "sft", "mipo-missing")
-            for text in numbers(with_interval(gain(MEMORIES.format(row), key="context_gain"), "+.1f"))]),
         ("MIPO **{} [{}, {}]** nats a response and {} [{}, {}] a token (an earlier run {} [{}, {}]), InfoNCE "
          "**{} [{}, {}]** and {} [{}, {}], SFT {} [{}, {}] and {} [{}, {}].",
          [text for row in ("mipo-random", "infonce", "sft") for text in (
-             *numbers(with_interval(gain(MEMORIES.format(row), key="context_gain"), "+.1f")),
-             *numbers(with_interval(gain(MEMORIES.format(row), key=A_TOKEN), "+.2f")),
+             *numbers(with_interval(gain(FIRST_MEMORIES.format(row), key="context_gain"), "+.1f")),
+             *numbers(with_interval(gain(FIRST_MEMORIES.format(row), key=A_TOKEN), "+.2f")),
              *(numbers(with_interval(gain(JUDGED, key="context_gain_per_token"), "+.2f"))
                if row == "mipo-random" else []))]),
         ("(SVAMP {}% to {}%, n = {}, p {}; GSM8K {}% to {}%, n = {}): a",

@@ -520,14 +520,15 @@ def test_numbers_of_a_table_are_read_again_from_their_files(recompute):
 
 def test_sentences_are_read_again_or_said_to_be_gone(recompute):
     """A right number, a wrong one, and a sentence that is not there."""
-    texts = {"README.md": "on the same pairs, gains +37.6, +34.4 and +41.6: win; (base NLL\n1.97 and 1.95; "
-             "MIPO 0.85 and 0.81, prompting 0.73 and 0.72;",
+    texts = {"README.md": "(base NLL 2.05 ±\n0.07, MIPO 0.84 ± 0.01, prompting 0.72 ± 0.01; **RLAIF and RLVR** gain "
+             "+27.2 ± 6.0 and +27.0 ± 10.8:",
              "results/LOG.md": "nothing of the kind"}
     verdicts: dict[str, list[str]] = {}
     for where, claimed, value in recompute.check_claims(texts):
         verdicts.setdefault(where.partition(": ")[2], []).append(recompute.verdict(claimed, value))
-    assert verdicts["on the same pairs, gains {}, {} and {}: win"] == ["DIFFERENT: +36.6", "OK", "OK"]
-    assert verdicts["(base NLL {} and {}; MIPO {} and {}, prompting {} and {};"] == ["OK"] * 6
+    assert verdicts["(base NLL {} ± {}, MIPO {} ± {}, prompting {} ± {};"] == [
+        "OK", "OK", "DIFFERENT: 0.83", "OK", "OK", "OK"]
+    assert verdicts["**RLAIF and RLVR** gain {} ± {} and {} ± {}:"] == ["OK"] * 4
     assert verdicts["seen contexts {}, {}, {}; unseen {}, {}, {}."] == ["NOT CLAIMED"]
 
 
