@@ -387,6 +387,8 @@ def claims() -> list[tuple[str, list[str]]]:
         ("By win rate, {} ± {}, {} ± {} and {} ± {}, no seed",
          [text for row in ("mipo-missing", "ppo-mi", "rlaif-mi")
           for text in numbers(methods[row]["gain, points"])]),
+        ("the half with the larger one gains {} ± {} points, the other half {} ± {}",
+         [text for row in ("larger-half", "smaller-half") for text in numbers(methods[row]["gain, points"])]),
         ("**RLAIF and RLVR** gain {} ± {} and {} ± {}:",
          [text for row in ("rlaif", "rlvr") for text in numbers(methods[row]["gain, points"])]),
         ("(600 pairs, three seeds, paired: {} [{}, {}], {} [{}, {}] and {} points [{}, {}];",
