@@ -377,8 +377,8 @@ def claims() -> list[tuple[str, list[str]]]:
         ("(base NLL {} ± {}, MIPO {} ± {}, prompting {} ± {};",
          [text for row in ("infonce", "mipo-random", "the baseline")
           for text in numbers(methods[row]["base NLL"])]),
-        ("**SAMI** gains {} ± {}, less than MIPO, clearly with two seeds of three: {} [{}, {}], {} [{}, {}] and {} [{}, {}]. {}% of its "
-         "answers are cut off, prompting's {}%.",
+        ("**SAMI** gains {} ± {}, less than MIPO, clearly with two seeds of three: {} [{}, {}], {} [{}, {}] "
+         "and {} [{}, {}]. {}% of its answers are cut off, prompting's {}%.",
          numbers(methods["sami"]["gain, points"]) + seed_by_seed("sami")
          + [numbers(methods[row]["unfinished, %"])[0] for row in ("sami", "the baseline")]),
         ("prompt gain {}, {} and {} nats a response, prompting's {}; PPO's have {} and {} tokens.",
