@@ -441,6 +441,14 @@ def claims() -> list[tuple[str, list[str]]]:
          "[{}, {}], {} [{}, {}]",
          [text for row in ("3", "10-softmax") for seed in range(3)
           for text in above(NEGATIVES.format(row, seed), NEGATIVES.format("1", seed))]),
+        *((f"| {name} | {{}} [{{}}, {{}}] | {{}} [{{}}, {{}}] |",
+           points(THIRD.format(row)) + above(THIRD.format(row), THIRD.format("mipo-random")))
+          for name, row in {
+              "missing contexts": "mipo-missing", "three, as rows of their own (Eq. 5)": "random-3",
+              "three, in one softmax (Eq. 8)": "random-3-softmax", "SFT on the chosen responses": "sft",
+              "SAMI on the same pairs": "sami"}.items()),
+        ("MIPO less InfoNCE {} points [{}, {}], paired over contexts",
+         above(THIRD.format("mipo-random"), THIRD.format("infonce"))),
         ("1,200 pairs gain {} [{}, {}] points at base NLL {}, 2,400 gain **{} [{}, {}]** at {},",
          [text for row in ("pairs-1200", "pairs-2400") for text in (
              *points(SETTINGS.format(row)),
